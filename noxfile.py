@@ -57,11 +57,11 @@ MACHINE_PACKAGES = {
 # Run two tests at a time, each with its own namespaces, directories and sockets. Print the 10 slowest tests.
 TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
 
-# These tests mostly wait for other processes and for the kernel, so two of them leave a CPU idle.
+# These tests mostly wait for other processes and for the kernel, so two tests at a time would leave a CPU idle.
 FOUR_AT_A_TIME = (*TWO_AT_A_TIME, "-n", "4")
 
-# `unit` runs these on one Python only: they check texts, figures, and what the kernel does with files and sockets. The
-# other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
+# `unit` runs these on one Python only: they check texts, statistics, and what the kernel does with files and sockets.
+# The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
 # configuration, the public API and the pytest plugin. A new test file runs on each Python unless it is added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
@@ -108,7 +108,7 @@ def works_as(candidate: str, version: str) -> str | None:
     return path if found == version else None
 
 
-# If no supported version is found, use the Python that runs nox: without any session, `unit` would pass untested.
+# If no supported version is found, use nox's own Python: otherwise `unit` would pass without running any tests.
 PYTHONS = find_pythons() or {"other": sys.executable}
 
 
@@ -139,7 +139,7 @@ def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DE
 
 
 def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, **env: str) -> None:
-    """Run pytest and its subprocesses under coverage; store the data as `data` for the session `coverage`."""
+    """Run pytest and its subprocesses under coverage. The session `coverage` combines the data."""
     COVERAGE_DATA.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE_DATA.glob(f"data.{data}.*"):
         old.unlink()
@@ -153,7 +153,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check Ruff's rules and format, the spelling, and CI files with their published schemas and zizmor."""
+    """Check the code with Ruff, the spelling, and the CI files with zizmor and their published schemas."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -176,7 +176,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation site in build/docs, where warnings are errors, and check it in a headless browser."""
+    """Build the documentation site in build/docs (warnings are errors), and check it in a headless browser."""
     need_programs(session)
     install(session, "docs", "site")
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "build/docs", *session.posargs)
@@ -197,7 +197,7 @@ def is_first(session: nox.Session) -> bool:
 @nox.session
 @ON_EACH_PYTHON
 def unit(session: nox.Session) -> None:
-    """Test the built wheel, without namespaces. Only the first Python runs tests that do not depend on Python."""
+    """Test the built wheel without namespaces. Tests that do not depend on Python run only on the first Python."""
     left_out = () if is_first(session) else tuple(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON)
     run_unit(session, *left_out)
 
@@ -205,7 +205,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
-    """Run all tests that need no namespaces on the built wheel, with each supported Python that was found."""
+    """Run all tests that do not need namespaces on the built wheel, with each supported Python that was found."""
     run_unit(session)
 
 
@@ -259,7 +259,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def release(session: nox.Session) -> None:
-    """Build the files of a release in dist/, with an SBOM. Check that the build is reproducible; audit the packages."""
+    """Build a release with an SBOM in dist/, check that the build is reproducible, and audit the packages."""
     session.install(*nox.project.dependency_groups(PROJECT, "release"))
     work, dist = Path(session.virtualenv.location).resolve() / "work", Path("dist").resolve()
     for place in (work, dist):
@@ -280,7 +280,7 @@ def release(session: nox.Session) -> None:
     session.run("uv", "pip", "install", "--quiet", "--python", python, f"{wheel}[{extras}]")
     installed = work / "requirements.txt"
     lines = session.run("uv", "pip", "freeze", "--python", python, "--exclude-editable", silent=True)
-    # Omit inco-trio itself, which has a path instead of a version, and the messages of uv.
+    # Omit uv's messages, and inco-trio itself, which uv lists with a path instead of a version.
     installed.write_text("".join(f"{line}\n" for line in str(lines).splitlines() if "==" in line))
     session.run(
         *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
@@ -293,14 +293,14 @@ def release(session: nox.Session) -> None:
 @nox.session
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
-    """Test each example project with the built wheel. One Python also runs the tests with inserted faults and QEMU."""
+    """Test each example project with the built wheel. The first Python also tests inserted faults and firmware."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--installer", "uv", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
-    # The firmware, and whether a test detects an inserted fault, do not depend on the Python version.
+    # The firmware does not depend on the Python version, and neither does the detection of inserted faults.
     which = () if is_first(session) else ("-k", "passes and not firmware")
     session.run(
         *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *FOUR_AT_A_TIME),
@@ -319,7 +319,7 @@ def netns(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mosquitto13(session: nox.Session) -> None:
-    """Run the MQTT tests with the mosquitto of Debian 13, which is downloaded and unpacked."""
+    """Download and unpack Debian 13's mosquitto, and run the MQTT tests with it."""
     need_programs(session)
     install(session, "test")
     place = Path(session.virtualenv.location, "debian13")
@@ -336,7 +336,7 @@ def faults_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Run the whole fault suite, and 10,000 round trips (instead of 2,000) with each QEMU core 1. Takes minutes."""
+    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU (minutes)."""
     run_faults(session, "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
@@ -348,7 +348,7 @@ def run_faults(session: nox.Session, marker: str, **env: str) -> None:
 
 @nox.session(default=False)
 def loaded(session: nox.Session) -> None:
-    """Run all tests in random order beside busy processes. `-- --randomly-seed=N` repeats an order."""
+    """Run all tests in random order while other processes keep CPUs busy. `-- --randomly-seed=N` repeats an order."""
     need_programs(session)
     install(session, "test", "loaded")
     count = 2 * (os.cpu_count() or 1)
@@ -390,7 +390,7 @@ def fuzz_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
-    """Fuzz all code that reads data from other programs, for 10 minutes or as in `nox -s fuzz -- --minutes 60`."""
+    """Fuzz all code that reads other programs' data, for 10 minutes by default: `nox -s fuzz -- --minutes 60`."""
     run_fuzz(session)
 
 
@@ -401,13 +401,13 @@ def run_fuzz(session: nox.Session, *args: str) -> None:
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """Run the quick form of the benchmark, which gives no valid figures."""
+    """Run the quick form of the benchmark. Its figures are not meaningful."""
     run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Compare inco-trio with a minimal Trio loop, C and a Python script. `-- --beside PATH` adds another checkout."""
+    """Compare inco-trio with a minimal Trio loop, a C program and a script. `-- --beside PATH` adds a checkout."""
     run_bench(session)
 
 
@@ -425,7 +425,7 @@ def fresh(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def kernels(session: nox.Session) -> None:
-    """Run the tests of tests/kernels on Debian's kernels in QEMU: `nox -s kernels -- 6.1` runs one kernel."""
+    """Run tests/kernels on Debian's kernels in QEMU: `nox -s kernels -- 6.1` runs one kernel."""
     need_programs(session, MACHINE_PACKAGES)
     session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
     session.run("python", "-u", "-m", "tests.kernels", *session.posargs)
@@ -433,7 +433,7 @@ def kernels(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def processors(session: nox.Session) -> None:
-    """Run the tests of system data on emulated processors: `nox -s processors -- s390x` runs one."""
+    """Run the tests that read and write kernel data on emulated processors: `nox -s processors -- s390x` runs one."""
     need_programs(session, MACHINE_PACKAGES)
     session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
     session.run("python", "-u", "-m", "tests.processors", *session.posargs)
@@ -441,7 +441,7 @@ def processors(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def deb(session: nox.Session) -> None:
-    """Build the Debian package of each suite, and check it in a booted system: `nox -s deb -- bookworm`; needs root."""
+    """Build the Debian package for each suite, and check it in a booted system (as root): `nox -s deb -- bookworm`."""
     session.install(*nox.project.dependency_groups(PROJECT, "packages"))
     session.run("python", "-u", "-m", "packages.deb", *session.posargs)
 
@@ -458,14 +458,14 @@ def yocto(session: nox.Session) -> None:
     """Check the Yocto recipes with oelint-adv."""
     session.install(*nox.project.dependency_groups(PROJECT, "yocto"))
     recipes = sorted(map(str, Path("packages/yocto").glob("*.bb")))
-    # The rule that is left out needs a network.
+    # Skip the rule that needs a network.
     suppressed = ("--suppress", "oelint.vars.homepageping")
     session.run("oelint-adv", "--quiet", "--mode", "all", "--release", "scarthgap", *suppressed, *recipes)
 
 
 @nox.session(default=False)
 def lock(session: nox.Session) -> None:
-    """Write the newest versions of the dependencies to packages/requirements.txt, for the packages above."""
+    """Write the dependencies' newest versions to packages/requirements.txt, for the bundle and the Debian package."""
     session.install(*nox.project.dependency_groups(PROJECT, "packages"))
     session.run(
         *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--upgrade"),
@@ -477,7 +477,7 @@ def lock(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def generated(session: nox.Session) -> None:
-    """Regenerate the man pages and shell completions from the argument parser, and the unit of the packages."""
+    """Regenerate the man pages and shell completions from the argument parser, and the packages' systemd unit."""
     install(session, "manual")
     session.run("python", "-m", "docs.manual")
     session.run("python", "-m", "packages.unit")

@@ -17,7 +17,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["COLUMNS"] = "100"  # The width of the help texts.
+os.environ["COLUMNS"] = "100"  # argparse wraps the help texts at this width.
 
 from docs.fields import hide_constructors, table
 from inco_trio import config
@@ -34,7 +34,7 @@ KEYS = {
     "gateway.json": GatewayConfig,
     "broker": Credentials,
 }
-"""The name that the pages use for each table of a file, and the class that parses the table."""
+"""The class that parses each table of a configuration file, by the table's name on the pages."""
 
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
@@ -58,10 +58,9 @@ hide_constructors()
 
 
 class Help(Directive):
-    """The output of `--help` for each command."""
+    """A directive that shows the output of `--help` for each command."""
 
     def run(self) -> list[nodes.Node]:
-        """Return a section for each command."""
         sections: list[nodes.Node] = []
         commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         for each in (*(commands[name] for name in COMMANDS), drop_in_parser()):  # type: ignore[index]
@@ -73,7 +72,7 @@ class Help(Directive):
 
 
 class BuiltinSignals(Directive):
-    """A table of the built-in signals, with the keys of udrv.json that change their registers."""
+    """A directive that lists the built-in signals, with the keys of udrv.json that change their registers."""
 
     def run(self) -> list[nodes.Node]:
         """Return a table with a row for each signal."""
@@ -85,20 +84,19 @@ class BuiltinSignals(Directive):
 
 
 class Keys(Directive):
-    """The keys of one table of a file. The argument is a key of KEYS."""
+    """A directive that lists the keys of one table in a configuration file. The argument is a key of KEYS."""
 
     required_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        """Return a table with a row for each key."""
         cls = KEYS[self.arguments[0]]
         prefix = "" if cls in (BoardFile, GatewayConfig) else f"{self.arguments[0]}."
         return _parsed(self, table(cls, prefix), cls.__module__)
 
 
 def _parsed(directive: Directive, lines: list[str], source: str) -> list[nodes.Node]:
-    """Return the nodes for lines of Markdown."""
+    """Parse lines of Markdown, and return the docutils nodes."""
     node = nodes.section()
     directive.state.nested_parse(StringList(lines, source), directive.content_offset, node)
     return list(node.children)

@@ -12,7 +12,7 @@ INK, PAPER, CORE0, CORE1, PROXY, KEPT = "#1f2933", "#ffffff", "#e3f0fb", "#fdebd
 
 
 class Diagram:
-    """An SVG picture of boxes and arrows on a light background, which is readable in light and in dark pages."""
+    """An SVG diagram of boxes and arrows. Its light background keeps it readable on dark pages, too."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self._parts = [
@@ -30,7 +30,7 @@ class Diagram:
         ]
 
     def text(self, x: float, y: float, *lines: str, anchor: str = "middle", bold: bool = False) -> None:
-        """Write lines of text. The first one is bold if `bold`."""
+        """Draw lines of text. With `bold`, the first line is bold."""
         for number, line in enumerate(lines):
             weight = ' font-weight="bold"' if bold and not number else ""
             self._parts.append(
@@ -38,7 +38,7 @@ class Diagram:
             )
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *lines: str) -> None:
-        """Draw a box with centred text, whose first line is bold."""
+        """Draw a box with centred text. The first line is bold."""
         self._parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="{INK}"/>'
         )
@@ -58,12 +58,11 @@ class Diagram:
             self.text((x1 + x2) / 2, (y1 + y2) / 2 - 8, label)
 
     def svg(self) -> str:
-        """Return the picture."""
         return "\n".join([*self._parts, "</svg>\n"])
 
 
 def overview() -> Diagram:
-    """Draw both directions of a board."""
+    """Draw how notifications travel in both directions of a board."""
     picture = Diagram(880, 240, "Applications use files on core 0; the proxy exchanges Ethernet frames with core 1")
     picture.area(10, 10, 620, 220, CORE0, "core 0 (Linux)")
     picture.area(720, 10, 150, 220, CORE1, "core 1")
@@ -82,7 +81,7 @@ def overview() -> Diagram:
 
 
 def moments() -> Diagram:
-    """Draw where a notification is at each moment."""
+    """Draw the places through which a notification passes: the kernel, the in-flight buffer, and its destination."""
     picture = Diagram(880, 300, "Where a notification is: in the kernel, in the in-flight buffer, or finished")
     for y, direction, queue, task, done in (
         (30, "inbound", ("receive queue", "of the socket"), ("proxy", "writes the file"), ("finished:", "file closed")),
@@ -120,7 +119,7 @@ def restart() -> Diagram:
 
 
 def fleet() -> Diagram:
-    """Draw hosts, gateways and a broker."""
+    """Draw hosts whose gateways connect them to one MQTT broker."""
     picture = Diagram(880, 330, "The proxies of each host, its gateway, and one MQTT broker for all hosts")
     for number, y in enumerate((10, 170), 1):
         picture.area(10, y, 560, 145, CORE0, f"host {number}")
@@ -137,11 +136,10 @@ def fleet() -> Diagram:
 
 
 DIAGRAMS = {"overview": overview, "moments": moments, "restart": restart, "fleet": fleet}
-"""The pictures, by the names of their files."""
+"""The function that draws each diagram, by file name without the suffix."""
 
 
 def main() -> None:
-    """Write the pictures."""
     for name, draw in DIAGRAMS.items():
         (IMAGES / f"{name}.svg").write_text(draw().svg())
 

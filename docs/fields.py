@@ -1,4 +1,4 @@
-"""Document classes for the pages: a table row for each field of an attrs class, and which constructors to hide."""
+"""Document classes on the pages: make tables of the fields of attrs classes, and hide constructors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPENED: tuple[type, ...] = (
     *(inco_trio.testing.Board, inco_trio.testing.BoardCore0, inco_trio.testing.BoardCore1),
     *(inco_trio.testing.BoardProxy, inco_trio.testing.BoardFaults, inco_trio.testing.Guest),
 )
-"""Classes that user programs do not instantiate: a function such as `open_proxy` creates the objects."""
+"""Classes that user programs do not instantiate. Functions such as `open_proxy` create the objects."""
 
 
 def hide_constructors() -> None:
@@ -39,7 +39,7 @@ def described(cls: type) -> dict[str, str]:
 
 
 def table(cls: type, prefix: str = "") -> list[str]:
-    """Return the lines of a Markdown table: each key after `prefix`, "required" or the default, and the description."""
+    """Return the lines of a Markdown table: each key with `prefix`, its default or "required", and its description."""
     rows = ["| key | | |", "|---|---|---|"]
     said = described(cls)
     for field in attrs.fields(cls):

@@ -22,9 +22,9 @@ TERMINALS = {
     "monitor": ("troubleshooting", "inco-trio monitor --count 2"),
     "doctor": ("first-steps", "inco-trio doctor rpmsg4000 --config udrv.json"),
 }
-"""The page and the command of each screenshot, by the name of the picture."""
+"""The page and the command of each screenshot, by image name."""
 COLUMNS = 92
-"""The least width: pages show all screenshots at the same width, so their text has the same size."""
+"""Minimum width in columns. Pages scale all screenshots to one width; equal columns give text of equal size."""
 
 
 def draw(name: str) -> str:
@@ -38,7 +38,7 @@ def draw(name: str) -> str:
     for line in lines:
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title="", unique_id=name)
-    # Browsers do not load fonts for pictures.
+    # Remove the web fonts: browsers do not load fonts for images.
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
 
 

@@ -85,7 +85,7 @@ _NAMES_OF = {
     "proxy_status": ("RecorderStatus", "SignalStatus", "Stats", "Status", "TaskStatus"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-"""The module of each name in `__all__`. Names of the module `errors` are left out."""
+"""The module that defines each name in `__all__`, except for the names from the module `errors`."""
 
 
 def __getattr__(name: str) -> object:

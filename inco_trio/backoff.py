@@ -8,7 +8,7 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Exponential backoff with jitter. Pauses (in seconds) grow up to CAP, which therefore limits the recovery time."""
+    """Exponential backoff with jitter. Pauses grow up to CAP (seconds), so CAP limits how long a recovery takes."""
 
     FIRST = 0.005
     CAP = 0.08

@@ -78,15 +78,15 @@ class Boards:
     refused: Mapping[str, IncoError]
     """The errors of invalid files, by board name. The subject of each error is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
-    """The notes of each board, see `config.Board.notes`."""
+    """The notes of each board; see `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Read the board files in `directory`. Boards in `running` have priority (`refuse_shared`). Raises ConfigError."""
+    """Read the board files in `directory`. `refuse_shared` explains `running`. Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
-        raise ConfigError(directory, f"the directory of boards cannot be read: {error.strerror}") from error
+        raise ConfigError(directory, f"cannot read the board directory: {error.strerror}") from error
     configs: dict[str, Config] = {}
     refused: dict[str, IncoError] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -107,7 +107,7 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     """Read a board file, and return the configuration and the notes of the board. Raises IncoError."""
     if not NAME.fullmatch(name):
         rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
-        raise ConfigError(path, f"a board's name consists of {rule}")
+        raise ConfigError(path, f"a board's name must consist of {rule}")
     table = parse_table(read_file(path), str(path))
     file = table.structure(BoardFile)
     if ("config" in table.values) == ("irq_dir" in table.values):
@@ -118,13 +118,13 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     assert file is not None  # noqa: S101 - `finish` raises if there are mistakes
     netns = None if file.netns is None else NETNS / file.netns
     board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
-    # With `wait_link`, a missing link does not keep the other boards from starting.
+    # With `wait_link`, a board whose link is missing does not prevent the other boards from starting.
     owner, group = (None, None) if file.irq_owner is None else find_owner(file.irq_owner)
     return Config(file.link, board.signals, wait_link=True, netns=netns, owner=owner, group=group), board.notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """Return the link and directories that no other board may use, each with a description."""
+    """Return the link and the directories that no other board may use, each with a description."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -136,9 +136,9 @@ def claims(config: Config) -> dict[object, str]:
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
-    """Return the boards that are refused because they share a link or a directory, and why.
+    """Return the boards to refuse because another board already uses their link or directory, each with the reason.
 
-    `running` contains the current configurations. They have priority, and a refused board keeps its current one.
+    `running` contains the current configurations, which have priority. A refused board keeps its current configuration.
     """
     running = running or {}
     refused: dict[str, str] = {}

@@ -36,15 +36,15 @@ class Config:
     """The configuration of one proxy. Raises `ConfigError` for an invalid link, signal or deadline."""
 
     link: str
-    """The address of the link: an interface's name, or "unix:LOCAL,peer=REMOTE", see `links.address`."""
+    """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"; see `links.address`."""
     signals: tuple[Signal, ...]
     """The signals that the proxy carries."""
     wait_link: bool = False
-    """Wait for a missing link instead of failing at start."""
+    """Whether to wait for a link that is missing at the start, instead of failing."""
     stop_deadline: float = 5.0
-    """Maximum number of seconds for finishing pending notifications during a clean stop."""
+    """Maximum time in seconds that a clean stop may take to finish pending notifications."""
     history: int | None = None
-    """How many notifications the flight recorder keeps, 0 to 65,536 (default: 4,096; fewer with many boards)."""
+    """How many notifications the flight recorder keeps: 0 to 65,536 (default: 4,096, or fewer with many boards)."""
     netns: Path | None = None
     """The path of the interface's network namespace, such as /run/netns/b2 (None: the namespace of this process)."""
     owner: int | None = None
@@ -61,7 +61,7 @@ class Config:
             object.__setattr__(self, "address", parse_address(self.link))
         except InvalidArgumentError as error:
             problems.append(f"link {self.link!r}: {error.reason}")
-        if not self.stop_deadline >= 0:  # `stop_deadline < 0` would accept NaN
+        if not self.stop_deadline >= 0:  # NaN < 0 is false, so `stop_deadline < 0` would accept NaN.
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
         if self.history is not None and not 0 <= self.history <= HISTORY_MAX:
             problems.append(f"history: {self.history} is not a number from 0 to {HISTORY_MAX}")
@@ -78,9 +78,9 @@ class Board:
     """The content of a board's udrv.json."""
 
     signals: tuple[Signal, ...]
-    """The built-in signals, followed by those of the signals table in the order of the file."""
+    """The built-in signals, followed by the signals of the table `misc.inco_proxy.signals` in the file's order."""
     notes: tuple[str, ...]
-    """One line for each missing key that is replaced by its default."""
+    """A line of text for each missing key for which a default is used."""
 
 
 def read_board(path: Path | str) -> Board:
@@ -111,7 +111,7 @@ def parse_board(text: bytes, source: str) -> Board:
 
 @attrs.frozen
 class _Address:
-    """A register, as it is written in a udrv.json: "<device>.<register>"."""
+    """A register in the form that udrv.json uses: "<device>.<register>"."""
 
     device: str
     register: str
@@ -132,7 +132,7 @@ class _Device:
     """An entry of the table `file` in a udrv.json."""
 
     path: Path
-    """The absolute path of the directory, spelled the same everywhere. The proxy creates a missing directory."""
+    """The absolute path of the directory. Devices that share it must use the same path. The proxy creates it."""
 
 
 @attrs.frozen
@@ -188,7 +188,7 @@ def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
 
 
 def _directories(document: Table, found: list[_Found]) -> dict[str, Path]:
-    """Return the directory of each device that is used. Leave out devices with mistakes."""
+    """Return the directory of each device that signals use. Omit devices whose entries are invalid."""
     files = document.table(FILE)
     if files is None:
         return {}

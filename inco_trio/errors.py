@@ -44,7 +44,7 @@ class IncoError(Exception):
 
 
 class InvalidArgumentError(IncoError, ValueError):
-    """An argument of a function is invalid, or invalid in the current state of the object."""
+    """An argument is invalid, either always or in the object's current state."""
 
 
 class ConfigError(IncoError, ValueError):
@@ -63,7 +63,7 @@ class ConfigError(IncoError, ValueError):
 
 
 class PermissionDeniedError(IncoError, PermissionError):
-    """A capability or a file permission is missing; the text names it."""
+    """A capability or a file permission is missing; the error's text names it."""
 
 
 class UnavailableError(IncoError):
@@ -97,11 +97,11 @@ class RecordingError(IncoError):
 
 
 class ResourceError(IncoError):
-    """A system limit is reached: descriptors, inotify instances or watches, memory, disk space."""
+    """A system limit has been reached: descriptors, inotify instances or watches, memory, or disk space."""
 
 
 class UnknownSignalError(IncoError, LookupError):
-    """The signal table has no signal of this name and direction."""
+    """The signal table has no signal with this name and direction."""
 
 
 class ClosedError(IncoError):
@@ -117,8 +117,8 @@ def from_os_error(
 ) -> IncoError:
     """Return the IncoError for an OSError.
 
-    Each case lists error numbers, and the class and reason to use for them. Other numbers become PermissionDeniedError
-    if the kernel denied access, or else the class `otherwise`. Both then have the reason `reason`.
+    Each case contains error numbers, and the class and reason to use for them. For other error numbers, return a
+    PermissionDeniedError if the kernel denied access, else an error of the class `otherwise`, both with `reason`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
         # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's text only mentions open files.
@@ -132,7 +132,7 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return KeyboardInterrupt or else the first error in nested groups. `only` keeps a group of several errors."""
+    """Return the KeyboardInterrupt or else the first error in nested groups. With `only`, keep a group of several."""
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

@@ -1,4 +1,4 @@
-"""The events of a proxy: streams of notifications, a listener, and the counts of the sent signals."""
+"""The events of a proxy: streams of notifications, a listener, and counters of sent signals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Wanted = Callable[[Signal], bool]
 
 Times = tuple[int, int]
-"""The same moment as time.time_ns() and as time.monotonic_ns()."""
+"""One moment, given as time.time_ns() and as time.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -49,7 +49,7 @@ class Notification:
 
 
 class Listener(Protocol):
-    """Receives each event of the board `problems.board_name` immediately. Methods must not block or raise."""
+    """A receiver of all events of the board `problems.board_name`. Its methods must not block or raise."""
 
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
@@ -57,7 +57,7 @@ class Listener(Protocol):
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
 
-        `since` is the time from which they were pending (time.monotonic_ns()), or 0.
+        `since` is the time when they became pending (time.monotonic_ns()), or 0 if they were not pending.
         """
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
@@ -88,7 +88,7 @@ class Deaf:
 
 
 class Events:
-    """Passes notifications on to event streams and to the listener, without waiting for their readers."""
+    """A distributor of notifications to event streams and to the listener. It never waits for their readers."""
 
     def __init__(
         self, counters: Counters, history: History, listener: Listener | None = None, recorder: Recorder | None = None
@@ -109,11 +109,11 @@ class Events:
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes] = (), since: int = 0) -> None:
-        """Report inbound notifications whose state files were written. `since`: see `Listener.carried`."""
+        """Report inbound notifications whose state files were written. For `since`, see `Listener.carried`."""
         self.carried(list(map(_signal_of, files)), frames, since)
 
     def written_late(self, files: Sequence[StateFile], since: int) -> None:
-        """Report inbound notifications that were written after they had been pending."""
+        """Report inbound notifications that had been pending before they were written."""
         self.written(files, (), since)
 
     def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = (), since: int = 0) -> None:
@@ -124,7 +124,7 @@ class Events:
             self.sent_last[signal.name] = now
 
     def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> Times:
-        """Report notifications that were delivered or sent. Return the time that is reported."""
+        """Report notifications that were delivered or sent. Return the reported time."""
         recorder = self.recorder
         at = (time.time_ns(), time.monotonic_ns()) if recorder is None else recorder.append(signals, since)
         if self.history.keeping:
@@ -175,7 +175,7 @@ class Events:
             self.recorder.note(kind, text, state=min(2, max(0, level - logging.INFO) // 10))
 
     def keep(self) -> History:
-        """Store all new notifications in the history, and return the history."""
+        """Start storing new notifications in the history, and return the history."""
         self.history.begin(self._sequence)
         return self.history
 

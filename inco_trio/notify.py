@@ -59,7 +59,7 @@ def notify_reloading() -> None:
 
 
 def notify_reloaded(problem: str | None) -> None:
-    """Report to systemd that a reload has ended, and why it was refused. `systemctl status` shows the reason."""
+    """Report to systemd that a reload has ended and, if it was refused, why. `systemctl status` shows the reason."""
     status = "" if problem is None else f"reload refused, keeping the old configuration: {problem}"
     _tell_systemd(f"READY=1\nSTATUS={status}")
 

@@ -43,9 +43,9 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
 async def starting_and_stopping(
     start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Run tasks, started by `start`, while the block runs. When it ends, await `stop`, shielded from cancellation.
+    """Run the tasks that `start` starts while the block runs. Then await `stop`, shielded from cancellation.
 
-    An exception of the block is raised unchanged. Exceptions of tasks are raised in an ExceptionGroup.
+    An exception in the block is raised unchanged. Exceptions in tasks are raised in an ExceptionGroup.
     """
     failure: BaseException | None = None
     try:
@@ -70,7 +70,7 @@ async def starting_and_stopping(
 
 
 def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """Split `error` into the cancellation, which must be re-raised to the nursery, and all other errors."""
+    """Split `error` into the cancellation, which the nursery must receive, and all other errors."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(trio.Cancelled)
     return (error, None) if isinstance(error, trio.Cancelled) else (None, error)

@@ -1,4 +1,4 @@
-"""The current problems, which are logged when they change, and the board to which a log line belongs."""
+"""The current problems, which are logged only when they change, and the board name that log lines contain."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Problems", "board_name", "noted_by", "noting", "report", "times", "w
 logger = logging.getLogger(__name__)
 
 board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
-"""The board that the current task serves, if the process serves several boards. Log lines name it."""
+"""The name of the board that the current task serves, or "" if the process has only one. Log lines contain it."""
 
 noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = contextvars.ContextVar(
     "inco_trio.noting", default=None
 )
-"""Records an event of the proxy that the current task serves: its kind, its text, and the level of its log line."""
+"""The function that records events of the current task's proxy. It takes a kind, a text and a log level."""
 
 
 def times(count: int) -> str:
@@ -27,7 +27,7 @@ def times(count: int) -> str:
 
 def report(line: logging.Logger, level: int, text: str, kind: str = "message", count: int = 0) -> None:
     """Log a line, and record it in the history of the proxy that the current task serves."""
-    # Record first: a monitor must not report an event with an earlier time than the history has.
+    # Record first: otherwise, a monitor could report an event before the history contains it.
     if (note := noting.get()) is not None:
         note(kind, text, level)
     line.log(level, "%s", text, extra={"event": kind} | ({"fields": {"count": count}} if count else {}))
@@ -35,7 +35,7 @@ def report(line: logging.Logger, level: int, text: str, kind: str = "message", c
 
 @contextlib.contextmanager
 def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
-    """Let `report` record events with `note` while the block runs."""
+    """Make `report` record events by calling `note` while the block runs."""
     token = noting.set(note)
     try:
         yield
@@ -45,7 +45,7 @@ def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working_for(board: str) -> Iterator[None]:
-    """Add the name `board` to log lines while the block runs."""
+    """Add the board name `board` to log lines while the block runs."""
     token = board_name.set(board)
     try:
         yield
@@ -60,7 +60,7 @@ class Problems:
         self._current: dict[object, str] = {}
 
     def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
-        """Set the problem of `key`. If it has changed, log it with the prefix `what` (default: the key)."""
+        """Set the current problem of `key`. If it has changed, log it with the prefix `what` (default: the key)."""
         if self._current.get(key) != problem:
             self._current[key] = problem
             report(logger, logging.WARNING, f"{key if what is None else what}: {problem}", event)

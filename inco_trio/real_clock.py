@@ -1,4 +1,4 @@
-"""A clock that tests do not replace.
+"""A clock that keeps running while a test has frozen time.
 
 Libraries that freeze time for tests, such as freezegun and time-machine, replace the functions of the module `time`,
 even where other modules have imported them. They do not replace CLOCK_MONOTONIC of clock_gettime(2).
@@ -14,7 +14,7 @@ __all__ = ["RealClock", "now"]
 
 
 def now() -> float:
-    """Return the seconds of CLOCK_MONOTONIC."""
+    """Return the time of CLOCK_MONOTONIC in seconds."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 

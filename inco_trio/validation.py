@@ -49,7 +49,7 @@ def read_file(path: Path | str, size_max: int = SIZE_MAX) -> bytes:
     if not is_path(str(path)):
         raise ConfigError(path, "cannot be read: the path has a NUL byte or an unpaired surrogate")
     try:
-        # Check before open(2), which can start a device, and again afterwards: the path may have been replaced.
+        # Check the type before open(2), which can start a device, and again after it: the path may have been replaced.
         _check_regular(path, os.stat(path))  # noqa: PTH116 - `path` may be text
         with open(path, "rb", opener=_open_at_once) as file:
             _check_regular(path, os.fstat(file.fileno()))
@@ -136,7 +136,7 @@ RULES: dict[type, Rule] = {
 }
 """The default rule for each type."""
 NAMES = Rule((list,), "a list of strings", lambda value: all(isinstance(each, str) for each in value))
-# Relative paths are refused, because a daemon has no meaningful working directory.
+# Refuse relative paths, because a daemon has no meaningful working directory.
 ABSOLUTE_PATH = Rule((str,), "an absolute path", lambda value: value.startswith("/"), _path)
 
 
@@ -213,7 +213,7 @@ class Table:
         return f"{self.where}.{shown}" if self.where else shown
 
     def fault(self, key: str, what: str) -> None:
-        """Add a mistake in the value of a key."""
+        """Add a mistake in the value of a key to `problems`."""
         self.problems.append(f"{self.path(key)}: {what}")
 
     def only(self, keys: Iterable[str]) -> None:
@@ -241,19 +241,19 @@ class Table:
         return None
 
     def table(self, key: str) -> Table | None:
-        """Return the table at a key. It is empty if the key is missing, and None if the value is not a table."""
+        """Return the table at a key: an empty table if the key is missing, or None if the value is not a table."""
         value = self.value(key, RULES[dict]) if key in self.values else {}
         return None if value is None else Table(value, self.path(key), self.problems)
 
     def walk(self, path: str) -> Table:
-        """Return the table at a dotted key path. It is empty if it is missing or not a table."""
+        """Return the table at a dotted key path, or an empty table if the value is missing or not a table."""
         table: Table | None = self
         for key in path.split("."):
             table = None if table is None else table.table(key)
         return table or Table({}, path, self.problems)
 
     def structure(self, kind: type[_T]) -> _T | None:
-        """Convert this table to the attrs class `kind`, or return None for mistakes. Unknown keys are mistakes."""
+        """Convert this table to the attrs class `kind`; return None if a value is invalid. Report unknown keys."""
         self.only(field.name for field in attrs.fields(kind))  # type: ignore[arg-type]
         return structure(self.values, kind, self.problems, self.where)
 

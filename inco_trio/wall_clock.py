@@ -7,7 +7,7 @@ import time
 __all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
 
 TOLERANCE_NS = 10**9
-"""Minimum step that counts as setting the wall clock, in nanoseconds. NTP adjusts the rate of both clocks equally."""
+"""Minimum step that counts as setting the wall clock, in nanoseconds. NTP's rate adjustments affect both clocks."""
 
 
 def step_text(step_ns: int) -> str:
@@ -22,7 +22,7 @@ class WallClock:
         self.offset = time.time_ns() - time.monotonic_ns()
 
     def step(self, time_ns: int, monotonic_ns: int) -> int:
-        """Return by how many nanoseconds the wall clock was set since the last call, or 0. Pass the current times."""
+        """Return by how many nanoseconds the wall clock was set since the last call (negative: back; 0: not set)."""
         step = time_ns - monotonic_ns - self.offset
         if -TOLERANCE_NS < step < TOLERANCE_NS:
             return 0
@@ -30,9 +30,9 @@ class WallClock:
         return step
 
     def refresh(self) -> None:
-        """Adjust the difference if the wall clock was set."""
+        """Update the difference if the wall clock was set."""
         self.step(time.time_ns(), time.monotonic_ns())
 
     def seconds(self, monotonic_ns: int) -> float:
-        """Return a monotonic time in seconds since 1970, according to the current wall clock."""
+        """Convert a monotonic time to seconds since 1970, according to the current wall clock."""
         return (monotonic_ns + self.offset) / 1e9

@@ -1,1 +1,1 @@
-"""Tests with the real proxy between two cores that are network namespaces. See README.md."""
+"""Tests of the real proxy between two cores, each of which is a network namespace. See README.md."""

@@ -62,7 +62,7 @@ def core1(cores: Cores) -> Iterator[Peer]:
 
 
 class Canary:
-    """Detects when a network namespace is destroyed: a veth pair that leads into the namespace vanishes with it."""
+    """A veth pair into a network namespace. The pair disappears when the kernel destroys the namespace."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -140,14 +140,14 @@ class Proxy(Launched):
         return {name: value for name, value in record.items() if type(value) is int}
 
     def wait(self) -> int:
-        """Wait until the proxy has ended. Return the exit code, negative for a signal."""
+        """Wait until the proxy has ended. Return the exit code (negative if a signal killed the proxy)."""
         try:
             return self.process.wait(HANG)
         except subprocess.TimeoutExpired:
             self._fail(f"not ended within {HANG:g} s")
 
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
-        return super().stop(number, timeout=timeout)  # The caller's timeout, by default HANG.
+        return super().stop(number, timeout=timeout)  # The caller chooses the timeout (default: HANG).
 
     def close(self) -> None:
         """Stop the proxy, even if a failed test has left it suspended."""
@@ -190,7 +190,7 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
 
 
 class Consumer:
-    """Counts the notifications of one state file, as an application sees them.
+    """A counter of the notifications that an application sees in one state file.
 
     A thread reads continuously, because the kernel queues at most 16,384 events.
     """
@@ -220,7 +220,7 @@ class Consumer:
 
     @property
     def count(self) -> int:
-        """The number of notifications so far. After an overflow of the queue, this fails the test."""
+        """The number of notifications so far. Reading it fails the test if the kernel's event queue has overflowed."""
         with self._changed:
             assert self._failure is None, f"{self.path}: {self._failure}"
             return self._count

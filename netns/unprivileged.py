@@ -1,10 +1,10 @@
 """Run a program as an ordinary user: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
-This script needs root or the capabilities of root. The program must be able to read each PATH (an interpreter, a
-package) even below a directory that only root can enter, such as /root. Therefore, in a new mount namespace
-(mount_namespaces(7)), a tmpfs covers each such directory and contains only PATH.
+This script needs root's capabilities. The program must be able to read each PATH (an interpreter, a package) even below
+a directory that only root can enter, such as /root. Therefore, in a new mount namespace (mount_namespaces(7)), a tmpfs
+covers each such directory and contains only PATH.
 
-In the user namespace of an ordinary user, no other user is mapped. In that case, the program runs as the same user,
+If an ordinary user created the user namespace, it maps only this user. The program then runs as the same user, but
 without capabilities.
 """
 
@@ -22,7 +22,7 @@ from inco_trio.linux.netns import CLONE_NEWNS, unshare
 ORDINARY = 1
 """The user ID of `daemon`. The proxy does not trust `nobody`, whose ID stands for all unmapped users."""
 
-# Constants of <linux/mount.h>.
+# Constants from <linux/mount.h>.
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
@@ -53,7 +53,7 @@ def uncover(paths: list[Path]) -> None:
 def cover_run() -> None:
     """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError without CAP_SYS_ADMIN.
 
-    Proxies of root name their control sockets in this directory after the link, which most tests call rpmsg4000.
+    In this directory, root's proxies create control sockets named after the link. Most tests use the link rpmsg4000.
     """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
@@ -69,7 +69,7 @@ def drop() -> None:
         os.setresgid(ORDINARY, ORDINARY, ORDINARY)
         os.setresuid(ORDINARY, ORDINARY, ORDINARY)
     except OSError:
-        # The ordinary user is not mapped: keep the user, and drop the capabilities.
+        # The user namespace does not map the ordinary user. Keep the current user, but drop the capabilities.
         clear_capabilities()
 
 

@@ -1,7 +1,7 @@
 """Build and check the offline bundle: `python -m packages.bundle`.
 
 The bundle is a tar.gz file in dist/. It contains wheels of the project and of all its dependencies, and the script
-`install`, which needs no index. The check installs it in a network namespace without a network.
+`install`, which does not need a package index. The check installs the bundle without a network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OFFLINE = ("unshare", "--map-root-user", "--net")
 
 
 def build(directory: Path) -> Path:
-    """Create the directory of the bundle and return its path."""
+    """Create the bundle's directory and return its path."""
     found = directory / "wheels"
     found.mkdir()
     project = build_project(found)

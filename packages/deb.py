@@ -1,8 +1,8 @@
 """Build the Debian package for each suite and check it: `python -m packages.deb [SUITE...]`, as root.
 
-mmdebstrap creates the systems, and systemd-nspawn runs commands in them, without a network. The first system has the
-build tools and lintian of the suite. In the second, which boots with systemd, `packages/installed.py` installs,
-upgrades and purges the package. The packages are written to dist/SUITE.
+For each suite, mmdebstrap creates two systems, and systemd-nspawn runs commands in them without a network. The first
+system has the suite's build tools and lintian. The second system boots with systemd, and `packages/installed.py`
+installs, upgrades and purges the package in it. The packages are written to dist/SUITE.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OF_DEBIAN = frozenset({"greenlet"})
 OPTIONAL = frozenset({"mqtt5", "rich", "markdown-it-py", "mdurl", "pygments", "pip"})
 """Dependencies of extras and of the offline bundle, which the package does not contain."""
 
-# systemd needs cgroup v2; the host may have mounted version 1.
+# systemd needs cgroup v2, but the host may have mounted version 1.
 RUN = """
 umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -63,7 +63,7 @@ class System:
         subprocess.run([*command, suite, str(directory), mirror], check=True)
 
     def run(self, *command: str) -> None:
-        """Run a command of systemd-nspawn(1) in the system. Raises CalledProcessError."""
+        """Run systemd-nspawn(1) on the system with the arguments `command`. Raises CalledProcessError."""
         prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-ec", RUN, "sh")
         subprocess.run([*prefix, f"--directory={self.directory}", *command], check=True, stdin=subprocess.DEVNULL)
 
@@ -75,7 +75,7 @@ def write_source(directory: Path, vendored: Path) -> str:
     shutil.copytree(wheels.ROOT, tree, ignore=ignored)
     shutil.copytree(vendored, tree / "vendor")
     (wheel,) = vendored.glob("inco_trio-*.whl")
-    # In versions of Debian, ~ sorts before the end.
+    # In Debian versions, ~ sorts before the end of the string, so 1.0~dev1 is older than 1.0.
     version = wheel.name.split("-")[1].replace(".dev", "~dev")
     with tarfile.open(directory / f"inco-trio_{version}.orig.tar.gz", "w:gz") as orig:
         orig.add(tree, "inco-trio")
@@ -96,7 +96,7 @@ def add_change(tree: Path, version: str, change: str) -> None:
 
 
 def build(suite: str, mirror: str, vendored: Path, work: Path) -> list[Path]:
-    """Build the package twice, with two versions, and run lintian. Return the packages, the older one first."""
+    """Build the package with two version numbers, and run lintian. Return both packages, the older one first."""
     system = System(work / "build", suite, mirror, FOR_BUILD, "buildd")
     source = system.directory / "build"
     source.mkdir()
@@ -120,7 +120,7 @@ def check(suite: str, mirror: str, debs: list[Path], vendored: Path, work: Path)
         shutil.copy(deb, files)
     for name in ("packages", "tests", "netns"):
         shutil.copytree(wheels.ROOT / name, files / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # The programs that send and count need the modules, also while dpkg replaces those of the package.
+    # The programs that send and count need their own copy of the modules, because dpkg replaces the package's files.
     for wheel in vendored.iterdir():
         shutil.unpack_archive(wheel, files / "site", "zip")
     units = system.directory / "etc/systemd/system"
@@ -150,7 +150,7 @@ def main() -> None:
         work = Path(directory)
         vendored = work / "vendor"
         vendored.mkdir()
-        # Each version of Python and each machine gets the same wheels, because none of them is compiled.
+        # The same wheels work on each Python version and machine, because none of them is compiled.
         wheels.download(vendored, machine="x86_64", python="3.11", without=OF_DEBIAN | OPTIONAL)
         wheels.build_project(vendored)
         compiled = [wheel.name for wheel in vendored.iterdir() if not wheel.name.endswith("-none-any.whl")]

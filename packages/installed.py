@@ -28,12 +28,12 @@ SCANDIR = Path("/run/service")
 INBOUND = [f"in_{number}" for number in range(8)]
 OUTBOUND = [f"out_{number}" for number in range(8)]
 PAUSE = 0.002
-"""Seconds between two notifications of one direction."""
+"""Seconds between two notifications in the same direction."""
 AT_LEAST = 1000
-"""Notifications of each direction that are sent in addition to those during the upgrade."""
+"""Minimum number of notifications in each direction: half of them before the upgrade, half after it."""
 
 STATE = ("/opt/check", "/proc", "/run", "/sys", "/tmp", "/var/cache", "/var/lib/dpkg", "/var/lib/systemd", "/var/log")  # noqa: S108
-"""Directories in which the system stores its own state."""
+"""Directories that the check ignores, because the system stores its own state in them."""
 
 
 def run(*command: str) -> str:
@@ -72,14 +72,14 @@ class Sender(threading.Thread):
                 return
             self._send(name)
             self.sent[name] += 1
-            time.sleep(PAUSE)  # The rate of the traffic.
+            time.sleep(PAUSE)  # Limit the rate of the notifications.
 
     def wait_more(self, count: int) -> None:
         """Wait until `count` more notifications have been sent."""
         goal = self.sent.total() + count
         while self.sent.total() < goal:
             assert self.is_alive(), "the sender has failed"
-            time.sleep(PAUSE)  # The time for one notification.
+            time.sleep(PAUSE)  # The sender needs this time for one notification.
 
     def stop(self) -> Counter[str]:
         self._stopping.set()
@@ -102,7 +102,7 @@ def board() -> Iterator[Cores]:
 
 
 def count_during(cores: Cores, event: Callable[[], object]) -> None:
-    """Send in both directions during `event`; fail unless each notification arrives."""
+    """Send notifications in both directions while `event` runs. Fail unless each of them arrives."""
     with cores.peer() as core1, ExitStack() as stack:
         applications = Applications(DIRECTORY, INBOUND, OUTBOUND)
         stack.callback(applications.close)
@@ -168,7 +168,7 @@ def main() -> None:
         run("dpkg", "--remove", "inco-trio")
         assert property_of("ActiveState") == "inactive"
     run("dpkg", "--purge", "inco-trio")
-    # The configuration that the administrator created remains, as do the user and its group.
+    # The administrator's configuration remains, as do the user and its group.
     assert files() - before == {str(CONFIG.parent), str(CONFIG)}, sorted(files() ^ before)
     assert before <= files()
     assert not Path("/run/inco-trio").exists()

@@ -1,4 +1,4 @@
-"""Write `inco-trio@.service`, the unit of the packages: `python -m packages.unit`. The instance is the link's name."""
+"""Write the packages' systemd unit `inco-trio@.service`: `python -m packages.unit`. The instance is the link's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unit() -> str:
     """Return the unit that `inco-trio service systemd` prints, with %i in place of the link."""
     service = link_service("LINK", Path("/etc/inco-trio/LINK.json"))
     text = systemd_unit(service=service, user=USER, program=["/usr/bin/inco-trio"])
-    # The first comments name another path and the commands that create the user, which the package has run.
+    # Omit the first comments: they name another path, and commands that the package has already run.
     return re.sub(r"\bLINK\b", "%i", text[text.index("[Unit]") :]).rstrip("\n") + "\n"
 
 

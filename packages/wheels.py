@@ -1,4 +1,4 @@
-"""The wheels of the project and of its dependencies, in the versions of requirements.txt."""
+"""The wheels of the project and of its dependencies, in the versions that requirements.txt lists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCK = Path(__file__).with_name("requirements.txt")
 
 MACHINES = ("x86_64", "aarch64", "armv7l")
 WITHOUT_WHEEL = {"armv7l": frozenset({"greenlet"})}
-"""Dependencies that have no wheel for a machine. greenlet is only needed by trio-asyncio."""
+"""Dependencies that have no wheel for a machine. Only trio-asyncio needs greenlet."""
 _GLIBC = ("manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_28")
 
 
@@ -59,14 +59,14 @@ def build_project(into: Path, source: Path = ROOT) -> Path:
 
 
 def platforms(machine: str) -> list[str]:
-    """Return the options of pip that select the wheels of a machine."""
+    """Return pip's options that select the wheels for a machine."""
     return [f"--platform={glibc}_{machine}" for glibc in _GLIBC]
 
 
 def download(
     into: Path, *, machine: str, python: str, only: Collection[str] = (), without: Collection[str] = ()
 ) -> None:
-    """Download the wheels of the dependencies for a machine and version of Python. Build those that have no wheel.
+    """Download the dependencies' wheels for a machine and a Python version. Build those that have no wheel.
 
     `only` and `without` contain the names of dependencies. Without `only`, download all.
     """

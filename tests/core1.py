@@ -27,7 +27,7 @@ __all__ = ["SCENARIOS", "Board", "Scenario"]
 SIGNALS = 100
 ROUND_TRIPS = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "2000"))
 KILLS = 10
-FLOOD = 5_000  # Two events each: below the 16,384 of max_queued_events, so no slow consumer can overflow (inotify(7)).
+FLOOD = 5_000  # Each causes two events, so even a slow consumer's inotify queue (16,384 events) does not overflow.
 
 
 class Here:
@@ -67,7 +67,7 @@ class Board:
         self.guest = self._stack.enter_context(self.boot())
 
     def boot(self) -> Guest:
-        """Return core 1. It resets on out_0, floods on out_1, reports counters on out_2 and echoes out_4 and above."""
+        """Return a guest that resets on out_0, floods on out_1, reports counters on out_2 and echoes out_4 and up."""
         return Guest(self._netdev, self._rules, log=self.home / "guest.log", namespace=self._core1)
 
     def consumer(self, number: int) -> Consumer:
@@ -108,7 +108,7 @@ Scenario = Callable[[Board], None]
 
 
 def every_signal_passes_each_way(board: Board) -> None:
-    board.first.wait(1)  # The guest sends in_3 at boot.
+    board.first.wait(1)  # The guest sends in_3 when it boots.
     consumers = {number: board.consumer(number) for number in range(4, SIGNALS)}
     for number in consumers:
         board.trigger(number)
@@ -158,7 +158,7 @@ def a_flood_while_the_proxy_is_stopped_loses_nothing(board: Board) -> None:
     board.trigger(1)
     board.guest.wait_for("floods: ")
     wait_stopped(pid)
-    time.sleep(2)  # The length of the pause is what this scenario tests.
+    time.sleep(2)  # This scenario tests a pause of this length.
     os.kill(pid, signal.SIGCONT)
     consumer.wait(FLOOD)
 

@@ -1,7 +1,7 @@
-"""Unpack the mosquitto of Debian 13 with its libraries into a directory, next to any other distribution.
+"""Unpack Debian 13's mosquitto and its libraries into a directory, without installing them on this system.
 
-`python -m tests.debian13 DIRECTORY` prints the path of a program that runs this mosquitto. It needs apt-get, dpkg-deb
-and the keys of debian-archive-keyring. The tests run the mosquitto that `INCO_TRIO_MOSQUITTO` names.
+`python -m tests.debian13 DIRECTORY` prints the path of a program that runs this mosquitto. This script needs apt-get,
+dpkg-deb and the keys of debian-archive-keyring. The tests run the mosquitto that `INCO_TRIO_MOSQUITTO` names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://
 
 
 def unpack(directory: Path) -> Path:
-    """Return the program in `directory`. Download and unpack the packages unless that has been done before."""
+    """Return the program in `directory`. Download and unpack the packages unless the program already exists."""
     program, root, state = directory / "mosquitto", directory / "root", directory / "apt"
     if program.exists():
         return program

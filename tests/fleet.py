@@ -240,7 +240,7 @@ class Fleet:
         while (count := self._ask("count")) < sent and count != last:
             last = count
             time.sleep(3)  # If nothing arrives for 3 s, the measurement ends.
-        after = self._used()  # What is published after the last frame also belongs to this run.
+        after = self._used()  # Messages published after the last frame also belong to this run.
         received, duplicates, latencies = self._ask("report")
         return Result(
             rate, took, sent, received, duplicates, backlog,

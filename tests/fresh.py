@@ -1,7 +1,7 @@
 """Run the README's commands unchanged on bare Debian systems: `python -m tests.fresh [SUITE...]`, as root.
 
-debootstrap creates each system, with only python3 and python3-venv added to the minimal Debian packages. Both commands
-run in the system as root and as an ordinary user. pip uses the same index as on this machine.
+debootstrap creates each system, with only python3 and python3-venv added to the minimal Debian packages. Two commands
+from the README run in the system as root and as an ordinary user. pip uses the same index as on this machine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HOMES = {"root": "/root", "user": "/home/user"}
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
-# In a chroot, the kernel refuses to create a user namespace (unshare(2), EPERM), because the root of the process is not
-# the root of the mount namespace. So the script first makes the new system that root (pivot_root(2), switch_root(8)).
+# In a chroot, the kernel refuses to create a user namespace (unshare(2), EPERM), because the root directory is not the
+# root of the mount namespace. So the script moves the system to that root, like switch_root(8).
 ENTER = """
 set -e
 mount --bind . .
@@ -160,7 +160,7 @@ def session(suite: str, user: str) -> str:
 
 
 def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
-    """Create a system of the suite, and run two commands of the README on it as each user."""
+    """Create a system of the suite, and run the README's two commands in it as each user."""
     # Do not use /tmp: it may be mounted nodev, and debootstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"inco-trio-{suite}-") as directory:
         # Use a subdirectory, because only root can enter the temporary directory itself.

@@ -28,11 +28,11 @@ from tests.faults.supervised import wait_path
 __all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
 
 PROGRAM = os.environ.get("INCO_TRIO_MOSQUITTO", "mosquitto")
-"""The broker; `tests/debian13.py` provides another version."""
+"""The broker's program. An environment variable selects another version, such as that of tests/debian13.py."""
 
 
 def free_port() -> int:
-    """Return a TCP port that is unused on loopback."""
+    """Return an unused TCP port on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
@@ -54,7 +54,7 @@ class Certificates:
         subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
-        """Return a certificate and key for an IP address or client name; it has expired if `days` is negative."""
+        """Return a certificate and key for an IP address or client name. A negative `days` means already expired."""
         place = self._directory / name
         certificate, key, request = (place.with_suffix(f".{end}") for end in ("pem", "key", "csr"))
         self._openssl("req", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request), *_KEY)
@@ -207,9 +207,9 @@ class Reader:
                 return message
 
     def settle(self) -> None:
-        """Wait until the broker has delivered all messages of publishers that have stopped.
+        """Wait until the broker has delivered all queued messages. All publishers must have stopped.
 
-        The broker handles one packet of each client per turn, so no message is left after 30 turns without one.
+        The broker handles one packet per client in each turn, so its queues are empty after 30 turns without a message.
         """
         quiet = 0
         while quiet < 30:
@@ -227,7 +227,7 @@ class Reader:
         )
 
     def notifications(self) -> Iterator[Message]:
-        """Yield only those messages that are notifications, in order."""
+        """Yield only the messages that are notifications, in order."""
         while True:
             yield self.next(lambda message: message.topic.split("/")[2] in ("inbound", "outbound"))
 

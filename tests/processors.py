@@ -1,7 +1,7 @@
 """Run the unit tests on other processors: `python -m tests.processors [ARCHITECTURE...]`, as root.
 
-mmdebstrap builds a Debian system for each architecture, and qemu-user-static emulates its programs. The wheel and the
-tests run in it, so a wrong byte order or struct size in data of the kernel (inotify, BPF, memfd) fails a test.
+mmdebstrap builds a Debian system for each architecture, and qemu-user-static emulates its programs. The tests run
+in it, so a wrong byte order or struct size in kernel data (inotify, BPF, memfd) makes a test fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.fresh import ENTER, find_mirror
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build/processors"
 ARCHITECTURES = {"arm64": "aarch64", "armhf": "arm", "s390x": "s390x"}
-"""Debian's name of each architecture, and QEMU's name. s390x is big-endian."""
+"""Map from Debian's name of each architecture to QEMU's name. s390x is big-endian."""
 PACKAGES = "python3,python3-venv,python3-greenlet,procps"
 TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
 
@@ -26,13 +26,13 @@ FILES = (
     *("test_address.py", "test_config.py", "test_signals.py", "test_capture.py", "test_protocol.py", "test_link.py"),
     *("test_registers.py", "test_unix_link.py", "test_notify.py", "test_handoff.py", "test_validation.py"),
 )
-"""The tests of data that the kernel and other programs define."""
+"""Test files for data formats that the kernel or other programs define."""
 
 EMULATION_LACKS: dict[str, str] = {}
-"""Tests that an emulated program cannot pass, and the reason."""
+"""Map from each test that cannot pass under emulation to the reason."""
 
 # binfmt_misc makes the kernel start QEMU for foreign programs. With the flag F, the kernel opens QEMU at registration,
-# so QEMU need not be in the system.
+# so QEMU does not have to be installed in the emulated system.
 EMULATE = """
 set -e
 mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
@@ -43,13 +43,13 @@ exec "$@"
 
 
 def emulate(architecture: str, *command: str | Path) -> None:
-    """Run a command that starts programs of this architecture. Raises CalledProcessError."""
+    """Run a command that starts programs of this architecture. Raise CalledProcessError if it fails."""
     name = f"qemu-{ARCHITECTURES[architecture]}"
     subprocess.run(["unshare", "--mount", "sh", "-ec", EMULATE, "sh", name, *command], check=True)
 
 
 def build(architecture: str) -> Path:
-    """Install Debian in a directory, unless an earlier run did."""
+    """Install Debian in a directory, unless an earlier run has already done so."""
     tree = WORK / f"{architecture}.tree"
     if tree.exists():
         return tree
@@ -72,8 +72,8 @@ def install(tree: Path) -> None:
     dist, packages = WORK / "dist", tree / "opt/packages"
     shutil.rmtree(dist, ignore_errors=True)
     subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", dist, ROOT], check=True)
-    # greenlet, which trio-asyncio needs, is compiled: Debian has it for every architecture. So are newer versions of
-    # hypothesis.
+    # trio-asyncio needs greenlet, which is compiled, so use Debian's package. Newer versions of hypothesis are also
+    # compiled, so install the oldest supported version.
     wanted: list[str | Path] = [*dist.glob("*.whl"), *TEST_PACKAGES]
     options = ("--target", packages, "--python-version", python.removeprefix("python"), "--resolution", "lowest-direct")
     subprocess.run(["uv", "pip", "install", "--quiet", *options, *wanted], check=True)

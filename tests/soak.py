@@ -1,6 +1,6 @@
 """Inject random faults for a given time: `python tests/soak.py --minutes 30`, as root.
 
-The soak prints its seed at the start and a table at the end, writes the table as JSON, and fails if anything was lost.
+The test prints its seed at the start and a table at the end, writes the table as JSON, and fails if anything was lost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.faults.clients import Clients
 from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
 
 INTERVAL = 0.7
-"""Seconds between two faults. Half an hour, including the pauses between rounds, has more than 1,000 faults."""
+"""Seconds between two faults: more than 1,000 faults in half an hour, including the pauses between rounds."""
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
     begin = time.monotonic()
-    # A shell without a terminal may start this program with SIGINT ignored. SIGINT and SIGTERM must end all children.
+    # Both signals must end all children. A shell without a terminal may start this program with SIGINT ignored.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     with (

@@ -103,7 +103,7 @@ class Relay:
 
     def __init__(self, broker: Mosquitto, stack: ExitStack) -> None:
         self.bytes_until_cut: Callable[[], int] = lambda: sys.maxsize
-        """Returns after how many bytes a new connection is cut, even inside a packet."""
+        """Returns the number of bytes after which a new connection is cut, even in the middle of a packet."""
         self.connections = 0
         self._broker = broker
         self._pairs: list[_Pair] = []
@@ -149,7 +149,7 @@ class Relay:
             pair.reset()
 
     def stall(self) -> None:
-        """Transfer no more data on the current connections, without closing them."""
+        """Stop transferring data on the current connections without closing them."""
         for pair in self._pairs:
             pair.flows.clear()
 

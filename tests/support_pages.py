@@ -1,10 +1,10 @@
 """Run the shell blocks of a page, and compare their output with the page.
 
-Comments that readers do not see control this:
+HTML comments, which readers do not see, control how the blocks are run:
 
     <!-- file NAME -->      write the next code block to this file instead of running it
     <!-- run COMMANDS -->   run commands that readers do not need, such as a loop that waits for the proxy
-    <!-- exit 0 or 3 -->    accept these exit codes of the next block (default: 0)
+    <!-- exit 0 or 3 -->    accept these exit codes from the next block (default: 0)
     <!-- new shell -->      run what follows in another directory and shell
     <!-- not run: WHY -->   do not run the next block
     <!-- run by TEST -->    another test runs the next block
@@ -58,7 +58,7 @@ ENDING = "trap 'set +e; for job in $(jobs -p); do kill $job; wait $job; done' EX
 
 @attrs.frozen
 class Block:
-    """A code block of a page, with the mark before it."""
+    """A code block on a page, with the mark (HTML comment) before it."""
 
     page: str
     language: str
@@ -69,7 +69,7 @@ class Block:
 
 @attrs.define
 class Script:
-    """What one shell runs: the lines of a shell script, and for each block its text and the output on the page."""
+    """The script for one shell of a page, with the text of each block and the output that the page shows for it."""
 
     page: str
     lines: list[str] = attrs.Factory(list)
@@ -86,7 +86,7 @@ def page_text(page: str) -> str:
 
 
 def parts(page: str) -> Iterator[Block]:
-    """Yield the blocks and the marks `run` and `new shell` of a page in order. Such a mark is a Block without text."""
+    """Yield a page's code blocks and its marks `run` and `new shell` in order. A mark is a Block without text."""
     mark = value = ""
     for found in PART.finditer(page_text(page)):
         if found["mark"] in ("run", "new shell"):
@@ -99,7 +99,7 @@ def parts(page: str) -> Iterator[Block]:
 
 
 def scripts(page: str) -> list[Script]:
-    """Return the scripts of a page, one for each of its shells."""
+    """Return the scripts of a page, one for each shell."""
     made = [Script(page)]
     before = None
     for block in parts(page):
@@ -129,9 +129,9 @@ def scripts(page: str) -> list[Script]:
 
 
 def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script on core 0, as root who has installed inco-trio would. The programs are in `home`.
+    """Run a script as root on core 0, with inco-trio's programs in `home`.
 
-    The script runs in a new directory below an empty /run, where each user may read. /etc/ in the script is there, too.
+    The script runs in a directory below a new, empty /run that every user may read. It uses /run/etc/ for /etc/.
     """
     (home / "bin").mkdir()
     for name, arguments in (
@@ -168,7 +168,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
 
 @contextmanager
 def signalling(core1: Peer) -> Iterator[None]:
-    """Send two signals repeatedly from core 1 while the block runs. The signal table has only one of them."""
+    """Send two signals repeatedly from core 1 while the block runs. Only one of them is in the signal table."""
     stop = threading.Event()
 
     def send() -> None:

@@ -19,13 +19,13 @@ INBOUND = {
     "ihub_hwwd_irq": "message_5_state",
     "ihub_type_b_irq": "message_2_state",
 }
-"""Map from wire name to register of the signals from core 1 to core 0."""
+"""Map from the wire name of each inbound signal to its register."""
 OUTBOUND = {
     "redun_notify_irq": "message_6_trig",
     "ihub_crash_log_irq": "message_0_trig",
     "ihub_uart_irq": "message_1_trig",
 }
-"""Map from wire name to register of the signals from core 0 to core 1."""
+"""Map from the wire name of each outbound signal to its register."""
 
 
 ADD_USER = """
@@ -36,7 +36,7 @@ mount --bind passwd.test /etc/passwd
 
 
 class Cupboard:
-    """An fd store in this process. `heir` returns a second store, from which the next proxy inherits descriptors."""
+    """An fd store in this process. `heir()` returns the store from which the next proxy inherits the descriptors."""
 
     supervisor: str | None = "a test"
 

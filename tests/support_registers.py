@@ -115,7 +115,7 @@ class World:
         return [signal.name for signal in triggered.signals]
 
     def open(self) -> list[str]:
-        """Open the registers; return the names of the signals that this and the queued events trigger."""
+        """Open the registers and read the queued events; return the names of the signals that this triggers."""
         self.registers.open(self.table)
         return self.triggered()
 

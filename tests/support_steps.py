@@ -58,7 +58,7 @@ def at_each_step(act: Callable[[], None]) -> Iterator[None]:
 
 
 class _Selector(selectors.PollSelector):
-    """A selector for an asyncio loop that lets `turns` run Trio before each turn of the loop."""
+    """A selector for an asyncio loop that lets Trio run before each turn of the loop."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Selector(selectors.PollSelector):
 
 
 class Turns(trio.abc.Instrument):
-    """A scheduler of an asyncio loop and the Trio thread of a `Beside`: only one of the two threads runs at a time.
+    """A scheduler that lets only one of two threads run at a time: an asyncio loop or the Trio thread of a `Beside`.
 
     Before each turn of the loop, Trio runs until all of its tasks wait. Trio also runs while the loop's thread is
     blocked in a call. Trio's clock stands still, so the order of the steps does not depend on the threads' speed.
@@ -79,7 +79,7 @@ class Turns(trio.abc.Instrument):
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._free = False
-        """Whether a wait has failed; the threads then run to their end without taking turns."""
+        """Whether waiting for the other thread has failed, so that both threads run on without taking turns."""
         self._trio_ended = False
         self._keeper: trio.lowlevel.Task | None = None
         self._act: Callable[[], bool] | None = None
@@ -91,7 +91,7 @@ class Turns(trio.abc.Instrument):
         self._acted = False
         self._feed: Callable[[], None] | None = None
         self._before = set(threading.enumerate())
-        """Threads of earlier tests, such as the pytest plugin's `inco-trio testing`, which ends with the process."""
+        """Threads that ran before this test, such as the thread `inco-trio testing` of the pytest plugin."""
 
         turns, self._trio_run = self, trio.run
         monkeypatch.setattr(trio, "run", self._run_trio)
@@ -121,8 +121,8 @@ class Turns(trio.abc.Instrument):
         """Run `once()` repeatedly and call `act` one step later in each run; return the number of successful calls.
 
         The last run is the one in which `act` returns False, or in which `once()` ends before `act` is due. By default,
-        `act` cancels the task of `once()`. If `act` is due at a step of Trio, Trio waits with this step until the loop
-        has handled the effects of `act`. Call `check` after each run.
+        `act` cancels the task of `once()`. If `act` is due at a step of Trio, Trio pauses before this step until the
+        loop has handled the effects of `act`. Call `check` after each run.
         """
         for number in count():
             task = asyncio.create_task(once())

@@ -64,9 +64,9 @@ def test_mac_option_sets_the_mac_address() -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
-        ("tcp:host", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
-        ("UNIX:/a,peer=/b", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("", "expected unix:LOCAL,peer=REMOTE or an interface name"),
+        ("tcp:host", "expected unix:LOCAL,peer=REMOTE or an interface name"),
+        ("UNIX:/a,peer=/b", "expected unix:LOCAL,peer=REMOTE or an interface name"),
         ("unix:", "peer=REMOTE is missing"),
         ("unix:/a", "peer=REMOTE is missing"),
         ("unix:/a,,peer=/b", "peer=REMOTE is missing"),

@@ -38,7 +38,7 @@ NOTIFY = "redun_notify_irq"
 
 
 def python(filters: list[str]) -> list[str]:
-    """Return the first words of a Python command line that uses pytest's warning filters."""
+    """Return the start of a command line that runs Python with pytest's warning filters."""
     return [sys.executable, *(part for line in filters for part in ("-W", line))]
 
 
@@ -436,7 +436,7 @@ def test_documented_bridge_to_mqtt(
 ) -> None:
     messages: queue.Queue[MQTTMessage] = mqtt.user_data_get()
     mqtt.subscribe("board/inbound/+", qos=1)
-    # The broker retains this message, so the test need not know when the bridge connects.
+    # The broker retains this message, so the test does not have to wait until the bridge has connected.
     mqtt.publish(f"board/outbound/{NOTIFY}", "now", qos=1, retain=True)
     command = python(pytestconfig.getini("filterwarnings"))
     bridge = start(*command, documented("bridge.py", tmp_path), cores.link, irq_dir, "127.0.0.1")

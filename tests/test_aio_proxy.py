@@ -109,7 +109,7 @@ def descriptors() -> set[str]:
 
 
 def alive() -> tuple[set[str], set[str]]:
-    """Return the names of threads and descriptors, except the memfds that the garbage collector closes later."""
+    """Return the names of threads and descriptors, except memfds, which the garbage collector closes later."""
     kept = {each for each in descriptors() if "memfd:inco-trio" not in each}
     return {thread.name for thread in threading.enumerate()}, kept
 
@@ -366,7 +366,7 @@ def test_buffered_events_can_be_read_after_the_proxy_closed(world: World) -> Non
         assert names([event async for event in stream]).count(HWWD) == 100
         assert await anext(stream, None) is None
         kept.__exit__(None, None, None)
-        with pytest.raises(ClosedError, match="the stream of events is closed"):
+        with pytest.raises(ClosedError, match="the event stream is closed"):
             await anext(stream)
 
     run(main)
@@ -380,9 +380,9 @@ def test_closing_a_stream_ends_a_waiting_reader(world: World) -> None:
                 await proxy.send(NOTIFY)
                 await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
                 (left,) = [reader for reader in readers if not reader.done()]
-            with pytest.raises(ClosedError, match="the stream of events is closed"):
+            with pytest.raises(ClosedError, match="the event stream is closed"):
                 await left
-            with pytest.raises(ClosedError, match="the stream of events is closed"):
+            with pytest.raises(ClosedError, match="the event stream is closed"):
                 await anext(events)
 
     run(main)
@@ -419,7 +419,7 @@ def test_errors_while_opening_are_raised_unchanged(world: World) -> None:
     run(main)
 
 
-# If Trio fails to start, it leaves a socket unclosed.
+# If Trio cannot start, it leaves a socket open.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_too_few_descriptors_is_an_error_and_leaks_nothing(world: World) -> None:
     async def main() -> None:
@@ -617,7 +617,7 @@ def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
 
 @pytest.mark.parametrize("waits", ["never", "before", "after"])
 def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) -> None:
-    """Crash Trio, as only a bug in Trio or inco-trio can. The loop takes a turn at each step of Trio."""
+    """Crash Trio, as a bug in Trio or inco-trio might. In each run, the loop takes a turn at a later step of Trio."""
 
     async def broken() -> None:
         raise RuntimeError("broken")
@@ -650,7 +650,7 @@ def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) 
 
 
 def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
-    """After the loop has ended, the garbage collector closes unfinished coroutines in the same way."""
+    """Close the coroutine as the garbage collector closes unfinished coroutines after the loop has ended."""
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _loop, _context: None)
     entered = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Tests of docs/application.md: its programs report every notification of a burst, and its triggers make one each."""
+"""Tests of docs/application.md: its programs report each notification of a burst, and each trigger causes one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTIFICATION, LOSS = "notification", "notifications may be missing"
 
 
 def block(language: str, beginning: str) -> str:
-    """Return the only code block of the page in this language that begins with `beginning`."""
+    """Return the page's only code block in this language that begins with `beginning`."""
     (text,) = (text for each, text in BLOCKS if each == language and text.startswith(beginning))
     return str(text)
 
@@ -54,14 +54,14 @@ PROGRAMS = {
     "shell": (shell_program, block("sh", "#!/bin/sh"), "close_write,modify", "close_write"),
     "Python": (python_program, block("python", '"""Print'), "flags.CLOSE_WRITE | flags.MODIFY", "flags.CLOSE_WRITE"),
 }
-"""For each language: how to build the program, its text, the mask in it, and a mask that loses notifications."""
+"""Per language: the build function, the program's text, its inotify mask, and a mask that loses notifications."""
 
 FOLLOWERS = ("C", "Python")
-"""The programs that follow a replaced directory and report an overflow."""
+"""Languages of the programs that follow a replaced directory and report an overflow."""
 
 
 class Running:
-    """A program of the page that runs next to a board. Its processes are a group, which can be paused."""
+    """A program from the page that runs beside a board. The test can pause its process group."""
 
     def __init__(self, command: list[str], board: Board) -> None:
         register = board.core0.register(HWWD)
@@ -75,7 +75,7 @@ class Running:
         self.wait_for(READY)
 
     def wait_for(self, wanted: set[str]) -> list[str]:
-        """Read lines up to one of `wanted`, and return the lines before it."""
+        """Read lines until one is in `wanted`; return the lines before it."""
         assert self.process.stdout is not None
         lines: list[str] = []
         for line in map(str.strip, self.process.stdout):
@@ -88,7 +88,7 @@ class Running:
         os.killpg(self.process.pid, number)
 
     def pause(self) -> None:
-        """Stop all processes of the group, and wait until none of them can read any more."""
+        """Stop all processes of the group, and wait until all of them have stopped."""
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(ProcessLookupError):  # The process has ended since glob() found it.
                 if os.getpgid(int(process.name)) == self.process.pid:
@@ -110,7 +110,7 @@ Start = Callable[[str, str], Running]
 
 @pytest.fixture
 def start(board: Board, tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts a program of the page, with its mask replaced by another one."""
+    """Return a function that starts a program from the page with another inotify mask."""
     started: list[Running] = []
 
     def start(language: str, mask: str) -> Running:
@@ -125,7 +125,7 @@ def start(board: Board, tmp_path: Path) -> Iterator[Start]:
 
 
 def burst(board: Board, running: Running) -> None:
-    """Send a burst of signals while the program is paused, and let it go on once all are delivered."""
+    """Send a burst of signals while the program is paused, and resume it once all are delivered."""
     running.pause()
     for _ in range(BURST):
         board.core1.send(HWWD)
@@ -169,7 +169,7 @@ def test_a_program_reports_an_overflow(language: str, board: Board, start: Start
     files = [os.open(board.core0.directory / name, os.O_WRONLY | os.O_CREAT) for name in ("left", "right")]
     for _ in range(int(QUEUE.read_text()) // 2 + 1):
         for file in files:
-            os.pwrite(file, b"1", 0)  # Writes to alternating files do not merge.
+            os.pwrite(file, b"1", 0)  # The kernel does not merge events of alternating files.
     for file in files:
         os.close(file)
     running.signal(signal.SIGCONT)

@@ -154,7 +154,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
         ),
         ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
         ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing (expected the "]),
-        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': neither unix:LOCAL,peer=REMOTE nor an interface"]),
+        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': expected unix:LOCAL,peer=REMOTE or an interface"]),
         (
             {"link": LONG, "irq_dir": "/x"},
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],
@@ -181,7 +181,7 @@ def test_an_invalid_board_name_is_refused(tmp_path: Path) -> None:
     boards = read_boards(directory)
     assert boards.configs == {}
     assert {str(error) for error in boards.refused.values()} == {
-        f"{directory}/{name}.json: a board's name consists of 1 to 64 letters, digits, '.', '_' and '-'; "
+        f"{directory}/{name}.json: a board's name must consist of 1 to 64 letters, digits, '.', '_' and '-'; "
         "the first must be a letter or digit"
         for name in ("a b", "-x", "x" * 65, "ä")
     }
@@ -197,7 +197,7 @@ def test_an_unreadable_boards_directory_is_an_error(tmp_path: Path, kind: str) -
     path = tmp_path / "boards"
     if kind == "file":
         path.touch()
-    with pytest.raises(ConfigError, match=f"{path}: the directory of boards cannot be read: No"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot read the board directory: No"):
         read_boards(path)
 
 

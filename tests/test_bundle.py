@@ -30,7 +30,7 @@ class Killed(Cupboard):
 
 Bundle(Killed({"bundle": int(sys.argv[1])}))
 """
-"""A successor that is killed after it has read the bundle, and before it has stored another one."""
+"""Program of a successor that is killed after it has read the bundle and before it stores a new one."""
 
 
 def contents(bundle: Bundle) -> dict[str, str]:
@@ -112,7 +112,7 @@ def test_superseded_descriptors_are_closed(filled: Cupboard, memfd: Callable[[st
     before = open_descriptors()
     heir = Bundle(filled.heir())
     heir.close()
-    # What stays open are the two copies of the bundle that the test's fd store holds.
+    # Only the two copies of the bundle in the test's fd store stay open.
     assert open_descriptors() <= before + 1
 
 

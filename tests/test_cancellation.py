@@ -38,7 +38,7 @@ class Peer:
         return True
 
     def arrived(self) -> Counter[str]:
-        """Count the frames received and the closes of the state file since the last call, by signal."""
+        """Return how many frames or state-file closes have arrived for each signal since the last call."""
         came: Counter[str] = Counter()
         while True:
             try:

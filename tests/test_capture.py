@@ -167,7 +167,7 @@ def test_missing_directions_are_inferred_from_table_and_mac(tmp_path: Path) -> N
 
 def test_recorder_writes_notifications_marks_and_ignored_frames(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
-    # The direction in the packet flags takes precedence over the table.
+    # The direction in the packet flags takes precedence over the signal table.
     recorder.append(NOW, Direction.OUTBOUND, "ihub_reset_irq", "/r", encode(b"ihub_reset_irq", MAC), "rpmsg4000")
     recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/ö", None, "rpmsg4000")
     recorder.mark(NOW + 2, "the link went down")
@@ -272,7 +272,7 @@ def test_an_unreadable_file_is_a_permission_error(tmp_path: Path, monkeypatch: p
 
 
 def test_times_do_not_depend_on_a_wall_clock_that_is_set(tmp_path: Path) -> None:
-    """The packets have the times of the wall clock, and marks say by how much it was set."""
+    """Packets carry the time of the wall clock, and marks record by how much the clock was set."""
     second, start = 10**9, 5 * 10**9
     steps = (0, 0, 86_400 * second, 86_400 * second, -3600 * second)
     recorder = Recorder(tmp_path / "f")

@@ -33,7 +33,7 @@ SAMPLE = Path(__file__).parent / "data" / "udrv.json"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove configuration variables; restore the package's log and the signal handlers afterwards."""
+    """Remove configuration variables; restore the package's logger and the signal handlers afterwards."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     package = logging.getLogger("inco_trio")
@@ -415,9 +415,9 @@ def test_a_configuration_can_be_standard_input(say: Say, monkeypatch: pytest.Mon
     assert say("check", "--config", "-")[0] == 78
     monkeypatch.setattr(sys, "stdin", None)
     assert say("check", "--config", "-") == (71, "", "inco-trio: error: standard input is closed\n")
-    said = "--config -: this command reads its configuration from a file only"
+    said = "--config -: this command can read its configuration only from a file"
     assert say("service", "systemd", "--config", "-") == (2, "", f"inco-trio: error: {said}\n")
-    said = "--record -: must be a path: it cannot be standard input or standard output"
+    said = "--record -: must be a path, not standard input or standard output"
     assert say("demo", "--record", "-") == (2, "", f"inco-trio: error: {said}\n")
 
 

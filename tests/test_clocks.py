@@ -25,12 +25,12 @@ def waits(call: ast.Call) -> Iterator[ast.expr]:
 
 
 def is_harmless(time: ast.expr) -> bool:
-    """Return whether a duration is HANG or means no wait."""
+    """Return whether a duration is HANG, 0 or None."""
     return (isinstance(time, ast.Constant) and time.value in (0, None)) or ast.unparse(time) == "HANG"
 
 
 def unexplained(source: str) -> list[int]:
-    """Return the lines with a wait that has neither HANG nor a comment on the same line or the line above."""
+    """Return the line numbers of waits without HANG and without a comment on the same line or the line above."""
     comments = {
         token.start[0] + (not token.line.partition("#")[0].strip())
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

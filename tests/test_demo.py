@@ -270,7 +270,7 @@ def running_sockets(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
-    """Return a canary for each core's network namespace, which detects when the namespace is destroyed."""
+    """Return a canary for each core's network namespace. It detects when the namespace is destroyed."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
         if str(path.readlink()).startswith("net:"):

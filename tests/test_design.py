@@ -35,7 +35,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS, 1) for name in n
 QUESTIONS = 10
 FILES_OF_A_RELOAD = 5
 FILES = 3
-"""Maximum number of files to read for a question that is not about a reload."""
+"""Maximum number of files that docs/design.md names for a question that is not about a reload."""
 
 
 def dotted(path: Path) -> str:

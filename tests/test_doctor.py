@@ -13,22 +13,26 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 
+from inco_trio.board_files import Boards
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
+from inco_trio.config import Config
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.examination import trust_of
-from inco_trio.doctor.result import Level, Result, hidden, permit
+from inco_trio.doctor.result import Level, Result, hidden, permit, refused
+from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
+from inco_trio.proxy_status import SignalStatus, Stats, Status
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
@@ -358,7 +362,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-3", ["2"], False, "ok", "one CPU handles its frames", None),
         ("0-3", ["00000000,00000002", "00000000,00000002"], True, "ok", "one CPU handles its frames", None),
         ("0,2", ["0"], True, "ok", "one receive queue without steering", None),
-        # All frames of one EtherType have the same hash, by which the kernel selects one of the CPUs.
+        # The kernel selects a CPU by a hash, which is the same for all frames of one EtherType.
         ("0-1", ["3"], True, "ok", "one CPU handles its frames", None),
         ("0-3", ["f", "f"], False, "ok", "one CPU handles its frames", None),
         ("0-3", ["3", "f"], True, "warn", "rps_cpus is 3, f: several CPUs", ALL_CPUS),
@@ -694,7 +698,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     processes = everyone(PROXY, HOLDER)
     assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
-    # The doctor ignores packet sockets for all EtherTypes, except those of inco_proxy.
+    # The doctor ignores packet sockets that receive every EtherType, unless inco_proxy owns them.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
     assert users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
@@ -756,21 +760,21 @@ def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, 
             False,
             "warn",
             "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost",
-            "inco-trio s6 /run/service --iface l0",
+            "inco-trio service s6 /run/service l0 --config udrv.json",
         ),
         (
-            Users((process(3, "inco-trio run l0 --config u.json"),), (), (), 0),
+            Users((process(3, "inco-trio run l0 --config u.json --irq-owner app"),), (), (), 0),
             False,
             "warn",
             "no fd store keeps its socket",
-            "inco-trio s6 /run/service --iface l0 --config u.json",
+            "inco-trio service s6 /run/service l0 --config u.json --irq-owner app",
         ),
         (
-            Users((process(3, "inco-trio run l0 --config=u.json"),), (), (), 0),
+            Users((process(3, "inco-trio run --boards=b"),), (), (), 0),
             False,
             "warn",
             "no fd store keeps its socket",
-            "inco-trio s6 /run/service --iface l0 --config u.json",
+            "inco-trio service s6 /run/service --boards b",
         ),
         (
             Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
@@ -805,7 +809,7 @@ def test_a_missing_fd_store_is_reported(users: Users, unseen: bool, level: str, 
             "0::/user.slice/user-5.slice/user@5.service/app.slice/inco.service",
             "systemctl --user stop inco.service",
         ),
-        # A login shell and cron are also in a unit of systemd, but nothing restarts their children.
+        # Login shells and cron also run in systemd units, but systemd does not restart their children.
         ({"name": "systemd"}, "0::/user.slice/user-5.slice/session-1.scope", "kill 30"),
         ({"name": "cron", "pid": 7}, "0::/system.slice/cron.service", "kill 30"),
         ({"name": "bash", "pid": 7}, "0::/", "kill 30"),
@@ -849,7 +853,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
         process(n, command, started=n, watches=(place(path),))
         for n, command in ((3, "inco-trio run l0"), (4, "inco_proxy l1"), (5, "tail -f x"))
     )
-    # The doctor ignores the fd store, which holds the proxy's own watches, and its own process.
+    # The doctor ignores its own process and the fd store, which holds the proxy's watches.
     aside = (
         process(6, name="s6-fdholderd", watches=(place(path),)),
         process(os.getpid(), watches=(place(path),)),
@@ -863,19 +867,61 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
 
 
-def test_a_configuration_newer_than_the_proxy_is_a_warning(tmp_path: Path) -> None:
-    path = tmp_path / "u.json"
-    assert list(proxies.configuration(path, PROXY)) == []
-    path.touch()
-    os.utime(path, (100, 100))
-    text = f"{path}: process 3 has read the current version"
-    assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
-    level, _, fix = only(proxies.configuration(path, process(3, started=99)))
-    assert (level, fix) == ("warn", "kill -HUP 3")
-    # `read_at` is the time at which the proxy read the file, as reported by the proxy.
-    assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
-    level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
-    assert (level, text) == ("warn", f"{path}: changed after process 3 read it")
+def status_of(link: str, signals: Iterable[Signal], **more: Any) -> Status:
+    """Return the status that a proxy with this link and these signals reports."""
+    table = tuple(SignalStatus(s.name, s.direction, str(s.path), 0, None, 0, 0, None) for s in signals)
+    return Status(link, 1.0, 1.0, True, "", None, Stats(), table, (), **more)
+
+
+IN_RUN, ELSEWHERE = builtin_signals(Path("/run/irq")), builtin_signals(Path("/run/other"))
+IN_TWO = (*IN_RUN[:2], ELSEWHERE[2])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "more", "changed"),
+    [
+        (IN_RUN, {}, ""),
+        (IN_RUN[::-1], {"netns": "/run/netns/b2", "owner": 12}, ""),
+        (IN_TWO, {}, "redun_notify_irq"),
+        (IN_RUN[:2], {}, "redun_notify_irq"),
+        (ELSEWHERE, {}, "ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq"),
+        (Config("l0", IN_RUN), {}, ""),
+        (Config("l1", IN_TWO), {}, "link, redun_notify_irq"),
+        (Config("l0", IN_RUN, netns=Path("/run/netns/b2")), {"netns": "/run/netns/b2"}, ""),
+        (Config("l0", IN_RUN, netns=Path("/run/netns/b2")), {}, "netns"),
+        (Config("l0", IN_RUN, owner=12, group=13), {"owner": 12, "group": 13}, ""),
+        (Config("l0", IN_RUN, owner=12, group=13), {"owner": 12}, "irq_owner"),
+    ],
+)
+def test_a_proxy_must_use_the_current_content_of_its_file(
+    wanted: Config | Sequence[Signal], more: dict[str, Any], changed: str
+) -> None:
+    # Times do not matter: a file may be newer than the proxy, and the clock may have been set.
+    found = only(proxies.configuration(Path("/b.json"), wanted, PROXY, status_of("l0", IN_RUN, **more)))
+    if changed:
+        text = f"/b.json: process 30 does not use the current version, which differs in {changed}"
+        assert found == ("warn", text, "kill -HUP 30")
+    else:
+        assert found == ("ok", "/b.json: process 30 uses the current version", None)
+
+
+def test_a_proxy_must_serve_the_boards_in_its_directory() -> None:
+    boards = Boards({"a": Config("l0", ()), "b": Config("l1", ())}, {"c": ConfigError("invalid")}, {})
+    # The proxy keeps a board whose file has become invalid.
+    assert list(proxies.board_files(Path("/boards"), boards, ["a", "b", "c"], PROXY)) == []
+    assert [str(result) for result in proxies.board_files(Path("/boards"), boards, ["b", "d"], PROXY)] == [
+        "/boards/a.json: process 30 has not read this file: it does not serve the board: run: kill -HUP 30",
+        "/boards/d.json: was removed, but process 30 still serves the board: run: kill -HUP 30",
+    ]
+
+
+def test_an_unreadable_configuration_is_reported_as_hidden() -> None:
+    denied = PermissionDeniedError("/u.json", "cannot be read: Permission denied")
+    assert refused(Path("/u.json"), denied) == [hidden("the configuration /u.json")]
+    assert [str(each) for each in refused(Path("/u.json"), ConfigError("/u.json", ["a: b", "c: d"]))] == [
+        "/u.json: a: b",
+        "/u.json: c: d",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -975,7 +1021,7 @@ def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str]
             "--boards and --config are mutually exclusive: the file of each board names its link",
         ),
         (["l0", "--boards", "a"], "--boards and LINK are mutually exclusive"),
-        (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["a/b"], "link 'a/b': expected unix:LOCAL,peer=REMOTE or an interface name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
         (["--config", ""], "--config: the path is empty"),
@@ -1007,7 +1053,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     done = run("--boards", boards)
     assert done.returncode == 1
-    assert b"the directory of boards cannot be read: No such file or directory\n" in done.stdout
+    assert b"cannot read the board directory: No such file or directory\n" in done.stdout
     boards.mkdir()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -1093,12 +1139,13 @@ def test_the_doctor_changes_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "trust"),
     [
-        ("", Trust(7)),
-        ("--irq-owner 12:13", Trust(12, 13)),
-        ("--irq-owner=:13", Trust(7, 13)),
-        ("--irq-owner no-such-user", Trust(7)),  # The user was removed after the start of the proxy.
+        ("", Trust(user=7)),
+        ("--irq-owner 12:13", Trust(12, 13, 7)),
+        ("--irq-owner=:13", Trust(None, 13, 7)),
+        ("--irq-owner no-such-user", Trust(user=7)),  # The user was removed after the proxy had started.
     ],
 )
-def test_whom_a_proxy_trusts_is_read_from_its_command_line(option: str, trust: Trust) -> None:
-    assert trust_of(process(1, f"inco-trio run l0 {option}", uid=7)) == trust
-    assert trust_of(None) == Trust()
+def test_whom_a_proxy_trusts_is_read_from_its_status_or_command_line(option: str, trust: Trust) -> None:
+    proxy = process(1, f"inco-trio run l0 {option}", uid=7)
+    assert trust_of(proxy, None) == trust
+    assert trust_of(proxy, status_of("l0", (), owner=3, group=4)) == Trust(3, 4, 7)

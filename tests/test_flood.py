@@ -21,7 +21,7 @@ Watch = Callable[[Path], Consumer]
 
 
 class Restrictable(UnixLink):
-    """A link that can be restricted."""
+    """A fake link that records each call of `restrict`."""
 
     def __init__(self) -> None:
         self.restricted: list[bool] = []
@@ -48,7 +48,7 @@ def test_a_flood_restricts_the_link_until_it_has_ended() -> None:
                     await wait_all_tasks_blocked()
                     assert health.problem is not None
                     assert health.problem.startswith("more than 1000 unknown or malformed frames per second")
-                    # The flood goes on: more than FLOOD frames, counted by a sample.
+                    # The flood continues: the sample that the kernel lets through still has FLOOD frames per check.
                     for _ in range(3):
                         flood.ignored(FLOOD)
                         clock.jump(CALM)
@@ -88,7 +88,7 @@ def test_a_flood_of_unknown_frames_loses_no_known_frame(
     consumer = watch(irq_dir / "message_5_state")
     unknown = [frame(core1.mac, b"unknown_%03d" % number) for number in range(98)]
     block = [*unknown, frame(core1.mac, b"\xff malformed"), frame(core1.mac, b"ihub_hwwd_irqs")]
-    for _ in range(1000):  # Without pauses: more than 50,000 frames per second.
+    for _ in range(1000):  # Send without pauses: more than 50,000 frames per second.
         for data in block:
             core1.send_raw(data)
         core1.send(b"ihub_hwwd_irq")

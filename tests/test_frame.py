@@ -12,7 +12,7 @@ MAC = bytes.fromhex("02005e100001")
 HEADER = BROADCAST + MAC + b"\x88\x00"
 TAGGED = BROADCAST + MAC + b"\x81\x00\x0f\xa0\x88\x00"
 
-anytime = settings(deadline=None)  # The duration of an example depends on the machine.
+anytime = settings(deadline=None)  # How long an example takes depends on the machine.
 macs = st.binary(min_size=6, max_size=6)
 wire_names = st.binary(min_size=1, max_size=NAME_MAX).map(lambda b: bytes(0x21 + c % 0x5E for c in b))
 
@@ -74,7 +74,7 @@ def test_decode_accepts_valid_frames_only(frame: bytes, name: bytes | None) -> N
 def test_a_frame_longer_than_the_maximum_is_not_decoded(length: int, name: bytes | None) -> None:
     whole = (HEADER + b"x").ljust(length, b"\0")
     assert decode(whole) == name
-    # The receive buffer is shorter or longer than the frame.
+    # Also decode from a receive buffer that is shorter or longer than the frame.
     assert decode(memoryview(whole)[:FRAME_MAX], length) == name
     assert decode(memoryview(whole + b"more"), length) == name
 

@@ -31,7 +31,7 @@ FEW = 6
 
 
 def single_events(line: str) -> list[Event]:
-    """Return the events of one line; the event `notifications` stands for several."""
+    """Return the events in one line. A `notifications` event contains several."""
     reply = decode_reply(line.encode())
     if isinstance(reply, Event):
         return [reply]
@@ -103,13 +103,13 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady)
     @rule()
     def restart(self) -> None:
-        """Open the history again, as a new process does that inherits its memory."""
+        """Open the history again, like a new process that inherits its memory."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.follower = [], None
         other = Inflight.open(os.dup(self.inflight.fd))
         os.close(self.inflight.fd)
         self.inflight, self.history = other, History(other.history)
-        self.history.begin(7)  # Has no effect, because the history has already begun.
+        self.history.begin(7)  # This has no effect, because the history has already begun.
 
     @precondition(lambda self: self.follower is not None)
     @rule()

@@ -1,4 +1,4 @@
-"""Tests of the launcher of `inco-trio` processes and of the register watch for blocking code."""
+"""Tests of the process launcher and of the register watch for blocking code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of write_at_once: how many bytes are written, and the reason if some are not."""
+"""Tests of write_at_once: how many bytes it writes, and why it may write fewer than all."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def close(link: PacketLink) -> None:
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
-    """Change attributes of an interface of core 0."""
+    """Change the attributes of an interface on core 0."""
     from pyroute2 import IPRoute
 
     def inside() -> None:
@@ -163,7 +163,7 @@ def test_own_frames_are_not_received(
 
 @pytest.mark.parametrize("random", range(2))
 def test_frames_that_the_kernel_hands_to_a_vlan_are_rejected(link: PacketLink, random: int) -> None:
-    """The kernel first offers a VLAN's frame to the sockets of the parent, with the VLAN as the interface."""
+    """The kernel first passes a VLAN's frame to sockets on the parent interface, but reports the VLAN's index."""
     index = link._index
     link.expect({b"ihub_reset_irq"}, ())
     for restricted in (False, True):
@@ -194,7 +194,7 @@ def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: Packet
     assert [name for name in names if name in expected] == expected
     sample = [name for name in names if name is not None and name.startswith(b"unknown_")]
     assert len(names) == len(sample) + len(expected)
-    # The probability of no frame, and of more than five times the mean of 20, is below 1e-8.
+    # The probability of an empty sample, or of one above five times the mean of 20 frames, is below 1e-8.
     assert 0 < len(sample) < 100
 
 
@@ -566,7 +566,7 @@ def test_an_alternative_name_is_accepted(cores: Cores, core1: Peer) -> None:
 
 
 class FakeRtnetlink(Rtnetlink):
-    """Describes the link as a port of `master`, or as a VLAN."""
+    """A fake rtnetlink socket that describes the link as a port of `master` or as a VLAN."""
 
     def __init__(self, master: str = "", kind: str = "", port_of: str = "") -> None:
         super().__init__()

@@ -235,7 +235,7 @@ def test_lost_lines_are_counted_in_the_next_written_line(
 def test_a_partial_line_is_ended_before_the_next_line(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     set_up_logging("text", verbose=False, fd=writer)
-    # Make room for one page; the line is longer.
+    # Make room for one page (4 KiB). The line is longer than that.
     os.read(reader, 4096)
     logger.info("x" * 10000)
     torn = drain(reader)

@@ -1,4 +1,4 @@
-"""Tests of the watcher of mounts."""
+"""Tests of the mount watcher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def mounts() -> Iterator[Mounts]:
 
 
 class Follower:
-    """Lets a test wait for calls."""
+    """A callback that counts its calls and lets a test wait for the next one."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -82,7 +82,7 @@ def test_a_change_before_the_wait_begins_is_not_lost(mounts: Mounts, change: Cal
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mounts.run)
             await follower.wait_called()
-            # The task is pausing now, so that its next wait begins after this change.
+            # The task pauses after each call, so its next wait begins only after this change.
             change()
             await follower.wait_called()
             assert follower.calls == 2

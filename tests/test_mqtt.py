@@ -120,7 +120,7 @@ def test_nothing_is_lost_when_broker_gateway_or_network_fail(bench: Bench) -> No
         sent += number
 
     def check() -> None:
-        """Check that all notifications arrived in order; duplicates are recognized by their numbers."""
+        """Check that all notifications arrived in order. Ignore duplicates, which repeat a number."""
         last = 0
         for told in reader.notifications():
             number = told.body["sequence"]
@@ -197,7 +197,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
         for name in ("b2", "b3"):
             peer.sendto(FRAME, f"{bench.home}/{name}-0")
         assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # Notifications that precede the removal of a board still arrive after the broker has been down.
+        # Notifications from before the removal of a board still arrive once the broker is back.
         bench.broker.end()
         for _ in range(200):
             peer.sendto(FRAME, f"{bench.home}/b3-0")

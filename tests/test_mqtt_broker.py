@@ -73,7 +73,7 @@ def test_notifications_arrive_in_order_within_the_limits(tmp_path: Path, stack: 
     for _ in range(500):
         bench.board.inbound(peer)
     duplicates = check_order(reader, 500)
-    # mosquitto 2.0.21 ends each first connection whose keep-alive is above its max_keepalive.
+    # mosquitto 2.0.21 closes the first connection of a client whose keep-alive exceeds max_keepalive.
     assert duplicates == 0 or "has exceeded timeout, disconnecting" in bench.broker.log
 
 
@@ -137,7 +137,7 @@ def test_requests_are_sent_in_the_order_of_the_broker(tmp_path: Path, stack: Exi
 
 
 def test_boards_do_not_wait_for_the_requests_of_each_other(tmp_path: Path, stack: ExitStack) -> None:
-    """Core 1 of one board has no socket, so that its link does not accept frames."""
+    """Core 1 of one board has no socket, so that board's link does not accept frames."""
     boards = tmp_path / "boards"
     boards.mkdir()
     for name in ("b1", "b2"):
@@ -229,7 +229,7 @@ def drain(peer: socket.socket) -> None:
 
 
 def secured(tmp_path: Path) -> tuple[list[str], dict[str, str], tuple[Path, Path, Path]]:
-    """Return the lines for a broker with TLS, client certificates and an ACL, and the files of gateway and reader."""
+    """Return the mosquitto.conf lines for TLS and an ACL, and the TLS files of the gateway and the reader."""
     ours = Certificates(tmp_path / "certificates")
     broker, gateway, reader = (ours.sign(name) for name in ("127.0.0.1", "gateway", "reader"))
     acl = tmp_path / "acl"
@@ -284,7 +284,7 @@ def test_nothing_is_lost_over_connections_that_stall(tmp_path: Path, stack: Exit
             bench.board.inbound(peer)
     check_order(reader, 1200)
     assert relay.connections == 1
-    # A connection that is never resumed, such as one through a router that has lost its state, is replaced.
+    # The gateway replaces a connection that never resumes, for example because a router has lost its state.
     relay.stall()
     peer.sendto(FRAME, f"{bench.home}/core0")
     assert next(told.body["sequence"] for told in reader.notifications() if told.body["sequence"] > 1200) == 1201

@@ -1,4 +1,4 @@
-"""Tests of brokers that refuse the client, fail or do not answer: each is one error line, and nothing is lost."""
+"""Tests of brokers that refuse, fail or do not answer: each fault causes one error line, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_a_broker_that_closes_the_connection_is_an_error() -> None:
 
 
 def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], None]) -> None:
-    """Act as a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings."""
+    """Act as a broker that sends a Server Keep Alive, acknowledges `lab/x` and calls `pinged` for each ping."""
     sock, _ = server.accept()
     with sock:
         sock.settimeout(HANG)
@@ -206,7 +206,7 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
 
 @pytest.mark.parametrize("seconds", [1, 0])
 def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the client's own KEEPALIVE, it would not ping before the test ends (paho.mqtt.python#905)."""
+    """If the client used its own KEEPALIVE, it would not ping before the test ends (paho.mqtt.python#905)."""
     monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:

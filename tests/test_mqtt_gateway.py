@@ -23,7 +23,7 @@ REQUEST = Received("lab/b1/send/s1", b"", False, None, None, 1)
 
 
 class Conversation:
-    """Stands for a connection to a proxy."""
+    """A stand-in for the gateway's connection to a proxy."""
 
     path = Path("/control.sock")
 
@@ -54,7 +54,7 @@ def test_two_proxies_are_reported_only_if_both_have_the_board(ending: str, caplo
                 board.leave(first)  # type: ignore[arg-type]
             elif ending == "proxy closes the board":
                 gateway._hear(Event("closed", "b1"), first, [board], nursery)  # type: ignore[arg-type]
-            await trio.sleep(5)  # The time of a simulated clock.
+            await trio.sleep(5)  # The clock is simulated.
             assert board.source is second  # type: ignore[comparison-overlap]
             gateway._hear(Event("closed", "b1"), first, [board], nursery)  # type: ignore[arg-type]
             nursery.cancel_scope.cancel()

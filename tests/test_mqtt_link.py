@@ -307,7 +307,7 @@ def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
     deadline = time.monotonic() + HANG
-    # Some brokers tell the first process that it is replaced. Otherwise the process with the lower random ID ends.
+    # Some brokers report the takeover to the first process. Otherwise, the process with the lower random ID ends.
     while bridge.process.poll() is None and other.process.poll() is None:
         assert time.monotonic() < deadline
     ended, left, path = (bridge, other, "other") if other.process.poll() is None else (other, bridge, "wire0")

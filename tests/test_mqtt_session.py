@@ -246,7 +246,7 @@ def test_packets_may_arrive_in_pieces() -> None:
     ("data", "text"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, "sent invalid MQTT 5 data"),
-        (b"\x32\xff\xff\xff\xff\x01", "the length of a packet is not valid"),
+        (b"\x32\xff\xff\xff\xff\x01", "the packet length is invalid"),
         (b"\x32\xff\xff\xff\x7f", f"was allowed only {PACKET_MAX}"),
         (b"\x40\x03\x00\x07\x50", "sent invalid MQTT 5 data: Invalid PubAckReasonCode"),
         (b"\x40\x01\x00", "sent invalid MQTT 5 data"),
@@ -264,10 +264,10 @@ def test_what_the_protocol_does_not_allow_ends_the_connection(data: bytes, text:
     assert session.goodbye != mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # The codec reports its panic this way.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # The codec's panics cause this warning.
 @pytest.mark.parametrize("data", [b"\x30\x04\x00\x01\xff\x00", b"\xe0\x06\x8e\x04\x1f\x00\x01\xff"])
 def test_a_text_that_is_not_utf_8_ends_the_connection(data: bytes) -> None:
-    with pytest.raises(BrokerLostError, match="a text is not UTF-8"):
+    with pytest.raises(BrokerLostError, match="a string is not valid UTF-8"):
         opened().feed(data)
 
 
@@ -301,7 +301,7 @@ def test_the_end_of_the_connection_wakes_all_callers() -> None:
 
 
 class RefusingConnection:
-    """Refuses a number of subscriptions, and ends when the gateway has subscribed and published its status."""
+    """A fake connection that refuses the first `refusals` subscriptions and records all calls."""
 
     def __init__(self, refusals: int, limits: Limits) -> None:
         self.limits, self._refusals = limits, refusals
@@ -329,14 +329,14 @@ class RefusingConnection:
 def test_the_gateway_retries_a_refused_subscription(
     wildcards: bool, filters: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It publishes its status after the first attempt."""
+    """The gateway publishes its status after the first attempt."""
     limits = opened(wildcard_subscription_available=wildcards).limits
     assert limits is not None
     connection: Any = RefusingConnection(3, limits)
     gateway = Gateway(parse_broker("mqtt://h/lab"), GatewayConfig(send={"b1": ["c", "a/b", "*"]}))
 
     async def main() -> None:
-        with trio.move_on_after(60):  # The time of a simulated clock.
+        with trio.move_on_after(60):  # The clock is simulated.
             await gateway._exchange(Board("b1"), Topics("lab", "b1"), connection)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -352,7 +352,7 @@ def test_pauses_grow_until_a_connection_lasts() -> None:
         backoff, taken = BrokerBackoff(), []
         for _ in range(8):
             backoff.connected()
-            await trio.sleep(lasting)  # Let a connection last, by the simulated clock.
+            await trio.sleep(lasting)  # Simulate how long the connection lasts.
             taken.append(backoff.lost(error))
         return taken
 

@@ -41,7 +41,7 @@ from tests.support_proxy import Cupboard, trigger
 REFUSED = "in-flight buffer: cannot use the stored memory ("
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 NUMBERS = KEY * 65536
-"""Offset of the numbers in a table."""
+"""Offset of the numbers in a table, which follow its 65,536 keys."""
 
 
 def filled() -> Inflight:
@@ -95,7 +95,7 @@ def changed(write: Callable[[mmap.mmap, dict[str, int]], None]) -> int:
 
 
 def use(memory: Inflight) -> None:
-    """Do with the memory what a proxy, its gateway and its status do."""
+    """Use the memory in the same way as a proxy, its gateway and its status do."""
     for bank in (*memory.frames, *memory.events):
         bank.begin(bank.sequence + 1)
     for bank in memory.frames:
@@ -170,9 +170,9 @@ INVALID = [
     (number_at("watch numbers", 0, 2**31), f"a table has an invalid entry: {b'k' * 64!r}, {2**31}"),
     (number_at("queue", 8, 2**62), "the event queue has invalid positions"),
     (number_at("queue", 0, POSITION_MAX), None),
-    (number_at("queue", 8, 40), "the event queue has an incomplete event"),
-    (number_at("queued events", 8, 2**63), "the event queue has an incomplete event"),
-    (bytes_at("queued events", 4, bytes(4)), "the event queue has an incomplete event"),
+    (number_at("queue", 8, 40), "the event queue contains an incomplete event"),
+    (number_at("queued events", 8, 2**63), "the event queue contains an incomplete event"),
+    (bytes_at("queued events", 4, bytes(4)), "the event queue contains an incomplete event"),
     (number_at("history", 3 * 8, 2**63), "the history contains invalid numbers"),
     (number_at("history", 2 * 8, 2**64 - 1), "the history contains invalid numbers"),
     (number_at("history", 6 * 8, 2**63), "the history contains invalid numbers"),

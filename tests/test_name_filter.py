@@ -1,4 +1,4 @@
-"""Tests of the socket filter for the names of a signal table, by an interpreter of classic BPF."""
+"""Tests of the socket filter for a signal table's names, run by an interpreter of classic BPF."""
 
 from __future__ import annotations
 

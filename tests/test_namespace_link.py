@@ -1,4 +1,4 @@
-"""Tests of a link in a named network namespace that is deleted and recreated under its name."""
+"""Tests of a link in a named network namespace that is deleted and recreated under the same name."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
 
 @pytest.fixture
 def others() -> Iterator[Cores]:
-    """Yield the cores that replace the first ones."""
+    """Yield two more cores, which replace the first two."""
     with two_cores() as cores:
         yield cores
 
 
 @pytest.fixture
 def name(tmp_path: Path) -> Path:
-    """Return the path of the name of the network namespace."""
+    """Return the path that names the network namespace."""
     return tmp_path / "netns"
 
 
 def give(name: Path, namespace: Namespace) -> None:
-    """Let the name lead to a namespace, in one step."""
+    """Make the name refer to a namespace, atomically."""
     new = name.with_suffix(".new")
     new.symlink_to(f"/proc/{os.getpid()}/fd/{namespace.fd}")
     new.rename(name)
@@ -49,11 +49,11 @@ def packet_sockets(namespace: Namespace) -> int:
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(HANG):
         while not condition():  # noqa: ASYNC110 - no event reports what the kernel has
-            await trio.sleep(0.01)  # How often the test looks.
+            await trio.sleep(0.01)  # The interval between two checks.
 
 
 def following(name: Path, cores: Cores, tmp_path: Path, body: Callable[[Proxy, Cupboard], Awaitable[None]]) -> None:
-    """Run `body` with a proxy in the network namespace that `name` leads to."""
+    """Run `body` with a proxy in the network namespace that `name` refers to."""
 
     async def main() -> None:
         signals = builtin_signals(tmp_path / "irq")

@@ -1,4 +1,4 @@
-"""Unusual input from users and from the system: each command prints one error line and returns the right exit code."""
+"""Tests with unusual input from users and the system: each command prints one error line and the exit code is right."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_every_command_checks_links_in_the_same_way(
         2,
         b"",
         complaint(
-            f"link {shown}: neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
-            "'/', ':' and whitespace"
+            f"link {shown}: expected unix:LOCAL,peer=REMOTE or an interface name (1 to 15 bytes of UTF-8 without "
+            "'/', ':' or whitespace)"
         ),
     )
     assert list(tmp_path.iterdir()) == []
@@ -203,7 +203,9 @@ def scan(directory: Path, *words: str) -> Done:
     return code, out.replace(b"%b/" % os.fsencode(directory), b""), err.replace(b"%b/" % os.fsencode(directory), b"")
 
 
-PASSED_OVER = b"warning: inco-trio-x/data/uid: not written by `inco-trio s6`, so its service may not use the fd store\n"
+PASSED_OVER = (
+    b"warning: inco-trio-x/data/uid: not written by `inco-trio service s6`, so its service may not use the fd store\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_an_unreadable_service_file_is_an_error(tmp_path: Path, nobody: list[str
     scandir = tmp_path / "scan"
     scan(scandir)
     for path in [scandir, *scandir.rglob("*")]:
-        os.chown(path, 1, 1)  # The user of netns/unprivileged.py.
+        os.chown(path, 1, 1)  # netns/unprivileged.py runs programs as this user.
     (scandir / "inco-trio-x" / "data").mkdir(parents=True)
     (scandir / "inco-trio-x" / "data" / "uid").write_text("5")
     (scandir / "inco-trio-x" / "data").chmod(0)
@@ -446,7 +448,7 @@ def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores,
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # No file may get the descriptor number of a closed stream: log lines would be written to that file.
+        # No file may get the descriptor number of a closed stream, because log lines would be written to that file.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()

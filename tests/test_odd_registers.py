@@ -1,4 +1,4 @@
-"""Registers that another user or a mistake replaced by a device, a FIFO, a hard link or a mount: nothing is written."""
+"""Tests of registers that became a device, a FIFO, a hard link or a mount: the proxy writes nothing to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support_registers import Clock, World
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 
 Replace = Callable[[Path, ExitStack], Callable[[], bool]]
-"""Replace the file at a path. Return a function that returns whether the replacement is untouched."""
+"""A function that replaces the file at a path and returns a check that the replacement is untouched."""
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ odd = pytest.mark.parametrize(
     [
         ("has 2 names (hard links)", hard_link),
         ("not a regular file but a FIFO", fifo_with_reader),
-        pytest.param("not on the filesystem of its directory", bind_mount, marks=pytest.mark.netns),
+        pytest.param("not on the same filesystem as its directory", bind_mount, marks=pytest.mark.netns),
     ],
     ids=["hard link", "FIFO", "mount"],
 )

@@ -229,7 +229,7 @@ def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: Wo
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(world.outbound.send, Health("send"))
                 started = trio.current_time()
-                # One batch, as after a burst of triggers.
+                # Hand over one batch, as after a burst of triggers.
                 batch = Batch([world.notify] * 500, finished=trio.Event())
                 await world.handoff.hand_over(world.handoff.begin(batch))
                 assert batch.finished is not None

@@ -1,4 +1,4 @@
-"""Tests that the files for packages agree with the project; the nox session `deb` and others do the rest."""
+"""Tests that the packaging files agree with the project. Nox sessions such as `deb` build and test the packages."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> No
 
 
 def up(page: Path) -> str:
-    """Return the path from the directory of a page to the root, as in a link."""
+    """Return the relative path from a page's directory to the project's root, as links on the page use it."""
     return "" if page.parent == ROOT else "../"
 
 
@@ -295,6 +295,6 @@ def test_the_diagrams_are_up_to_date() -> None:
 
 
 def test_the_terminal_screenshots_are_up_to_date() -> None:
-    # Compare the texts only: versions of rich write different SVG.
+    # Compare only the texts, because the SVG differs between versions of rich.
     old = [name for name in TERMINALS if visible((IMAGES / f"terminal-{name}.svg").read_text()) != visible(draw(name))]
     assert not old, "run `python -m docs.terminals`, and commit"

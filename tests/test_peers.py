@@ -90,7 +90,7 @@ def test_a_client_trusts_its_own_user_and_the_owner_of_the_directory(
     path = tmp_path / "control.sock"
     user = os.geteuid() if whose == "this user" else STRANGER
     os.chown(tmp_path, user, -1)
-    with listening_as(user, path), pytest.raises(ProtocolError):  # The client has read the greeting.
+    with listening_as(user, path), pytest.raises(ProtocolError):  # The client has read the invalid greeting.
         connect(path)
 
 

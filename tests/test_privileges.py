@@ -18,7 +18,6 @@ import pytest
 import trio
 
 from inco_trio.config import Config
-from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import proxies
 from inco_trio.errors import ResourceError
 from inco_trio.linux import capabilities as cap
@@ -34,7 +33,7 @@ from tests.faults.supervised import wait_path
 from tests.support_control import COMMAND, Board
 from tests.support_doctor import process
 
-LOCKED = "--lock-memory: cannot lock memory (its size is limited): set `ulimit -l unlimited`"
+LOCKED = "--lock-memory: cannot lock memory (RLIMIT_MEMLOCK is finite): set `ulimit -l unlimited`"
 
 
 def status_of(pid: int, task: str = "") -> dict[str, str]:
@@ -64,9 +63,9 @@ def test_used_memory_is_locked_and_unused_memory_is_not_allocated(tmp_path: Path
         proxy = board.running("--lock-memory")
         status = status_of(proxy.pid)
         locked, size = (int(status[name].split()[0]) for name in ("VmLck", "VmSize"))
-        # The kernel counts whole mappings as locked. The difference is the vdso and the like.
+        # The kernel counts whole mappings as locked, except special mappings such as the vdso.
         assert locked > size * 0.9
-        # The in-flight buffer has 20 MB, of which only the used pages are in memory.
+        # The in-flight buffer has a size of 20 MB, but only its used pages are in memory.
         assert int(status["RssShmem"].split()[0]) < 4096
         board.trigger()
         assert peer.recv(100)
@@ -77,7 +76,7 @@ def bits(*capabilities: int) -> int:
 
 
 def effective(pid: int) -> int:
-    """Return the capabilities of a process, once all of its threads have the same."""
+    """Wait until all threads of a process have the same effective capabilities, and return these."""
     deadline = time.monotonic() + HANG
     while True:
         found = set()
@@ -86,7 +85,7 @@ def effective(pid: int) -> int:
         if len(found) == 1:
             return int(found.pop(), 16)
         assert time.monotonic() < deadline, found
-        time.sleep(0.01)  # The diagnosis thread ends on its own.
+        time.sleep(0.01)  # Wait for the end of the diagnosis thread.
 
 
 OURS = int(status_of(os.getpid())["CapEff"], 16)
@@ -153,11 +152,9 @@ def test_the_doctor_reports_capabilities(mode: str, level: str, text: str, tmp_p
 )
 def test_the_doctor_knows_what_a_proxy_needs(command: str, netns: str | None, levels: list[str]) -> None:
     held = ("CAP_NET_RAW", "CAP_SYS_ADMIN")
-    status = Status("a", 0, 0, True, "", None, Stats(), (), (), capabilities=held)
-    board = BoardStatus("a", status=status)
-    found = proxies.capabilities(process(1, command), board, None if netns is None else Path(netns))
+    status = Status("a", 0, 0, True, "", None, Stats(), (), (), capabilities=held, netns=netns)
+    found = proxies.capabilities(process(1, command), status)
     assert [result.level.name.lower() for result in found] == levels
-    assert not [*proxies.capabilities(process(1, command), BoardStatus("a", "not open"), None)]
 
 
 def test_an_escape_keeps_all_capabilities(tmp_path: Path) -> None:
@@ -173,7 +170,7 @@ def test_a_proxy_that_waits_for_its_link_has_already_dropped_capabilities(cores:
     words = ["missing0", "--irq-dir", str(tmp_path / "irq"), "--control", "none", "--wait-link"]
     proxy = Proxy(cores.core0, words, {}, tmp_path / "log")
     try:
-        proxy.wait_log("waiting for it")
+        proxy.wait_log("waiting for the link")
         kept = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}
         assert effective(proxy.pid) == OURS & bits(*kept)
         status = status_of(proxy.pid)

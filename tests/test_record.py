@@ -373,7 +373,7 @@ def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
 
 
 FLOOD = 20_000
-"""More events than the proxy queues for a client, and than fit into the buffers of a socket."""
+"""More events than fit into the proxy's queue for a client and into the buffers of the client's socket."""
 
 
 def flood(board: Board, peer: socket.socket) -> None:
@@ -388,7 +388,7 @@ def counts(path: Path) -> Counter[str]:
     return Counter(entry.signal for entry in everything(path) if isinstance(entry, Entry) and not entry.pending)
 
 
-# A record can hold a whole batch, so 16 of them never cover the flood, and thousands may.
+# A history record can hold a whole batch: 16 records never cover the flood, but thousands of records could.
 @pytest.mark.parametrize("size", [65_536, 16, 0])
 def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     board: Board, start: Callable[..., Running], tmp_path: Path, size: int

@@ -59,7 +59,7 @@ class Board:
 
     @asynccontextmanager
     async def proxy(self) -> AsyncIterator[Proxy]:
-        """Yield a proxy that takes over from its predecessor. At the end of the block it leaves its unfinished work."""
+        """Yield a proxy that takes over from its predecessor. After the block, it leaves unfinished work behind."""
         self.store = self.store.heir()
         async with open_supervised(self.config, self.store) as proxy:
             yield proxy
@@ -83,7 +83,7 @@ class Board:
 
 
 class Peer:
-    """Core 1, at the other side of the link."""
+    """Core 1, on the other side of the link."""
 
     def __init__(self, path: Path) -> None:
         self._socket = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -240,7 +240,7 @@ async def leave_in_flight(board: Board, older: list[str], newer: list[str], firs
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Run other tasks until `true()` is true."""
+    """Let other tasks run until `true()` returns True."""
     while not true():
         await trio.lowlevel.checkpoint()
 

@@ -209,7 +209,7 @@ class Calm(RuleBasedStateMachine):
 
     @rule()
     def overflow(self) -> None:
-        """Let the kernel's event queue overflow. The proxy must then report each trigger exactly once."""
+        """Simulate an overflow of the kernel's event queue. The proxy must then report each trigger exactly once."""
         self.follow()
         self.triggered.update(self.outbound)
         self.report(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))

@@ -89,7 +89,7 @@ class Walk(RuleBasedStateMachine):
         self.written -= reported
 
     def wrote(self, path: Path) -> None:
-        """Add a trigger that was written to `written`, if it is in the table."""
+        """Record in `written` that a trigger was written, if it is in the table."""
         if any(signal.path == path for signal in self.world.table.outbound.values()):
             self.written.add(path)
 
@@ -174,7 +174,7 @@ class Walk(RuleBasedStateMachine):
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
-            # The proxy opens a new directory at once, and looks at its files in the next step that is due.
+            # The proxy opens a new directory at once, but looks at its files only at the next retry that is due.
             seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
@@ -300,7 +300,7 @@ class Walk(RuleBasedStateMachine):
 
 
 class SharedWalk(Walk):
-    """The same walk, with another board in the same process."""
+    """The random walk of `Walk`, with another board in the same process."""
 
     shared = True
 
@@ -335,7 +335,7 @@ def test_an_overflow_hides_a_rename_from_a_removed_trigger_to_a_configured_one()
 
 @pytest.mark.parametrize("kind", [Walk, SharedWalk])
 def test_a_file_removed_before_ours_is_created_counts(kind: type[Walk]) -> None:
-    # Found by the long random walk: the proxy mistook an event of the application's file for one of its own file.
+    # Found by the long random walk: the proxy mistook an event of the application's file for an event of its own file.
     machine = kind()
     machine.move_away(directory="board/irq")
     machine.follow()

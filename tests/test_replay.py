@@ -142,7 +142,7 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         (
             ("f", "unix:HOME/1,peer=HOME/0"),
             69,
-            "HOME/1: the link accepts no frames: no process is at HOME/0 (No such",
+            "HOME/1: the link accepts no frames: no process has bound HOME/0 (No such",
         ),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
@@ -219,7 +219,7 @@ def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["core0", "core1"])
 def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: str) -> None:
-    """A recording has it twice: as core 1 or an application caused it, and as the proxy delivered or sent it."""
+    """The recording has it twice: when core 1 or an application caused it, and when the proxy delivered or sent it."""
     recorder = Recorder(tmp_path / "f")
     recorder.append(1, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "x", pending="cannot write: Is a directory")
     recorder.append(2, Direction.OUTBOUND, OUT, "", None, "x", pending="Network is down")
@@ -309,7 +309,7 @@ def test_packets_that_a_replay_leaves_out_are_counted_by_reason(tmp_path: Path) 
     short = bytearray(packet_block(0, 9, frame, None))
     short[24:28] = (100).to_bytes(4, "little")  # The original length: the capture kept only the start of the packet.
     other = bytearray(interface_block("can0"))
-    other[8] = 227  # LINKTYPE_CAN_SOCKETCAN
+    other[8] = 227  # The link type is LINKTYPE_CAN_SOCKETCAN.
     path.write_bytes(b"".join([*blocks, short, other, packet_block(1, 10, frame, None)]))
     link = f"unix:{tmp_path}/1,peer={tmp_path}/0"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0:

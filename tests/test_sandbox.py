@@ -177,7 +177,7 @@ def test_a_proxy_in_the_sandbox_does_its_work(tmp_path: Path) -> None:
             client.until(event="notification", direction="inbound")
             proxy.process.send_signal(signal.SIGHUP)
             proxy.wait_log("reloaded")
-            # The proxy recreates the files in a new directory. Its parent is what the rule of Landlock names.
+            # The proxy may recreate the files in a new directory, because the Landlock rule names the parent.
             board.irq.rename(tmp_path / f"former{turn}")
             board.irq.mkdir()
             wait_path(board.irq / "message_6_trig")
@@ -253,7 +253,7 @@ def test_the_filter_of_each_machine(name: str) -> None:
         assert (run("clone", 0, flags) if name == "s390x" else run("clone", flags)) == expected
     assert filtered.run(9999, arch, byteorder=byteorder) == ENOSYS
     assert filtered.run(calls["read"], 0x1234, byteorder=byteorder) == EPERM
-    # No system call appears twice, and a number that is in no row is refused.
+    # No system call appears twice in the table, and a number that is not in the table is refused.
     assert len(set(calls.values())) == len(calls)
     free = next(number for number in range(seccomp.NEWEST) if number not in calls.values())
     assert filtered.run(free, arch, byteorder=byteorder) == EPERM
@@ -318,9 +318,9 @@ def test_the_rules_fit_the_version_of_the_kernel(
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
-        ("landlock", "sandbox: cannot restrict writing (Landlock: Function not implemented): continuing without"),
-        ("seccomp", "sandbox: cannot filter system calls (seccomp: Function not implemented): continuing without"),
-        ("machine", "sandbox: cannot filter system calls (unknown machine): continuing without"),
+        ("landlock", "sandbox: cannot restrict writing (Landlock: Function not implemented): continuing without it"),
+        ("seccomp", "sandbox: cannot filter system calls (seccomp: Function not implemented): continuing without it"),
+        ("machine", "sandbox: cannot filter system calls (unknown machine): continuing without it"),
     ],
 )
 def test_a_kernel_without_a_part_of_the_sandbox_is_one_warning(

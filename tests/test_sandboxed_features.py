@@ -54,7 +54,7 @@ def running(stack: ExitStack, log: Path, *arguments: str | Path, cores: Cores | 
 
 
 def check_boards(boards: Boards, peers: Mapping[str, socket.socket]) -> None:
-    """Check that each board carries notifications in both directions."""
+    """Check that each board delivers and sends notifications."""
     for name, peer in peers.items():
         state = boards.home / name / "message_5_state"
         state.write_text("")
@@ -160,7 +160,7 @@ def test_an_interface_is_recreated(cores: Cores, core1: Peer, tmp_path: Path) ->
 
 
 def check_interface(core1: Peer, irq: Path) -> None:
-    """Check that a board on an interface carries notifications in both directions."""
+    """Check that a board on an interface delivers and sends notifications."""
     state = irq / "message_5_state"
     state.write_text("")
     (irq / "message_6_trig").write_text("1")
@@ -182,7 +182,7 @@ def test_a_killed_proxy_under_s6_loses_nothing(boards: Boards) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
-        # The second process inherits the descriptors, and a third one those that a reload in the sandbox has stored.
+        # The second process inherits the first one's descriptors. The third one inherits those stored by a reload.
         for turn in range(3):
             pid = main_process(service.directory)
             assert status_of(pid)["Seccomp"] == "2"

@@ -21,6 +21,7 @@ import pytest
 from inco_trio.cli import send as send_command
 from inco_trio.cli.send import _Schedule
 from inco_trio.cli.signalling import alone
+from inco_trio.cores.peer import Peer
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
@@ -55,7 +56,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Yield a function that starts a command and returns its process once its --after command shows that it listens."""
+    """Yield a function that starts a command and returns its process once its --after command shows it is listening."""
     with ExitStack() as stack:
 
         def start(*words: str | Path) -> subprocess.Popen[str]:
@@ -255,24 +256,23 @@ def test_send_and_wait_choose_a_board(board: Board) -> None:
 
 
 @pytest.mark.netns
-def test_other_users_may_wait_if_the_group_allows_it_but_not_send(
-    board: Board, nobody: list[str], tmp_path: Path
-) -> None:
-    board.core1()
-    board.running()
-    temporary = Path(tempfile.gettempdir())
-    for path in (board.path.parent, *board.path.parents):
-        if temporary in path.parents:
+def test_other_users_may_wait_if_the_group_allows_it_but_not_send(nobody: list[str]) -> None:
+    # Other users may not enter pytest's directories.
+    with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
+        board = Board(Path(home), stack)
+        for path in (board.home, board.path.parent):
             path.chmod(0o755)
+        board.core1()
+        board.running()
 
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
-        return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
+        def ask(*words: str) -> subprocess.CompletedProcess[str]:
+            whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
+            return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
-    assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
-    board.path.chmod(0o666)
-    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
-    assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
+        assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
+        board.path.chmod(0o666)
+        assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
+        assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 
 def test_a_missing_proxy_is_an_error(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_wait_follows_replaced_files_and_directories(
     state.write_text("1")
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     state.unlink()
-    state.write_text("1")  # in a new file
+    state.write_text("1")  # This creates a new file.
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     # Replace the directory. Writes to the old directory must not count.
     other = tmp_path / "above/other"
@@ -464,7 +464,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
     assert error(run("wait", "a_irq", "--as", "core1", link, "--send", "b_irq")) == (
         69,
-        f"{tmp_path}/core1: the link accepts no frames: no process is at {tmp_path}/core0 (Connection refused)",
+        f"{tmp_path}/core1: the link accepts no frames: no process has bound {tmp_path}/core0 (Connection refused)",
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
@@ -484,7 +484,8 @@ def test_core1_times_out_or_reports_a_failed_command(tmp_path: Path) -> None:
 def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
     assert code == 69
-    assert complaint.startswith(f"{board.home}/core1: the link accepts no frames: no process is at {board.home}/core0")
+    home = board.home
+    assert complaint.startswith(f"{home}/core1: the link accepts no frames: no process has bound {home}/core0")
     board.running()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(f"{board.home}/other")
@@ -496,7 +497,7 @@ def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
 
 
 def test_send_stops_at_its_timeout(board: Board) -> None:
-    board.running()  # Without core 1, the proxy accepts no more notifications than it can hold.
+    board.running()  # Without core 1, the proxy accepts no more notifications than it can queue.
     result = run(
         "send", "redun_notify_irq", "--control", board.path, "--count", "100000", "--timeout", "0.1s", "--json"
     )
@@ -505,7 +506,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     assert (said["version"], said["where"]) == (1, "timeout")
     assert said["sent"] < 100000
     assert result.stderr.endswith(f"redun_notify_irq: {said['sent']} of 100000 were sent\n")
-    # As core 1 and as an application, --rate makes the command wait.
+    # When `send` acts as an application or as core 1, --rate makes it wait.
     board.core1()
     for words in (("--irq-dir", board.irq), ("--as", "core1", f"unix:{board.home}/c,peer={board.home}/core1")):
         done = run("send", "redun_notify_irq", *words, "--count", "9", "--rate", "1e-3", "--timeout", "10ms")
@@ -552,6 +553,19 @@ def test_the_interface_of_core0_is_refused_for_core1(
 
 
 @pytest.mark.netns
+def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Peer) -> None:
+    """A proxy for a link of the same name in another namespace is starting, and another program listens on the link."""
+    starting = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", cores.link]
+    with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        send = functools.partial(run, "send", "ihub_hwwd_irq", "--as", "core1", cores.link)
+        sent = cores.core1.run(send)
+        process.communicate("\n")
+    assert (sent.returncode, sent.stderr) == (0, "")
+
+
+@pytest.mark.netns
 def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -> None:
     proxy("--irq-dir", irq_dir)
     inside = [*COMMAND, "send", "ihub_hwwd_irq", "--as", "core1", cores.link, "--count", "100"]
@@ -594,7 +608,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
             "argument --timeout: '-1': expected a duration, 0 or more, such as",
         ),
         (("send", "x", "--as", "core0", "l"), "--as core0: unknown core (expected core1)"),
-        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': neither unix:"),
+        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': expected unix:"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "unrecognized arguments: l"),
         (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config are mutually exclusive"),

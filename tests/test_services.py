@@ -1,8 +1,9 @@
-"""Tests of gateway and exporter as separate services: under a real s6, and as systemd units."""
+"""Tests of the gateway and the exporter as separate services: under a real s6, and as systemd units."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt", "mqtt://h", "--iface", "x"], "are mutually exclusive"),
         (["--exporter", "127.0.0.1:1", "--boards", "/x"], "are mutually exclusive"),
         (["--gateway", "/x"], "--mqtt URL"),
-        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link needs LINK (unix:"),
+        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link requires LINK (unix:"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b"], "and --end core0 or core1"),
         (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a bridge joins Unix sockets"),
         (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
@@ -130,12 +131,27 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt", "mqtt://h", "--config", "/x"], "--config applies only to proxies"),
         (["--exporter", "nowhere"], "ADDRESS:PORT"),
         (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
+        (["--mqtt", "mqtt://h", "--irq-owner", "12"], "--irq-owner applies only to proxies"),
+        (["--boards", "/x", "--irq-owner", "12"], "--boards and --irq-owner are mutually exclusive"),
     ],
 )
 def test_invalid_options_are_refused(words: list[str], text: str) -> None:
     done = s6("--systemd", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert text in done.stderr
+
+
+def test_no_text_names_the_former_command() -> None:
+    root = Path(__file__).parents[1]
+    former = {root / f"inco_trio/cli/{name}.py" for name in ("s6", "parser")}
+    texts = [*(root / "inco_trio").rglob("*"), *(root / "docs").glob("*.md"), root / "README.md"]
+    naming = [
+        path
+        for path in texts
+        if path.is_file() and path.suffix != ".pyc" and path not in former
+        if re.search(rb"inco-trio s6\b|`s6 --systemd", path.read_bytes())
+    ]
+    assert naming == []
 
 
 def test_an_invalid_gateway_configuration_is_a_warning(tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # systemd knows FileDescriptorStorePreserve= since version 254.
+    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
     mine = [line for line in done.stderr.splitlines() if kind in line and "FileDescriptorStorePreserve" not in line]
     assert mine == []
     level = subprocess.run(

@@ -375,7 +375,7 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
         (status,) = json.loads(run("status", link, "--json", env=environment).stdout)["boards"]
         assert status["link"] == board.link
     (proxies / "b.sock").symlink_to(board.path)
-    # Two paths of one socket are one proxy.
+    # A proxy whose socket has two paths is shown only once.
     assert run("status", env=environment).stdout.count("open since") == 1
     assert len(json.loads(run("status", "--json", env=environment).stdout)["boards"]) == 1
 
@@ -695,7 +695,7 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
             "cannot write: not a regular file but a directory",
         )
         board.inbound(peer, encode(b"ihub_reset_irq", MAC))
-        # The other signal is delivered meanwhile, and the pending one is not.
+        # Meanwhile, the other signal is delivered, but the pending one is not.
         assert client.until(event="notification")["signal"] == "ihub_reset_irq"
         state.rmdir()
         late = client.until(event="notification")

@@ -74,8 +74,8 @@ def test_a_seed_repeats_the_faults() -> None:
     [
         ({"drop": 1.5}, "drop=1.5: expected a rate from 0 to 1"),
         ({"corrupt": float("nan")}, "corrupt=nan: expected a rate"),
-        ({"delay": -1}, "delay=-1: expected seconds, 0 or more"),
-        ({"delay": float("inf")}, "delay=inf: expected seconds"),
+        ({"delay": -1}, "delay=-1: expected a number of seconds, 0 or more"),
+        ({"delay": float("inf")}, "delay=inf: expected a number of seconds"),
     ],
 )
 def test_invalid_fault_rates_are_refused(options: dict[str, float], said: str) -> None:
@@ -198,7 +198,7 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "signals", "said"),
     [
-        (None, {"x": "up"}, "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
+        (None, {"x": "up"}, "signals: x: direction='up': expected 'inbound' or 'outbound'"),
         (None, {"two words": "inbound"}, "signals: misc.inco_proxy.signals"),
         ({"file": []}, None, "file: expected an object"),
         ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
@@ -437,7 +437,7 @@ def test_frame_faults_apply_by_direction(board: Board) -> None:
     board.core0.trigger(NOTIFY)
     board.core1.expect(NOTIFY)
     assert [each.name for each in board.history if each.what == "dropped on the link"][-1] == HWWD
-    with pytest.raises(InvalidArgumentError, match="direction='in': neither 'inbound' nor 'outbound'"):
+    with pytest.raises(InvalidArgumentError, match="direction='in': expected 'inbound' or 'outbound'"):
         board.faults.frames(direction="in")
 
 
@@ -468,7 +468,7 @@ def test_invalid_arguments_are_refused(board: Board) -> None:
             use("x")
     timeouts: list[Any] = [-1, math.nan, math.inf, "1"]
     for timeout in timeouts:
-        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: expected seconds"):
+        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: expected a number of seconds"):
             board.core0.expect(RESET, timeout)
     frame: Any = "text"
     with pytest.raises(InvalidArgumentError, match="frame: expected bytes, not str"):

@@ -1,4 +1,4 @@
-"""Tests of which paths of IRQ directories are trusted, and of attacks by ordinary users who own a part of a path."""
+"""Tests of which paths of IRQ directories are trusted, and of attacks by ordinary users who own part of a path."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_directory_that_others_may_change_is_refused(world: World, state: Sign
 
 
 def test_a_private_group_may_write(home: Path) -> None:
-    home.chmod(0o775)  # Group root has no members.
+    home.chmod(0o775)  # The group root has no members.
     assert refusal(home) is None
     add_acl(home)
     assert refusal(home) == f"the ACL of {home} lets other users write to it"
@@ -257,7 +257,7 @@ def test_the_overflow_user_is_never_trusted(home: Path, monkeypatch: pytest.Monk
 
 
 def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a user namespace of an ordinary user, the host's root has the overflow user ID.
+    # In a user namespace of an ordinary user, the host's root appears as the overflow user ID.
     monkeypatch.setattr(trust_module, "overflow_uid", lambda: 0)
     assert refusal(Path("/tmp")) == "/ belongs to uid 0, which stands for all unmapped users"  # noqa: S108
     monkeypatch.setattr(trust_module, "_maps_all_users", lambda: False)
@@ -302,7 +302,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
     world.open()
     victim = attack(state.directory)
     world.triggered()
-    assert world.troubled  # An event has reported the change, without a notification.
+    assert world.troubled  # An event has reported the change, but triggered no notification.
     world.restore()
     before = sorted(victim.iterdir())
     world.write(state)

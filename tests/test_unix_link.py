@@ -168,7 +168,7 @@ def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, capl
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
     assert len(caplog.messages) == 1
-    assert f"datagrams from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
+    assert f"datagrams from '{tmp_path}/stranger', because the peer is {world.peer}" in caplog.messages[0]
 
 
 def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> 
 
 def test_a_missing_peer_is_an_error(world: World) -> None:
     link = world.bound()
-    with pytest.raises(LinkDownError, match=r"no process is at .*core1 .No such file or directory"):
+    with pytest.raises(LinkDownError, match=r"no process has bound .*core1 .No such file or directory"):
         link.send("redun_notify_irq")
     world.other().close()
     with pytest.raises(LinkDownError, match="Connection refused"):
@@ -472,7 +472,7 @@ def test_a_path_whose_new_owner_crashed_is_taken_back(world: World) -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
         thief = world.other(world.local)
-        with trio.move_on_after(60):  # simulated time, longer than the checks that follow the change
+        with trio.move_on_after(60):  # A simulated minute is longer than the checks that follow the change.
             while not link.refresh():
                 await link.changed()
         thief.close()  # A crash closes the socket, too, and no event reports it.

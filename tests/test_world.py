@@ -1,4 +1,4 @@
-"""Tests of the two cores in network namespaces on the real kernel."""
+"""Tests of the two simulated cores, which are network namespaces on the real kernel."""
 
 from __future__ import annotations
 

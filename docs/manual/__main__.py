@@ -6,7 +6,7 @@ from docs.manual.generated import ROOT, generate, stale
 
 
 def main() -> None:
-    """Write or delete the stale files only."""
+    """Update the generated files that are out of date, and delete those that are no longer needed."""
     wanted = generate()
     for path in map(type(ROOT), stale()):
         text = wanted.get(path)

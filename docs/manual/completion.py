@@ -15,8 +15,8 @@ from inco_trio.signals import Direction, builtin_signals
 
 __all__ = ["complete"]
 
-# The shell function that completes each kind of word; zsh and fish provide these functions. They list the interfaces at
-# each completion, because interfaces appear and disappear.
+# The shell functions that complete links, users and programs. zsh and fish provide them; BASH defines those for bash.
+# They list the interfaces at each completion, because interfaces appear and disappear.
 LINKS = {"bash": "_inco_trio_links", "zsh": "_net_interfaces", "fish": "(__fish_print_interfaces)"}
 USERS = {"bash": "_inco_trio_users", "zsh": "_users", "fish": "(__fish_complete_users)"}
 PROGRAMS = {"bash": "_inco_trio_programs", "zsh": "_command_names -e", "fish": "(__fish_complete_command)"}
@@ -42,13 +42,13 @@ COMPLETE = {
     "SOCKET": shtab.FILE,
     "USER": USERS,
 }
-"""How to complete a word, by metavar. Words with other metavars are not completed."""
+"""How to complete the value of an option or argument, by its metavar. Other metavars have no completion."""
 SIGNALS = {signal.name: signal.direction for signal in builtin_signals(Path("/"))}
-"""The built-in signals. A configuration may contain more signals, which only its proxy knows."""
+"""The direction of each built-in signal. A board may have more signals, but only its proxy knows them."""
 
 
 def complete(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the text of each completion script by file name. Changes the parser."""
+    """Return the text of each completion script, by file name. Modifies the parser."""
     for command, action in _actions(parser):
         if action.metavar == "core1":
             action.choices = ["core1"]

@@ -1,4 +1,4 @@
-"""Man pages in roff, see man-pages(7) and groff_man(7).
+"""Man pages in roff; see man-pages(7) and groff_man(7).
 
 argparse-manpage is not used, because it adds a date, keeps the line breaks that argparse inserts for a terminal, and
 joins the lines of the epilogs, which contain the exit codes and the examples.
@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from inco_trio.cli.parser import COMMANDS, EXIT_CODES
+from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS
 
 __all__ = ["command_pages", "configuration_page", "drop_in_page"]
 
@@ -19,34 +19,34 @@ ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
 CODES = "exit codes:"
 OF_A_COMMAND = {1, 3, 4, 65}
-"""Exit codes that only some commands return. Each of these commands documents its own."""
+"""Exit codes that only some commands return. The man pages of these commands explain them."""
 DATE = "2026-11-29"
-"""The date of the pages. A generated date would change them each day."""
+"""The date of the man pages. It is fixed, because a generated date would change the files each day."""
 ENVIRONMENT = (
     ("UDRV_JSON_PATH", "--config", "path of the configuration, if `--config` and `--irq-dir` are not given"),
     ("XDG_RUNTIME_DIR", "--control", "directory below which a user other than root has control sockets"),
     ("NO_COLOR", "--color", "if set, the output has no colours"),
     ("FORCE_COLOR", "--color", "if set, the output has colours even if it is not a terminal"),
 )
-"""Each environment variable, an option of the commands that read it, and its meaning."""
+"""The environment variables: name, option, meaning. The commands with this option read the variable."""
 FILES = (
     ("udrv.json", "--config", "the board's configuration, see udrv.json(5)"),
     ("/run/inco-trio/", "--control", "control sockets of the proxies of root and of services"),
     ("$XDG_RUNTIME_DIR/inco-trio/", "--control", "control sockets of the proxies of another user"),
+    ("/tmp/inco-trio-UID/", "--control", "the same, if XDG_RUNTIME_DIR is not set"),  # noqa: S108 - a text
 )
-"""Each file, an option of the commands that use it, and its meaning."""
+"""The files: path, option, meaning. The commands with this option use the file."""
 SERVICE_SIGNALS = (
     ("SIGHUP", "reload the configuration; if it is invalid, keep the old one"),
     ("SIGUSR1", "log the counters"),
     ("SIGTERM, SIGINT", "finish what was read, and exit; the third signal ends the process at once"),
 )
 COMMAND_SIGNALS = (("SIGINT", "stop with exit code 130"), ("SIGTERM", "stop"))
-GENERAL = {"-h", "--help", "-V", "--version"}
 SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "inco_proxy"}
 
 
 def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the page of `inco-trio` and a page for each command: text by file name."""
+    """Return the man pages of `inco-trio` and of each command, by file name."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = {"inco-trio.1": _page(parser, parser.description or "", ["inco_proxy"])}
     for command, sub in commands.choices.items():
@@ -55,8 +55,8 @@ def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def drop_in_page(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the page of `inco_proxy`: text by file name."""
-    summary = "carry inter-core interrupts, as the old program of that name"
+    """Return the man page of `inco_proxy`, by file name."""
+    summary = "transfer inter-core interrupts, in place of the old program of that name"
     return {"inco_proxy.1": _page(parser, summary, ["inco-trio", "inco-trio-run"])}
 
 
@@ -65,7 +65,7 @@ def _name(command: str) -> str:
 
 
 def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
-    """Return the pages of the commands that the help of `command` mentions."""
+    """Return the names of the man pages of the commands that the help of `command` mentions."""
     text = " ".join(filter(None, (sub.description, sub.epilog, *(action.help for action in sub._actions))))
     named = set(re.findall(r"inco-trio ([a-z][a-z0-9]*)", text))
     return [_name(other) for other in COMMANDS if other in named and other != command]
@@ -73,7 +73,10 @@ def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
 
 def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]) -> str:
     title = parser.prog.replace(" ", "-")
-    notes = _Notes(parser.epilog or "")
+    commands = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    epilog = parser.epilog or ""
+    # The epilog of all commands begins with a list of them, which the section COMMANDS contains.
+    notes = _Notes(epilog.partition("\n\n")[2] if commands else epilog)
     words = _Words(parser)
     summary = summary[0].lower() + summary[1:].rstrip(".")
     lines = [
@@ -85,10 +88,14 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     for paragraph in notes.paragraphs:
         lines += [".PP", *words.paragraph(paragraph)]
     codes = EXIT_CODES
-    if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
+    if commands:
         lines.append(".SH COMMANDS")
-        for command, what in COMMANDS.items():
-            lines += [".TP", f".BR {_escaped(_name(command))} (1)", *words.paragraph(what)]
+        grouped = {command for names in GROUPS.values() for command in names}
+        rest = [command for command in COMMANDS if command not in grouped]
+        for purpose, names in (*GROUPS.items(), ("other", rest)):
+            lines.append(f".SS {purpose}")
+            for command in names:
+                lines += [".TP", f".BR {_escaped(_name(command))} (1)", *words.paragraph(COMMANDS[command])]
     else:
         codes = {code: what for code, what in codes.items() if code not in OF_A_COMMAND} | _codes(notes.codes)
     lines.append(".SH OPTIONS")
@@ -99,7 +106,7 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     for code, what in sorted(codes.items()):
         lines += [".TP", f".B {code}", *words.paragraph(what)]
     options = {option for action in parser._actions for option in action.option_strings}
-    has = options if len(options) > len(GENERAL) else {option for _, option, _ in (*ENVIRONMENT, *FILES)}
+    has = {option for _, option, _ in (*ENVIRONMENT, *FILES)} if commands else options
     if parser.prog == "inco_proxy":
         has = {"--config", "--control"}
     for heading, rows in (("ENVIRONMENT", ENVIRONMENT), ("FILES", FILES)):
@@ -120,17 +127,24 @@ def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) 
     return lines
 
 
-def configuration_page(keys: Sequence[tuple[str, str]], example: str) -> dict[str, str]:
-    """Return the page of udrv.json, which has these keys and descriptions: text by file name."""
+def configuration_page(keys: Sequence[tuple[str, str]], files: Sequence[str], example: str) -> dict[str, str]:
+    """Return the man page of udrv.json, by file name.
+
+    `keys` contains the name and the description of each key, and `files` a text for each built-in signal.
+    """
     words = _Words(argparse.ArgumentParser())
     about = (
         "The proxy of inco-trio reads the signals of a board from this JSON file. It ignores all keys that are not "
         "listed here, because the file describes many more devices. `inco-trio check` reports all mistakes at once."
     )
+    required = (
+        "Only `file.ihub-irq-dev.path` is required. Without further keys, the built-in signals use files in this "
+        f"directory: {', '.join(files)}."
+    )
     lines = [
         f'.TH "UDRV.JSON" 5 {DATE} "inco\\-trio" "Manual of inco\\-trio"',
         *(".SH NAME", "udrv.json \\- configuration of a board of inco\\-trio"),
-        *(".SH DESCRIPTION", *words.paragraph(about)),
+        *(".SH DESCRIPTION", *words.paragraph(about), ".PP", *words.paragraph(required)),
         *_definitions("KEYS", keys, words),
         *(".SH EXAMPLES", ".EX", *(_line(_escaped(line)) for line in example.splitlines()), ".EE"),
         *(".SH SEE ALSO", ".BR inco\\-trio\\-check (1),", ".BR inco\\-trio\\-run (1)"),
@@ -169,7 +183,7 @@ class _Notes:
 
 
 class _Words:
-    """Converts text to roff, with the options of a parser in bold and its metavars in italics."""
+    """A converter from text to roff. It sets the options of a parser in bold and its metavars in italics."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         named = {name for action in parser._actions for name in re.findall(r"[A-Z][A-Z0-9]*", _values(action))}
@@ -177,7 +191,7 @@ class _Words:
         self._special = re.compile(rf"`([^`]+)`|((?<![\w-])--?[a-z][a-z-]*)|\b((?:{metavars})\b)")
 
     def roff(self, text: str) -> str:
-        """Return the text as one line of roff, with fonts."""
+        """Return the text as one line of roff, with font escapes."""
         made, end = "", 0
         for found in self._special.finditer(text):
             made += _escaped(text[end : found.start()])
@@ -199,7 +213,7 @@ class _Words:
         return self.roff(", ".join(f"{option} {values}".rstrip() for option in action.option_strings))
 
     def usage(self, parser: argparse.ArgumentParser) -> str:
-        """Return the parser's own usage line, or a replacement that is the same in all versions of argparse."""
+        """Return the parser's own usage line, or else one that does not depend on the version of argparse."""
         usage = parser.usage
         if usage is None:
             positionals = [action for action in parser._actions if not action.option_strings]

@@ -20,7 +20,7 @@ from inco_trio import read_board
 
 async def stop(service: trio.Process) -> None:
     """Terminate the service, and kill it if it does not exit."""
-    with trio.move_on_after(5):  # Kill a service that ignores SIGTERM.
+    with trio.move_on_after(5):  # A service may ignore SIGTERM.
         service.terminate()
         await service.wait()
     service.kill()
@@ -28,13 +28,13 @@ async def stop(service: trio.Process) -> None:
 
 
 async def guard(command: list[str], board: Path) -> None:
-    """Run the command until core 1 resets the board."""
+    """Run the command until core 1 announces that it will reset the board."""
     signals = {signal.name: signal for signal in read_board(board).signals}
     answer = signals["redun_notify_irq"].path
     with INotify() as inotify:
         interrupts = {}
         for name in ("ihub_hwwd_irq", "ihub_reset_irq"):
-            # Without the MODIFY events between them, the kernel merges close events that are not read yet.
+            # Watch MODIFY, too: without an event between them, the kernel merges unread CLOSE_WRITE events.
             watch = inotify.add_watch(signals[name].directory, flags.CLOSE_WRITE | flags.MODIFY)
             interrupts[watch, signals[name].register] = name
         async with trio.open_nursery() as nursery:
@@ -51,7 +51,7 @@ async def guard(command: list[str], board: Path) -> None:
                     closed = event.mask & flags.CLOSE_WRITE
                     name = interrupts.get((event.wd, event.name), "") if closed else ""
                     if event.mask & flags.Q_OVERFLOW:
-                        name = "ihub_hwwd_irq"  # Interrupts may be missing: a restart is the safe answer.
+                        name = "ihub_hwwd_irq"  # The kernel dropped events. A restart is always safe.
                     if name:
                         await stop(service)
                     if name == "ihub_hwwd_irq":

@@ -17,7 +17,7 @@ GUARD = Path(__file__).with_name("guard.py")
 
 @pytest.fixture
 def starts(tmp_path: Path) -> Path:
-    """Return a file to which each service appends its PID."""
+    """Return the path of a file to which each started service appends its PID."""
     return tmp_path / "starts"
 
 
@@ -30,7 +30,7 @@ def guard(inco_board: Board, starts: Path) -> Iterator[subprocess.Popen[str]]:
         assert "sh runs as process" in process.stdout.readline()
         yield process
         if process.poll() is None:
-            # Before a reset, the guard stops its service and exits.
+            # Announce a reset: the guard stops its service and exits.
             inco_board.core1.send("ihub_reset_irq")
         process.wait()
 

@@ -22,7 +22,7 @@ PATIENCE = 2.0
 
 
 class SignalsPage:
-    """The request handlers of the page. They use an open proxy."""
+    """The HTTP request handlers of the page, which use an open proxy."""
 
     def __init__(self, proxy: aio.Proxy) -> None:
         self._proxy = proxy
@@ -72,7 +72,7 @@ class SignalsPage:
         return web.Response(status=204)
 
     async def end(self, _: web.Application) -> None:
-        """End the event streams."""
+        """End all event streams when the server shuts down."""
         self._ended = True
         self._notify()
 

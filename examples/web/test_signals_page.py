@@ -24,7 +24,7 @@ PROGRAM = Path(__file__).with_name("signals_page.py")
 
 @attrs.define
 class Service:
-    """The program, on a `unix:` link whose sockets are below `home`."""
+    """The program signals_page.py on a `unix:` link. The sockets of the link are in `home`."""
 
     home: Path
     port: str = "0"
@@ -49,7 +49,7 @@ class Service:
             self.process = None
 
     def core1(self, *words: str) -> None:
-        """Run `inco-trio` as core 1."""
+        """Run an `inco-trio` command as core 1, and check that it succeeds."""
         link = f"unix:{self.home}/core1,peer={self.home}/core0"
         command = [sys.executable, "-m", "inco_trio", *words, "--as", "core1", link]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)

@@ -42,8 +42,9 @@ def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
 
 
 class _Opening(AbstractAsyncContextManager["Proxy"]):
-    """A class, because before Python 3.13, closing a coroutine does not close an asynchronous generator inside it."""
+    """The context manager of `open_proxy`."""
 
+    # This is a class because before Python 3.13, closing a coroutine does not close an asynchronous generator in it.
     def __init__(self, config: Config) -> None:
         self._config = config
 
@@ -108,7 +109,7 @@ class Proxy:
         return await self._beside.call(functools.partial(self._proxy.wait_for, name))
 
     async def reload(self, config: Config) -> None:
-        """Replace the signal table, see `inco_trio.Proxy.reload`."""
+        """Replace the signal table; see `inco_trio.Proxy.reload`."""
         await self._beside.call(functools.partial(self._proxy.reload, config))
 
 
@@ -119,7 +120,7 @@ class _Events(AsyncIterator[Notification]):
         self._beside, self._batch = beside, batch
         self._stack = ExitStack()
         self._closed = False
-        # The Trio thread appends, the asyncio thread removes. If a reader is cancelled, the next reader gets its batch.
+        # The Trio thread appends batches. If the reader that asked for a batch is cancelled, the next reader gets it.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
@@ -130,7 +131,7 @@ class _Events(AsyncIterator[Notification]):
                 if not self._fetched and not await self._fetch():
                     raise StopAsyncIteration
         if self._closed:
-            raise ClosedError("the stream of events is closed")
+            raise ClosedError("the event stream is closed")
         return self._fetched.popleft()
 
     async def _fetch(self) -> bool:
@@ -139,11 +140,11 @@ class _Events(AsyncIterator[Notification]):
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
-                # Wait until Trio has ended and `_end` has fetched the last notifications.
+                # Wait until Trio has stopped and `_end` has fetched the last notifications.
                 await self._beside.ended()
         return bool(self._fetched) or self._closed
 
-    # The Trio thread calls the following methods.
+    # Only the Trio thread calls the methods below.
 
     def open(self, events: AbstractContextManager[trio.MemoryReceiveChannel[Notification]]) -> None:
         """Read from Trio's stream until `close` is called or the proxy closes."""
@@ -161,11 +162,11 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for a notification, and fetch it together with those that are queued after it."""
+        """Wait for a notification, and fetch it with the notifications that are queued behind it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
-            raise ClosedError("the stream of events has ended") from None
+            raise ClosedError("the event stream has ended") from None
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
@@ -191,7 +192,7 @@ def _import_trio_asyncio() -> Any:
 
 
 class AsyncioProxy:
-    """A running proxy for asyncio code in a trio-asyncio loop. It closes together with the Trio proxy."""
+    """A running proxy for asyncio code in a trio-asyncio loop. It closes when the Trio proxy closes."""
 
     def __init__(self, proxy: trio_proxy.Proxy) -> None:
         self._proxy = proxy
@@ -205,14 +206,14 @@ class AsyncioProxy:
         return self._proxy.status
 
     async def send(self, name: str) -> None:
-        """Send the frame of an outbound signal, as `Proxy.send` does and with the same errors."""
+        """Send the frame of an outbound signal, like `Proxy.send`. Raises the same errors."""
         await _import_trio_asyncio().trio_as_aio(self._proxy.send)(name)
 
     @contextmanager
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """Open a stream of notifications with the filters of `Proxy.events`. Cancelling `anext` loses none."""
+        """Open a stream of notifications, like `Proxy.events`. Cancelling `anext` loses no notification."""
         with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 
@@ -244,9 +245,9 @@ async def on_notification(
 ) -> None:
     """Await the asyncio `callback` for each notification, one at a time, until the proxy closes.
 
-    `task_status.started` is called once the stream is open. After that, notifications are missed only if the callback
-    falls `buffer` notifications behind, see `Proxy.events`. An exception of the callback is raised unchanged.
-    Raises ImportError if trio-asyncio does not work with this Python version.
+    `task_status.started` is called once the stream is open. From then on, the callback misses notifications only if it
+    falls more than `buffer` behind; see `Proxy.events`. Exceptions from the callback are raised unchanged. Raises
+    ImportError if trio-asyncio does not work with this Python version.
     """
 
     async def call() -> None:
@@ -276,7 +277,7 @@ async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
     trio_asyncio = _import_trio_asyncio()
     if trio_asyncio.current_loop.get() is not None:
         return await function()
-    # Raise the exception outside the loop, whose nurseries would wrap it in groups.
+    # Raise the exception outside the loop: the loop's nurseries would wrap it in exception groups.
     failures: list[BaseException] = []
     try:
         async with trio_asyncio.open_loop():

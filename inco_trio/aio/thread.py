@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class _Call(Generic[T]):
-    """A Trio function that the asyncio thread awaits."""
+    """A call of a Trio function that the asyncio thread awaits."""
 
     function: Callable[[], Awaitable[T]]
     ended: asyncio.Future[None]
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     results: list[T] = attrs.Factory(list)
-    """Contains the result once the function has returned."""
+    """The result of the function; empty until the function has returned."""
     error: Exception = attrs.Factory(lambda: ClosedError("the proxy is closed"))
-    """The exception of the function, or why the function was not called."""
+    """The exception that the function raised, or the reason why it was not called."""
 
     def result(self) -> T:
         if not self.results:
@@ -43,7 +43,7 @@ class _Call(Generic[T]):
 
 
 class Beside:
-    """A proxy that runs during the `async with` block. Raises the errors of `proxy.open_proxy`."""
+    """A proxy that runs in a Trio thread during the `async with` block. Raises the errors of `proxy.open_proxy`."""
 
     proxy: Proxy
     """The Trio proxy. Only the Trio thread may use it."""
@@ -70,7 +70,7 @@ class Beside:
             self._thread.start()
         except RuntimeError as error:
             raise ResourceError(self._config.link, f"cannot start a thread: {error}") from error
-        # The thread is a daemon: at exit, Python would wait for any other thread, even if the loop was dropped.
+        # `_thread` must be a daemon: Python joins all other threads before it calls functions such as `_abandon`.
         atexit.register(self._abandon)
         try:
             await asyncio.wait({self._opened})
@@ -87,7 +87,7 @@ class Beside:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, GeneratorExit):  # The event loop has been dropped, so it cannot await anything.
+        if isinstance(error, GeneratorExit):  # The event loop was discarded, so nothing can be awaited.
             self._abandon()
             return
         cancelled = await self._stop()
@@ -100,7 +100,7 @@ class Beside:
                 raise cancelled
             return
         if cancelled is not None and self._task.cancelling() > self._cancelling:
-            # An error replaces the cancellation, so cancel the task again at its next wait, as asyncio.TaskGroup does.
+            # The error hides the cancellation, so cancel the task again at its next `await`, like asyncio.TaskGroup.
             self._task.uncancel()
             self._task.cancel()
         if self._failure is None:
@@ -110,9 +110,9 @@ class Beside:
         raise BaseExceptionGroup("the proxy and the block that used it failed", [error, self._failure]) from None
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Run a Trio function in the Trio thread and return its result. Raises ClosedError once Trio has ended.
+        """Run a Trio function in the Trio thread and return its result. Raises ClosedError once Trio has stopped.
 
-        If the caller is cancelled, the Trio function is cancelled too. The cancellation is raised once it has ended.
+        If the caller is cancelled, cancel the Trio function, and raise the cancellation once the function has ended.
         """
         call = _Call(function, self._loop.create_future())
         self._in_trio(self._start, call)
@@ -130,7 +130,7 @@ class Beside:
         return call.result()
 
     def ask(self, function: Callable[[], T]) -> T:
-        """Run a plain function in the Trio thread and block until it returns. If Trio has ended, call it directly."""
+        """Run a plain function in the Trio thread and block until it returns. If Trio has stopped, call it directly."""
         answer: Future[T] = Future()
 
         def run() -> None:
@@ -160,7 +160,7 @@ class Beside:
         await asyncio.wait({self._ended})
 
     def _in_trio(self, function: Callable[..., object], *args: object) -> None:
-        """Let the Trio thread call a function. Raises ClosedError once Trio has ended."""
+        """Let the Trio thread call a function. Raises ClosedError once Trio has stopped."""
         assert self._token is not None  # noqa: S101 - the block is entered
         try:
             self._token.run_sync_soon(function, *args)
@@ -172,7 +172,7 @@ class Beside:
         self._end()
         cancelled = None
         try:
-            # Wait at least once, even if Trio has ended, so that a requested cancellation is raised by this wait.
+            # Wait at least once, even if Trio has stopped: this wait must raise a cancellation that was requested.
             while True:
                 try:
                     await asyncio.wait({self._ended})
@@ -180,7 +180,7 @@ class Beside:
                 except asyncio.CancelledError as error:
                     cancelled = error
         finally:
-            # This call blocks only after a second Ctrl-C or if the loop was dropped. Otherwise the thread has ended.
+            # The thread has usually ended. `_join` blocks only after a second Ctrl-C, or if the loop was discarded.
             self._join()
         return cancelled
 
@@ -191,7 +191,7 @@ class Beside:
 
     def _end(self) -> None:
         self._ending = True
-        # If there is no token, `_main` has not started yet and will check `_ending` itself.
+        # If `_token` is None, `_main` has not started yet and will check `_ending` itself.
         if self._token is not None:
             with contextlib.suppress(ClosedError):
                 self._in_trio(self._end_block)
@@ -213,7 +213,7 @@ class Beside:
         else:
             self._cancel_block()
 
-    # The Trio thread calls the following methods.
+    # Only the Trio thread calls the methods below.
 
     def _run(self) -> None:
         try:
@@ -248,7 +248,7 @@ class Beside:
                     await trio.sleep_forever()
                 finally:
                     if not self._scope.cancel_called:
-                        # A task of the proxy has failed. The other tasks run until the block has ended, as in Trio.
+                        # A task of the proxy failed. Keep the other tasks running until the block ends, as in Trio.
                         self._in_loop(self._cancel_block)
                         with trio.CancelScope(shield=True):
                             await self._block_ended.wait()
@@ -274,6 +274,6 @@ class Beside:
             self._in_loop(call.ended.set_result, None)
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
-        """Let the asyncio loop call a function, unless the loop is closed."""
+        """Let the asyncio loop call a function. Do nothing if the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)

@@ -21,7 +21,7 @@ __all__ = ["Gaps"]
 
 @attrs.define
 class _Seen:
-    """The last recorded events of one board. Times are of CLOCK_MONOTONIC."""
+    """The last recorded events of one board. Times are CLOCK_MONOTONIC in nanoseconds."""
 
     boot: str = ""
     """The ID of the flight recorder that assigned the sequence numbers."""
@@ -30,15 +30,15 @@ class _Seen:
     last_ns: int = 0
     """The time of the last recorded notification."""
     at_last: Counter[tuple[Direction | None, str | None]] = attrs.Factory(Counter)
-    """The notifications recorded at `last_ns`. A batch has one time, and a monitor may receive only a part of it."""
+    """The number of recorded notifications with the time `last_ns`. A monitor may receive only part of a batch."""
     noted_ns: int = attrs.Factory(time.monotonic_ns)
     """The time of the last recorded event that is not a notification."""
     filled_ns: int = 0
-    """The time up to which the recording is complete. Monitors may repeat earlier events."""
+    """The time up to which the recording is complete. A monitor may report earlier events again."""
 
 
 class Gaps:
-    """Find the events that a recording does not contain yet."""
+    """A filter that finds the events that a recording does not contain yet."""
 
     def __init__(self) -> None:
         self._boards: dict[str, _Seen] = {}
@@ -69,7 +69,7 @@ class Gaps:
         return max(0, min(seen.last_ns, seen.noted_ns) - 1)
 
     def missing(self, past: Past) -> Iterator[Event]:
-        """Yield the events in `past` that the recording lacks. Yield a mark wherever `past` lacks events, too."""
+        """Yield the events in `past` that the recording lacks, and a mark for each gap in `past` itself."""
         seen = self._boards.setdefault(past.board, _Seen())
         is_same = past.boot == seen.boot
         if not is_same and seen.boot:
@@ -98,7 +98,7 @@ class Gaps:
 
 
 def _mark(past: Past, text: str, at: Event | None = None) -> Event:
-    """Return a mark with the time of the event `at`, or by default of the first event in `past`."""
+    """Return a mark with the time of the event `at` (default: the first event in `past`)."""
     if at is None:
         at = past.events[0] if past.events else Event("message", time=time.time(), monotonic_ns=time.monotonic_ns())
     return Event("message", past.board, at.time, at.monotonic_ns, level="warning", message=text)

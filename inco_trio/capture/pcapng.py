@@ -29,15 +29,15 @@ NANOSECONDS = 9
 BILLION = 10**9
 
 DIRECTIONS = {1: Direction.INBOUND, 2: Direction.OUTBOUND}
-"""The direction of a packet by the lowest two bits of epb_flags."""
+"""The direction of a packet, by the value of the lowest two bits of epb_flags."""
 _FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
 
 BLOCK_MAX = 16 * 2**20
-"""Maximum size of a block in bytes. Like libpcap, the reader treats a larger block as damage."""
+"""Maximum size of a block in bytes. Like libpcap, the reader treats a larger block as damaged."""
 OPTION_MAX = 0xFFFF
 """Maximum size of an option in bytes."""
 
-# The magic numbers of classic pcap, with the number of time units per second.
+# The time units per second in a classic pcap file, by the file's magic number.
 _CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
 
 
@@ -46,7 +46,7 @@ def _option(code: int, value: bytes) -> bytes:
 
 
 def _text(code: int, text: str) -> bytes:
-    # Truncate between characters: a text option must be UTF-8.
+    # Never truncate within a character: a text option must be valid UTF-8.
     return _option(code, text.encode("utf-8", "backslashreplace")[:OPTION_MAX].decode("utf-8", "ignore").encode())
 
 
@@ -79,7 +79,7 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
 
 @attrs.frozen
 class Interface:
-    """A capture interface in a file. `name` is empty if the file does not contain it."""
+    """A capture interface in a file. `name` is empty if the file does not name it."""
 
     name: str
     linktype: int

@@ -33,7 +33,7 @@ __all__ = ["draw"]
 
 BILLION = 10**9
 COLUMNS = 4000
-"""Maximum number of distinct positions on a timeline. More would not be visible."""
+"""Maximum number of distinct positions on a timeline. The plot could not show more."""
 ROWS = 40
 """Maximum number of signals in the plot."""
 LANES = 12
@@ -41,22 +41,22 @@ LANES = 12
 BINS = 200
 """Maximum number of time steps in the plot of rates."""
 IN_BIN = 4
-"""Minimum notifications of the most frequent signal per step. Shorter steps would show single notifications."""
+"""Minimum average number of notifications per step, for the most frequent signal. Fewer would not show a rate."""
 ANSWER_BINS = 100
 WIDE = 100
-"""Ratio of the slowest to the fastest answer above which the axis is logarithmic."""
+"""Ratio of the slowest to the fastest response time above which their axis is logarithmic."""
 MARKS_MAX = 20
-"""Maximum number of marks in the list. Further marks only show their positions."""
+"""Maximum number of marks in the list. The plot shows only the positions of further marks."""
 FLAG = 0.05
-"""Minimum distance of two numbered flags, as a share of the width. Closer marks share a flag."""
+"""Minimum distance between two numbered flags, as a fraction of the plot's width. Closer marks share a flag."""
 TICKS_MAX = 9
-"""Maximum number of times on the time axis: more labels would overlap."""
+"""Maximum number of labels on the time axis. More labels would overlap."""
 NAME_WIDTH = 72
-"""Maximum number of characters of a signal's name. Longer names are shortened in the middle."""
+"""Maximum length of a signal's name in characters. Longer names are shortened in the middle."""
 LINE_WIDTH = 130
-"""Maximum number of characters of a line of text."""
+"""Maximum length of a line of text in characters."""
 LINE_HEIGHT = 0.18
-"""Height of a line of the list of marks, in inches."""
+"""Height of a line in the list of marks, in inches."""
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
 ALARM = "tab:red"
 SMALL = 8
@@ -66,14 +66,14 @@ STEPS = (
     *(BILLION * each for each in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800)),
     *(3600 * BILLION * each for each in (1, 2, 3, 6, 12, 24, 48, 168, 720, 2160, 8760, 87_600, 876_000)),
 )
-"""Distances between two times on the time axis, in nanoseconds."""
+"""The possible intervals between two labels on the time axis, in nanoseconds."""
 _seconds_text = EngFormatter("s", places=None)
 
 
-# A dollar sign in the name of a file or signal must not start a formula.
+# The name of a file or signal may contain a dollar sign, which would start a formula.
 @mpl.rc_context({"text.parse_math": False, "text.usetex": False})
 def draw(summary: Summary, title: str, suffix: str) -> bytes:
-    """Return the plot as a file whose name ends in `suffix`."""
+    """Return the contents of an image file with the plot, in the format of `suffix`."""
     flows = _most_frequent(list(summary.flows.values()), ROWS)
     begin, end = summary.span
     lanes = _most_frequent([flow for flow in flows if flow.times and end > begin], LANES)
@@ -130,7 +130,7 @@ def _places(seconds: NDArray[np.float64], span: float) -> NDArray[np.float64]:
 
 
 def _duration(seconds: float) -> str:
-    """Return a duration in the units that people use, such as `77 ms` or `1 h 2 min`."""
+    """Return a duration in readable units, such as `77 ms` or `1 h 2 min`."""
     if seconds < 60:
         return _seconds_text.format_data(float(f"{seconds:.3g}"))
     minutes, rest = divmod(round(seconds), 60)
@@ -170,7 +170,7 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
 
 
 def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
-    """Plot the rate of each signal in a lane. The height of a lane is the highest rate of its signal."""
+    """Plot the rate of each signal in a separate lane. The top of a lane is the signal's highest rate."""
     bins = max(1, min(BINS, max((len(flow.times) for flow in flows), default=0) // IN_BIN))
     width = span / bins
     labels = []
@@ -220,7 +220,7 @@ def _local(time_ns: int) -> datetime.datetime:
 
 
 def _flags(marks: Sequence[Mark], begin: int, span: float) -> list[tuple[float, list[Mark]]]:
-    """Return the position of each flag and the marks that it stands for: marks that are close share a flag."""
+    """Return the position of each flag with its marks. Marks that are close together share a flag."""
     flags: list[tuple[float, list[Mark]]] = []
     for mark in sorted(marks, key=lambda each: each.time_ns)[:MARKS_MAX]:
         place = (mark.time_ns - begin) / BILLION
@@ -245,7 +245,7 @@ def _draw_flags(axis: Axes, flags: list[tuple[float, list[Mark]]]) -> None:
 
 
 def _listed(summary: Summary, flags: list[tuple[float, list[Mark]]]) -> list[tuple[str, str]]:
-    """Return the lines of the list of marks: the number and time (empty in continued lines), and the text."""
+    """Return the lines of the list of marks: number and time (empty in continuation lines), and text."""
     listed = []
     for number, mark in enumerate((mark for _, marks in flags for mark in marks), 1):
         when = f"{number}   {_local(mark.time_ns):%H:%M:%S}.{mark.time_ns % BILLION // 10**6:03}"

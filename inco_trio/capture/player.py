@@ -24,20 +24,20 @@ from inco_trio.signals import Direction, SignalTable
 __all__ = ["Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
-"""Maximum seconds to wait until a link that went down is up again."""
+"""Maximum time in seconds to wait until a link that went down is up again."""
 TURN = 64
 """Number of notifications that one task handles before other tasks run."""
 
 
 @attrs.define
 class Side:
-    """The side of a recording to play: a core, the signals that it sends, and labels for the signals that arrive."""
+    """The core to play in a recording, with the signals that it sends and the labels of the signals that arrive."""
 
     core: Core0 | Core1
     direction: Direction
-    """The direction to play. The side listens for the other direction."""
+    """The direction of the notifications to play. Notifications of the other direction are counted."""
     playable: Collection[str] | None = None
-    """The signals that the side can send, or None for all."""
+    """The names of the signals that this side can send, or None for all signals."""
     labels: Mapping[str, str] | None = None
     """The label of each signal that can arrive. If None, every signal can arrive, and its name is its label."""
     _sent: bool = attrs.field(default=False, init=False)
@@ -102,11 +102,11 @@ async def applications(table: SignalTable) -> AsyncIterator[Side]:
 
 @attrs.define
 class Played:
-    """The numbers of notifications that were played and that came back, by signal or label."""
+    """The number of notifications that were played and the number that came back, by signal or label."""
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)
-    """The recorded notifications of the other direction, which should come back."""
+    """Recorded notifications of the other direction, which should come back."""
     came: Counter[str] = attrs.Factory(Counter)
     unknown: Counter[str] = attrs.Factory(Counter)
     """Notifications that were skipped because the direction or the register of the signal is unknown."""

@@ -43,7 +43,7 @@ LOCAL_EXPERIMENT = 0x88B5
 COUNT_MAX = 1 << 20
 """Maximum number of notifications that one packet represents."""
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
-"""The end of the comment of a notification that was pending."""
+"""A pattern for the end of a packet's comment if the notification is or was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 # Without O_NONBLOCK, opening a FIFO would block until it has a reader, and process signals would not interrupt it.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -55,9 +55,9 @@ class Recorder:
     The path `-` is standard output. If the file is a pipe whose reader has exited, raise BrokenPipeError.
 
     With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
-    numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. Each
-    entry is one write(2), so the file stays readable if the process is killed. Raises PermissionDeniedError and
-    ResourceError; after an error the file is closed, but complete up to the last entry.
+    numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. One
+    write(2) writes each entry, so the file stays readable if the process is killed. Raises PermissionDeniedError and
+    ResourceError; after an error, the file is closed but complete up to the last entry.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Recorder:
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
         *, pending: str = "", delay: float = 0.0, count: int = 1,
     ) -> None:  # fmt: skip
-        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments.
+        """Append a notification. `frame` is None if the frame is unknown. `Entry` explains the other arguments.
 
-        A `count` above 1 represents several notifications at one time, without frames.
+        A `count` above 1 represents several notifications without frames that have the same time.
         """
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         comment = f"{_comment(direction, signal)} {register}".rstrip()
@@ -112,12 +112,12 @@ class Recorder:
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
     def mark(self, time_ns: int, text: str, step_ns: int = 0) -> None:
-        """Append a mark. `step_ns` is the time by which the wall clock was just set."""
+        """Append a mark. `step_ns` is the number of nanoseconds by which the wall clock just jumped, or 0."""
         content: dict[str, object] = {"mark": text} | ({"step_ns": step_ns} if step_ns else {})
         self._append(time_ns, REGISTERS, _unframed(content), None, text)
 
     def follow_clock(self, time_ns: int, monotonic_ns: int) -> None:
-        """Append a mark if the wall clock was set since the last call. Both arguments are times of the next entry."""
+        """Append a mark if the wall clock jumped since the last call. Both arguments are times of the next entry."""
         if self._wall_clock is None:
             self._wall_clock = WallClock()
             self._wall_clock.offset = time_ns - monotonic_ns
@@ -139,13 +139,13 @@ class Recorder:
         self._entries += 1
 
     def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
-        """Return the block of a packet. If the interface is new in the file, its block comes first."""
+        """Return the block of a packet. If the interface is new in the file, put its block first."""
         number = self._interfaces.get(interface, len(self._interfaces))
         head = b"" if interface in self._interfaces else interface_block(interface)
         return head + packet_block(number, time_ns, data, direction, comment)
 
     def _is_full(self, more: int) -> bool:
-        if not self._entries:  # A file has at least one entry, even if the entry exceeds a limit.
+        if not self._entries:  # Each file gets at least one entry, even if it exceeds a limit.
             return False
         if self._size_max is not None and self._size + more > self._size_max:
             return True
@@ -169,7 +169,7 @@ class Recorder:
         self._interfaces = {REGISTERS: 0}
         self._write(section_block(APPLICATION) + interface_block(REGISTERS))
         while self._keep is not None and len(self.written) > max(self._keep, 1):
-            with contextlib.suppress(OSError):  # Another process has removed the file.
+            with contextlib.suppress(OSError):  # Another process may have removed the file.
                 self.written.pop(0).unlink()
 
     def _begin(self, path: Path) -> None:
@@ -182,7 +182,7 @@ class Recorder:
             self.close()
             raise ResourceError(path, "another process is recording to this file (use another file)") from None
         except OSError:
-            pass  # The filesystem does not support locks.
+            pass  # Record without a lock: the filesystem does not support locks.
         os.ftruncate(self._fd, 0)
 
     def _write(self, data: bytes) -> None:
@@ -195,7 +195,7 @@ class Recorder:
             raise
         except OSError as error:
             with contextlib.suppress(OSError):  # ftruncate(2) fails for a pipe.
-                if self._path != STREAM:  # Standard output may have had other content before.
+                if self._path != STREAM:  # Standard output may contain other data.
                     os.ftruncate(self._fd, self._size)
             self.close()
             if not self._size and len(self.written) > 1:  # A file without its header is not a recording.
@@ -220,7 +220,7 @@ class Recorder:
 
 @attrs.frozen
 class Entry:
-    """A notification in a recording. If they are unknown, `direction` is None and `register` is empty."""
+    """A notification in a recording. An unknown `direction` is None, and an unknown `register` is empty."""
 
     time_ns: int
     signal: str
@@ -229,9 +229,9 @@ class Entry:
     ignored: bool = False
     """Whether the proxy ignored this frame when it was recorded."""
     pending: str = ""
-    """Why the proxy could not deliver or send the notification at this time. Another entry follows on delivery."""
+    """Why the proxy could not deliver or send the notification at this time. Another entry reports its delivery."""
     delay: float = 0.0
-    """The number of seconds for which the notification was pending before this time."""
+    """How long the notification had been pending before it was delivered or sent (seconds), or 0."""
 
 
 @attrs.frozen
@@ -241,7 +241,7 @@ class Mark:
     time_ns: int
     text: str
     step_ns: int = 0
-    """The number of nanoseconds by which the wall clock was set at this time."""
+    """The number of nanoseconds by which the wall clock jumped at this time, or 0."""
 
 
 class Recording:
@@ -266,7 +266,7 @@ class Recording:
 
     @property
     def progress(self) -> str:
-        """The part of the file that has been read, as text."""
+        """The progress of reading the file as text: a percentage, or kilobytes if the size is unknown."""
         position = self.reader.position
         return f"{100 * position // self.size} %" if self.size else f"{position // 1000} kB"
 
@@ -279,12 +279,12 @@ class Recording:
                 self.left_out[_reason(packet)] += 1
 
     def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
-        """Yield an entry. Correct its time for changes of the wall clock, which must not change durations."""
+        """Yield an entry. Correct its time if the wall clock has jumped, because a jump must not change durations."""
         if isinstance(entry, Mark):
             self._step_ns += entry.step_ns
         time_ns = entry.time_ns - self._step_ns
         if (back := self._last_ns - time_ns) > TOLERANCE_NS:
-            # No mark reports a change of the clock: another program recorded the packets or joined the files.
+            # The recording has no mark for this jump: another program recorded the packets or merged files.
             self._step_ns -= back
             time_ns = self._last_ns
             yield Mark(time_ns, f"the packet timestamps go back by {back / 1e9:.1f} s")
@@ -315,7 +315,7 @@ class Recording:
             direction = self._senders.get(source)
         else:
             self._senders[source] = direction
-        # The comment of an ignored frame is the reason why it was ignored, instead of the signal.
+        # If the proxy ignored a frame, the packet's comment contains the reason instead of the signal.
         recorded = packet.direction if ours else None
         if recorded is None:
             return Entry(packet.time_ns, text, direction)
@@ -327,7 +327,7 @@ class Recording:
 
 
 def _is_recorded(packet: Packet, signal: str) -> bool:
-    """Return whether a packet has the direction and the comment that `Recorder` writes for a frame."""
+    """Return whether a packet has a direction and a comment that `Recorder` would write for a frame."""
     if packet.direction is None:
         return False
     return packet.comment.startswith((_comment(packet.direction, signal), "ignored: "))
@@ -345,7 +345,7 @@ def _reason(packet: Packet) -> str:
 
 
 def _comment(direction: Direction, signal: str) -> str:
-    """Return the beginning of the comment of a notification."""
+    """Return the beginning of the packet comment for a notification."""
     return f"{direction.value} {signal}"
 
 

@@ -17,7 +17,7 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
-"""The latest valid time in nanoseconds since 1970. It is in the year 2262."""
+"""The latest valid time, in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
 """Maximum number of values to sort at once, because a sorted list takes five times the memory of an array."""
 
@@ -31,23 +31,23 @@ class Flow:
     times: array[int] = attrs.Factory(lambda: array("q"))
     """The times of the deliveries in nanoseconds since 1970, in the order of the recording."""
     pending: array[int] = attrs.Factory(lambda: array("q"))
-    """The times at which notifications became pending. `times` contains the later times of their delivery."""
+    """The times at which notifications became pending. `times` contains the times when they were delivered."""
     delays: array[int] = attrs.Factory(lambda: array("q"))
-    """How long delivered notifications had been pending, in nanoseconds."""
+    """How long each delayed notification was pending before its delivery, in nanoseconds."""
     late: array[int] = attrs.Factory(lambda: array("q"))
-    """When the notifications in `delays` were delivered."""
+    """The times at which the notifications in `delays` were delivered."""
 
     @property
     def label(self) -> str:
-        """The signal, with its direction if known."""
+        """The name of the signal, with its direction if known."""
         return self.signal if self.direction is None else f"{self.signal} ({self.direction.value})"
 
     def intervals(self) -> Iterator[int]:
-        """Return the nanoseconds from each notification to the next."""
+        """Return the time from each notification to the next, in nanoseconds."""
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def waits(self) -> list[tuple[int, int]]:
-        """Return the start and end of each period in which a notification that was delivered later was pending."""
+        """Return the start and end of each period in which notifications were pending that were delivered later."""
         periods: list[tuple[int, int]] = []
         for start, end in sorted((late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)):
             if periods and start <= periods[-1][1]:
@@ -83,12 +83,12 @@ class Pair:
             self._asked = None
 
     def end(self) -> None:
-        """At the end of the recording, count the last notification as unanswered if it has no answer."""
+        """Count the last notification as unanswered if the recording ends before its answer."""
         self.unanswered += self._asked is not None
         self._asked = None
 
     def spread(self) -> dict[str, float] | None:
-        """Return `min`, `p50`, `p90`, `p99` and `max` of the response times in seconds, or None without answers."""
+        """Return `min`, `p50`, `p90`, `p99` and `max` of the response times in seconds, or None if there are none."""
         return _spread(self.taken)
 
 
@@ -100,7 +100,7 @@ class Summary:
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
     left_out: Mapping[str, int] = attrs.Factory(dict)
-    """The number of other packets in the recording, by the reason for skipping them."""
+    """The number of packets in the recording that were skipped, by reason."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""

@@ -1,4 +1,4 @@
-"""The entry points of the command line. Each command has a module of its own in this package.
+"""The entry points of the command line. Each command has its own module in this package.
 
 The entry points of the daemon start to record process signals before they import anything else.
 """

@@ -22,7 +22,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("iface", nargs="?", metavar="LINK", help="also check and explain this link")
     sub.add_argument("--iface", dest="former_iface", help=argparse.SUPPRESS)
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
-    sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
+    sub.add_argument("--gateway", metavar="FILE", help="check this configuration of `inco-trio mqtt`")
     sub.add_argument("--example", action="store_true", help="print a complete udrv.json as an example")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 

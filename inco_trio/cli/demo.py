@@ -19,7 +19,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run real firmware as core 1 in QEMU, and measure round trips (root is not required)",
     )
-    sub.add_argument("--record", metavar="FILE", help="record all notifications for Wireshark, replay and plot")
+    sub.add_argument("--record", metavar="FILE", help="record to FILE, for Wireshark, `replay` and `plot`")
     sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications per signal (default: 80)")
     sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications per second (default: 100)")
 

@@ -16,7 +16,8 @@ PRIVILEGED = 1024
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "example: inco-trio exporter --listen 127.0.0.1:9478"
-    sub.add_argument("--listen", metavar="ADDRESS:PORT", default=options.LISTEN, help=f"default: {options.LISTEN}")
+    listen_help = f"address to listen on (default: {options.LISTEN})"
+    sub.add_argument("--listen", metavar="ADDRESS:PORT", default=options.LISTEN, help=listen_help)
     options.add_clients_option(sub)
     sub.add_argument("--dashboard", action="store_true", help="print a Grafana dashboard and exit")
     sub.add_argument("--alerts", action="store_true", help="print Prometheus alert rules and exit")

@@ -29,10 +29,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="only the last TIME, such as 10m or 2h")
     sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
     sub.add_argument(
-        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only inbound or only outbound"
+        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only this direction: inbound or outbound"
     )
     add_color(sub)
-    sub.add_argument("--json", action="store_true", help="print a JSON object for each line, see docs/control.md")
+    sub.add_argument("--json", action="store_true", help="print one JSON object per line (see docs/control.md)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def past_of(client: Client, board: str | None, seconds: float | None) -> list[Past]:
-    """Return the recorded history of one board or of all boards, limited to the last `seconds` unless that is None."""
+    """Return the recorded history of one board or of all boards. `seconds` limits its age (None: no limit)."""
     after = None if seconds is None else max(0, time.monotonic_ns() - round(seconds * 1e9))
     boards = client.greeting.boards if board is None else (board,)
     answers = [client.request(HistoryRequest(each, after)).history for each in boards]
@@ -58,7 +58,7 @@ def past_of(client: Client, board: str | None, seconds: float | None) -> list[Pa
 
 
 def past_events(pasts: Iterable[Past]) -> Iterator[Event]:
-    """Yield the events of several boards in order."""
+    """Yield the events of several boards in the order of their times."""
     return heapq.merge(*(past.events for past in pasts), key=operator.attrgetter("monotonic_ns"))
 
 

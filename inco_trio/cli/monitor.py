@@ -18,7 +18,7 @@ from inco_trio.signals import Direction
 __all__ = ["Lines", "arguments", "run"]
 
 COLUMNS = "local time, direction, signal, + time since the previous notification of the same signal"
-"""The columns of a notification, for the header."""
+"""The columns of a notification's line, which the header lists."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     add_place(sub)
     add_selection(sub)
     add_color(sub)
-    sub.add_argument("--json", action="store_true", help="print the JSON lines of the proxy, see docs/control.md")
+    sub.add_argument("--json", action="store_true", help="print the proxy's JSON lines (see docs/control.md)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """A formatter for events. A notification's line has the time since the previous notification of the same signal."""
+    """A formatter for events. It shows the time between a notification and the previous one of the same signal."""
 
     def __init__(self, boards: int = 1) -> None:
         self._last: dict[tuple[str, Direction, str], int] = {}

@@ -15,7 +15,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "SIGHUP reloads the configuration."
     )
     sub.add_argument("url", metavar="URL", help="broker: mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS")
-    sub.add_argument("--config", metavar="FILE", help="permitted signals and MQTT credentials")
+    sub.add_argument("--config", metavar="FILE", help="file with the permitted signals and MQTT credentials")
     add_clients_option(sub)
     add_service_options(sub)
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
             config = GatewayConfig() if path is None else read_gateway(path)
             config.check_response_prefix(broker)
-            config.broker.read()  # Fail now if the credentials are invalid.
+            config.broker.read()  # Report invalid credentials before the start.
             return Gateway(broker, config, controls).run
 
         return run_service(

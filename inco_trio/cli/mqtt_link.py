@@ -18,14 +18,14 @@ ENDS = ("core0", "core1")
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "example: inco-trio mqtt-link mqtt://broker/lab/wire1 unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
+        "example: inco-trio mqtt-link mqtt://broker/lab/bridge1 unix:/run/b1/bridge,peer=/run/b1/core0 --end core0\n"
         "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("url", metavar="URL", help="topic prefix of the bridge: mqtt[s]://HOST[:PORT]/PREFIX")
     sub.add_argument("link", nargs="?", metavar="LINK", help="link of this side: unix:LOCAL,peer=REMOTE")
     sub.add_argument("--link", dest="former_link", help=argparse.SUPPRESS)
     sub.add_argument("--end", metavar="CORE", choices=ENDS, required=True, help="the core at REMOTE: core0 or core1")
-    sub.add_argument("--config", metavar="FILE", help="MQTT credentials, as for `mqtt`")
+    sub.add_argument("--config", metavar="FILE", help="file with MQTT credentials, as for `mqtt`")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     add_service_options(sub)
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
             def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
                 config = GatewayConfig() if path is None else read_gateway(path)
-                config.broker.read()  # Fail now if the credentials are invalid.
+                config.broker.read()  # Report invalid credentials before the start.
                 return functools.partial(bridge.run, config.broker)
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_end(link: str | None) -> UnixAddress:
-    """Parse the address of the link of one side of a bridge. Raises UsageError."""
+    """Parse the link address of one side of a bridge. Raises UsageError."""
     if link is None:
         raise UsageError("LINK: missing (expected unix:LOCAL,peer=REMOTE)")
     try:

@@ -34,7 +34,7 @@ LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
-LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=PEER"
+LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
@@ -50,7 +50,6 @@ def rate(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Return a number of bytes."""
     return int(_number(text, "a number of bytes above 0, such as 500k, 10M or 1Gi", _MULTIPLES, lowest=1))
 
 
@@ -93,7 +92,7 @@ def check_link(address: str) -> None:
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
+    sub.add_argument("--config", metavar="FILE", help="path of udrv.json (default: $UDRV_JSON_PATH)")
 
 
 def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
@@ -101,18 +100,19 @@ def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--irq-owner", metavar="OWNER", type=_irq_owner, help=help_text)
 
 
-def _irq_owner(text: str) -> tuple[int | None, int | None]:
+def _irq_owner(text: str) -> str:
     try:
-        return find_owner(text)
+        find_owner(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def config_path(args: argparse.Namespace) -> Path:
     """Return the path of the configuration. Raises UsageError if none is given."""
     if args.config is not None:
         if args.config == STREAM:
-            raise UsageError("--config -: this command reads its configuration from a file only")
+            raise UsageError("--config -: this command can read its configuration only from a file")
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
         return Path(named)
@@ -120,7 +120,7 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def configured_board(args: argparse.Namespace) -> Board:
-    """Read the configuration, which `--config -` takes from standard input. Raises UsageError, ConfigError."""
+    """Read the configuration from a file, or from standard input with `--config -`. Raises UsageError, ConfigError."""
     from inco_trio.config import UDRV_SIZE_MAX, parse_board, read_board
 
     if args.config != STREAM:
@@ -134,7 +134,7 @@ def configured_board(args: argparse.Namespace) -> Board:
 def absolute(path: str | Path, option: str) -> Path:
     """Return the value of `option` as an absolute path. Raises UsageError if the path is invalid."""
     if path == STREAM:
-        raise UsageError(f"{option} -: must be a path: it cannot be standard input or standard output")
+        raise UsageError(f"{option} -: must be a path, not standard input or standard output")
     path = path_of(path, option)
     try:
         return path.absolute()
@@ -153,13 +153,15 @@ def path_of(text: str | Path, option: str) -> Path:
 
 
 def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more") -> None:
-    """Add the options that all services have. `verbose` is the help text of `-v`."""
+    """Add the options that all services share. `verbose` is the help text of `-v`."""
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     formats = ("text", "json")
-    sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
+    sub.add_argument(
+        "--log-format", metavar="FORMAT", choices=formats, default="text", help="log format: text (default) or json"
+    )
     sub.add_argument(
         "--log-timestamps", metavar="MODE", choices=("auto", "always", "never"), default="auto",
-        help="auto (default), always or never",
+        help="timestamps in the log: auto (default), always or never",
     )  # fmt: skip
     sub.add_argument("-v", "--verbose", action="store_true", help=verbose)
 
@@ -167,11 +169,10 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
 def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that select a running proxy."""
     sub.add_argument("link", nargs="?", metavar="LINK", help="link or board directory of the proxy")
-    sub.add_argument("--control", metavar="PATH", help="control socket (default: of the only proxy)")
+    sub.add_argument("--control", metavar="PATH", help="control socket (default: that of the only proxy)")
 
 
 def add_color(sub: argparse.ArgumentParser) -> None:
-    """Add `--color`."""
     sub.add_argument(
         "--color", metavar="MODE", choices=("auto", "always", "never"), default="auto",
         help="colours: auto (default: only on a terminal), always or never; see NO_COLOR and FORCE_COLOR",
@@ -183,7 +184,7 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--board", metavar="NAME", help="only this board")
     sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
     sub.add_argument(
-        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only inbound or only outbound"
+        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only this direction: inbound or outbound"
     )
     sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
 
@@ -191,7 +192,10 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
 def add_clients_option(sub: argparse.ArgumentParser) -> None:
     """Add `--control` for a service that connects to several proxies."""
     sub.add_argument(
-        "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
+        "--control",
+        metavar="PATH",
+        action="append",
+        help="control socket of a proxy; repeatable (default: all proxies)",
     )
 
 

@@ -53,7 +53,7 @@ GROUPS = {
     "record": ("record", "plot", "dissector"),
     "connect": ("mqtt", "mqtt-link", "exporter"),
 }
-"""The commands by purpose, as the help shows them. `s6` is missing: `service` replaces it."""
+"""The commands by purpose, as the help shows them. The help does not list `s6`, because `service` replaces it."""
 
 EXIT_CODES = {
     0: "success",
@@ -69,7 +69,7 @@ EXIT_CODES = {
     78: "invalid configuration, or a register or directory that cannot be used",
     130: "interrupted by Ctrl-C (SIGINT)",
 }
-"""The meaning of each exit code. `docs/commands.md` has the same table."""
+"""The meaning of each exit code. `docs/commands.md` contains the same table."""
 TOPICS = ("exit-codes",)
 """The topics that `inco-trio help` explains in addition to the commands."""
 
@@ -119,7 +119,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     made = parser(words[0])
     (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
     sub: argparse.ArgumentParser = commands.choices[words[0]]
-    # Options may stand between arguments, as in `send SIGNAL --as core1 LINK`. argparse rejects this after `--`.
+    # Allow options between arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot do so if there is a `--`.
     return _parsed(sub.parse_args if "--" in words else sub.parse_intermixed_args, words[1:])
 
 
@@ -127,12 +127,12 @@ def _parsed(parse: Callable[[Sequence[str]], argparse.Namespace], words: Sequenc
     try:
         return parse(words)
     except SystemExit:
-        streams.flush()  # Write the buffered output of --help.
+        streams.flush()  # Write the output of --help, which raises SystemExit.
         raise
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    """Return `: did you mean ...?` with the known words that are similar to `word`, or an empty string."""
+    """Return `: did you mean ...?` with the words in `known` that are similar to `word`, or an empty string."""
     import difflib
 
     found = difflib.get_close_matches(word, list(known))
@@ -198,7 +198,7 @@ def drop_in_parser() -> _Parser:
         prog="inco_proxy",
         description="Transfer inter-core interrupts between the link IFACE and the registers in $UDRV_JSON_PATH.",
         epilog=(
-            "Like `inco-trio run IFACE`, but logs to standard output.\n"
+            "The command works like `inco-trio run IFACE`, but logs to standard output.\n"
             "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000"
         ),
     )
@@ -227,9 +227,8 @@ def parser(command: str | None = None) -> _Parser:
 
 
 def _grouped() -> str:
-    """Return the commands, grouped by purpose."""
     lines = []
     for purpose, names in GROUPS.items():
         lines += [f"{purpose}:", *(f"  {name:10} {COMMANDS[name]}" for name in names)]
-    lines += ["", "inco-trio help COMMAND explains a command, inco-trio help exit-codes lists the exit codes."]
+    lines += ["", "`inco-trio help COMMAND` explains a command. `inco-trio help exit-codes` lists the exit codes."]
     return "\n".join(lines)

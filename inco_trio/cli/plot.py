@@ -26,7 +26,7 @@ FORMATS = (".svg", ".png")
 SHOWN = 0.5
 """Seconds between two progress messages on a terminal."""
 OFTEN = 1024
-"""Number of notifications between two checks of whether to update the progress."""
+"""Number of notifications after which the command checks whether to update the progress message."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -41,19 +41,19 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--past", nargs="?", const="", metavar="LINK",
-        help="plot what `history` shows of the proxy of LINK (default: the only proxy), instead of FILE",
+        help="plot the history of the proxy of LINK (default: the only proxy) instead of FILE",
     )  # fmt: skip
     sub.add_argument(
         "--out",
         metavar="FILE",
-        help="output, .svg or .png, or - for SVG on standard output (default: FILE with the suffix .svg)",
+        help="output file (.svg or .png), or - for SVG on standard output (default: FILE with the suffix .svg)",
     )
     sub.add_argument(
         "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
         help="measure the time from SIGNAL to ANSWER; may be repeated",
     )  # fmt: skip
     configuration_argument(sub)
-    sub.add_argument("--json", action="store_true", help="print statistics (in seconds); plot only with --out")
+    sub.add_argument("--json", action="store_true", help="print statistics (times in seconds); plot only with --out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
     if draws:
         if args.out != STREAM and _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
-        # Import matplotlib first, so that a failed import is reported before a long read.
+        # Import matplotlib before the file is read, because reading may take long and the import may fail.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:
@@ -118,7 +118,7 @@ def _out(args: argparse.Namespace, path: Path) -> Path:
         return path.parent / f"{path.stem}{FORMATS[0]}"
     if args.out == STREAM:
         if args.json:
-            raise UsageError("--out -: cannot be used with --json (give the plot a file)")
+            raise UsageError("--out -: cannot be used with --json (write the plot to a file)")
         return Path(STREAM)
     out = path_of(args.out, "--out")
     if out.suffix not in FORMATS:
@@ -129,12 +129,12 @@ def _out(args: argparse.Namespace, path: Path) -> Path:
 def _is_one_file(path: Path, out: Path) -> bool:
     try:
         return out.samefile(path)
-    except OSError:  # One of the files does not exist. A missing recording is reported later.
+    except OSError:  # One of the files does not exist. If it is the recording, the error is reported later.
         return False
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
-    """Return the signal table, which has the direction of each signal. Raises UsageError, ConfigError."""
+    """Return the signal table, which contains the direction of each signal. Raises UsageError, ConfigError."""
     if args.config is None:
         return SignalTable(builtin_signals(absolute(".", "FILE")))
     return SignalTable(configured_board(args).signals)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from inco_trio.control.listen import Listening
 
 AGAIN = 0.2
-"""Seconds between two attempts to reconnect after the proxy has exited."""
+"""Seconds between two attempts to reconnect after the proxy exited."""
 SHOWN = 0.5
 """Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0
@@ -46,13 +46,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
-    sub.add_argument("file", metavar="FILE", help="pcapng file, which is replaced; - for standard output")
+    sub.add_argument("file", metavar="FILE", help="pcapng file to create or replace; - for standard output")
     add_place(sub)
     add_selection(sub)
-    sub.add_argument("--past", action="store_true", help="write the recorded history, without frames")
+    sub.add_argument("--past", action="store_true", help="write the proxy's history, which has no frames")
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="with --past: only the last TIME")
     sub.add_argument("--duration", type=number_of_seconds, metavar="TIME", help="stop after TIME, such as 10m")
-    sub.add_argument("--size", type=size, metavar="BYTES", help="start FILE_00002 at this size, such as 10M")
+    sub.add_argument(
+        "--size", type=size, metavar="BYTES", help="start a new file (FILE_00002) at this size, such as 10M"
+    )
     sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start a new file after TIME, such as 1h")
     sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
 
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record_past(args: argparse.Namespace, path: Path) -> int:
-    """Write the history in the proxy's flight recorder to a file; return the exit code. Raises IncoError."""
+    """Write the contents of the proxy's flight recorder to a file; return the exit code. Raises IncoError."""
     with connect(args.link, args.control) as client:
         wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
         count = _write_past(client, path, wanted, args.since)
@@ -98,7 +100,7 @@ def _record_past(args: argparse.Namespace, path: Path) -> int:
 
 
 def record_past(path: Path, link: str | None) -> None:
-    """Write the history in the flight recorder of the proxy of `link` to a file. Raises IncoError."""
+    """Write the contents of the flight recorder of `link`'s proxy to a file. Raises IncoError."""
     with connect(link, None) as client:
         _write_past(client, path, MonitorRequest(link if link in client.greeting.boards else None), None)
 
@@ -135,7 +137,7 @@ class _Stop:
 
 
 class _Proxy:
-    """A connection to a proxy that reconnects after the proxy has restarted."""
+    """A connection to a proxy. It reconnects after a restart of the proxy."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop
@@ -163,7 +165,7 @@ class _Proxy:
             return self._new(self._client.arrived())
         except ProxyNotFoundError as error:
             self._client.close()
-            _show("")  # Otherwise the message would continue the line of the progress.
+            _show("")  # Clear the progress line, so that the message starts a new line.
             remark(f"{error}: waiting for the next proxy")
             ended = _mark("the proxy has ended")
             while not self._stop.wait(AGAIN):
@@ -176,7 +178,7 @@ class _Proxy:
             return [ended]
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
-        """Return the events that the recording does not contain yet. Replace an event `lost` by the lost events."""
+        """Return the events that the recording does not contain yet. Replace an event `lost` with the lost events."""
         new: list[Event] = []
         for event in events:
             if event.event == "lost":
@@ -202,7 +204,7 @@ class _Proxy:
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            with contextlib.suppress(IncoError):  # If the proxy has exited, the socket still has its last events.
+            with contextlib.suppress(IncoError):  # The proxy may have exited; its last events are in the socket.
                 self._client.request(FlushRequest(), FAREWELL)
             for event in self._client.events(FAREWELL):
                 if event.event == "flushed":

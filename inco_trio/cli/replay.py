@@ -41,13 +41,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
     sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 on this interface or unix:LOCAL,peer=REMOTE")
-    sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with a LINK, else core0")
-    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals; core0 plays on their registers in DIR")
+    sub.add_argument(
+        "--as", dest="side", choices=("core0", "core1"), help="core to play (default: core1 with LINK, else core0)"
+    )
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals, with their registers in DIR")
     configuration_argument(sub)
     sub.add_argument("--speed", type=rate, metavar="X", help="play X times as fast as recorded (default: 1)")
     sub.add_argument("--fast", action="store_true", help="play as fast as possible")
     sub.add_argument(
-        "--wait", type=seconds, default=1.0, metavar="TIME", help="listen for TIME after the end (default: 1s)"
+        "--wait", type=seconds, default=1.0, metavar="TIME", help="keep listening for TIME at the end (default: 1s)"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Set the default of `--as`. Raises UsageError if the arguments are not consistent."""
+    """Set the default of `--as`. Raises UsageError if the arguments contradict each other."""
     if args.side is None:
         args.side = "core0" if args.link is None else "core1"
     if args.side == "core1" and args.link is None:

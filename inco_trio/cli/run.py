@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
+from inco_trio.linux.users import find_owner
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
@@ -32,7 +33,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v"
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals, with their registers in DIR")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     options.irq_owner_argument(sub)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
@@ -40,10 +41,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
     sub.add_argument(
         "--history", type=options.history_size, metavar="N",
-        help="notifications kept per board (default 4096, 0: none)",
+        help="number of notifications to keep per board (default: 4096; 0 keeps none)",
     )  # fmt: skip
     sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, default=SANDBOX[0], help=SANDBOX_HELP)
-    sub.add_argument("--lock-memory", action="store_true", help="keep all memory in RAM (ulimit -l unlimited)")
+    sub.add_argument("--lock-memory", action="store_true", help="lock all memory in RAM (needs ulimit -l unlimited)")
     options.add_service_options(sub, verbose="log each notification")
 
 
@@ -86,7 +87,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         label = boards.label
     fd_store = fd_store_from_environment(args.fd_holder, label)
     if args.wait_link and args.sandbox != "none":
-        # The wait may be long. Opening the link needs the same capabilities as a reload that adds a board.
+        # Drop capabilities before the wait, which may be long. Keep those that opening the link needs.
         opening = privileges.needed_capabilities(boards.configs(), grows=True, locked=args.lock_memory)
         privileges.drop_capabilities(opening)
     if args.sandbox == "none":
@@ -117,5 +118,5 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    owner, group = args.irq_owner or (None, None)
+    owner, group = (None, None) if args.irq_owner is None else find_owner(args.irq_owner)
     return Config(args.iface, board.signals, wait_link=args.wait_link, history=args.history, owner=owner, group=group)

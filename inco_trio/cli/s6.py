@@ -1,4 +1,4 @@
-"""`inco-trio s6`: the former form of `inco-trio service`."""
+"""`inco-trio s6`: the old name of `inco-trio service`, with its old options."""
 
 from __future__ import annotations
 

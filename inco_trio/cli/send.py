@@ -14,7 +14,7 @@ from inco_trio.cli.streams import remark, say
 from inco_trio.errors import ProxyNotFoundError
 
 AT_ONCE = 1000
-"""Maximum number of notifications per request. An interrupted `send` thus knows roughly how many were sent."""
+"""Maximum number of notifications per request. It lets an interrupted `send` report roughly how many were sent."""
 SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
@@ -25,11 +25,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = "example: inco-trio send redun_notify_irq --count 100 --rate 50"
     signalling.add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to send (default: 1)")
     sub.add_argument(
         "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
     )
-    sub.add_argument("--timeout", type=number_of_seconds, metavar="TIME", help="exit with 1 after TIME, such as 10s")
+    sub.add_argument("--timeout", type=number_of_seconds, metavar="TIME", help="fail (exit 1) after TIME, such as 10s")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """The times at which notifications are due: at fixed intervals from the start, no matter how long a send takes.
+    """The times at which notifications are due. They have fixed intervals, no matter how long each send takes.
 
     `check` raises TimeoutError `timeout` seconds after the start.
     """
@@ -78,7 +78,7 @@ class _Schedule:
 
     @property
     def patience(self) -> float:
-        """The seconds until the timeout."""
+        """The time left until the timeout, in seconds."""
         return max(0.0, self._timeout - self.seconds)
 
     def check(self) -> None:
@@ -90,20 +90,20 @@ class _Schedule:
         return self.sent < self._count
 
     def due(self) -> int:
-        """Return the number of notifications to send now."""
+        """Return how many notifications to send now."""
         left = self._count - self.sent
         if self._rate is not None:
             left = int(min(left, self.seconds * self._rate + 1 - self.sent))
         return min(left, AT_ONCE)
 
     def pause(self) -> float:
-        """Return the seconds until the next notification is due."""
+        """Return the time until the next notification is due, in seconds."""
         if self._rate is None:
             return 0
         return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX, self.patience)
 
     def follow(self, send: Callable[[int], None]) -> None:
-        """Call `send` with the number of notifications that are due, until all have been sent."""
+        """Call `send` with the number of notifications whenever some are due. Return once all have been sent."""
         while self.left:
             self.check()
             if due := self.due():
@@ -131,7 +131,7 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
             try:
                 client.request(SendRequest(args.signal, count, board), patience)
             except ProxyNotFoundError:
-                schedule.check()  # Raises TimeoutError if the proxy was too slow. Otherwise the proxy has exited.
+                schedule.check()  # Raise TimeoutError instead if the timeout has passed.
                 raise
 
         schedule.follow(send)
@@ -153,7 +153,7 @@ def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
 
 def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
     link = signalling.link_of(args)
-    import trio  # Imported lazily: importing trio takes longer than everything else.
+    import trio  # Import trio lazily: the import takes longer than everything else.
 
     with signalling.alone():
         trio.run(_send_frames, link, args.signal, schedule)

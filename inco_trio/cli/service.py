@@ -23,8 +23,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "example: inco-trio service s6 /run/service rpmsg4000 --config /etc/udrv.json && s6-svscan /run/service\n"
         "example: inco-trio service systemd rpmsg4000 --config /etc/udrv.json"
     )
-    sub.add_argument("supervisor", metavar="SUPERVISOR", choices=SUPERVISORS, help="s6 or systemd")
-    sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="scan directory of s6")
+    sub.add_argument("supervisor", metavar="SUPERVISOR", choices=SUPERVISORS, help="supervisor: s6 or systemd")
+    sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="s6 scan directory")
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     add_options(sub)
 
@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mqtt", metavar="URL", help="write a service for the MQTT gateway to the broker at URL")
     sub.add_argument("--mqtt-link", metavar="URL", help="write a service for one side of the bridge at URL")
     sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core on this side of the bridge: core0 or core1")
-    sub.add_argument("--gateway", metavar="FILE", help="configuration of the gateway or bridge")
+    sub.add_argument("--gateway", metavar="FILE", help="configuration file of the gateway or bridge")
     sub.add_argument(
         "--exporter",
         metavar="ADDR",
@@ -45,8 +45,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help=f"write a service for the exporter at ADDR (default: {options.LISTEN})",
     )
     sub.add_argument("--user", help=f"run the service as USER (default for root: {descriptions.USER})")
+    options.irq_owner_argument(sub)
     sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
-    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox of the proxy (see `run`)")
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox mode of the proxy (see `run`)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
     extra = ["--lock-memory"] if args.lock_memory else []
     if args.sandbox is not None:
         extra += ["--sandbox", args.sandbox]
+    if args.irq_owner is not None:
+        extra += ["--irq-owner", args.irq_owner]
     if extra and service.words[0] != "run":
         raise UsageError(f"{extra[0]} applies only to proxies")
     if args.supervisor == "systemd":
         if args.user is not None:
             descriptions.account_of(args.user)
         unit = systemd_unit(service=service, user=user, program=program, options=extra)
-        # Print bytes: paths need not be valid text, and the unit must not depend on the encoding of standard output.
+        # Print bytes: paths may be invalid text, and the unit must not depend on the encoding of standard output.
         say_bytes(os.fsencode(f"{unit}\n"))
         return 0
     if args.scandir is None:
@@ -83,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
 def _service(args: argparse.Namespace) -> descriptions.Service:
     """Return the service that the arguments describe. Raises UsageError."""
     if args.gateway is not None and args.mqtt is None and args.mqtt_link is None:
-        raise UsageError("--gateway needs --mqtt URL or --mqtt-link URL")
+        raise UsageError("--gateway requires --mqtt URL or --mqtt-link URL")
     if args.mqtt_link is not None:
         return _bridge(args)
     if args.end is not None:
-        raise UsageError("--end needs --mqtt-link URL")
+        raise UsageError("--end requires --mqtt-link URL")
     kinds = {name: getattr(args, name) for name in ("iface", "boards", "mqtt", "exporter")}
     named = ["LINK" if name == "iface" else f"--{name}" for name, value in kinds.items() if value is not None]
     if len(named) > 1 and set(named) != {"LINK", "--boards"}:
@@ -102,7 +105,7 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
         options.check_listen(args.exporter)
         return descriptions.exporter_service(args.exporter)
     if args.boards is not None:
-        boards = options.boards_directory(args, "IFACE", "--config")
+        boards = options.boards_directory(args, "IFACE", "--config", "--irq-owner")
         return descriptions.boards_service(boards, options.boards_label(boards))
     link = options.LINK if args.iface is None else args.iface
     options.check_link(link)
@@ -112,7 +115,7 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
 def _bridge(args: argparse.Namespace) -> descriptions.Service:
     """Return the service that runs one side of a bridge. Raises UsageError."""
     if args.iface is None or args.end is None:
-        raise UsageError("--mqtt-link needs LINK (unix:LOCAL,peer=REMOTE) and --end core0 or core1")
+        raise UsageError("--mqtt-link requires LINK (unix:LOCAL,peer=REMOTE) and --end core0 or core1")
     for name in ("boards", "mqtt", "exporter", "config"):
         if getattr(args, name) is not None:
             raise UsageError(f"--mqtt-link and --{name} are mutually exclusive: each call writes one service")

@@ -37,8 +37,8 @@ def add_ways(sub: argparse.ArgumentParser) -> None:
 
 
 def check_ways(args: argparse.Namespace) -> None:
-    """Raise UsageError if the options select more than one role, see `add_ways`."""
-    # With --as, LINK is the link of core 1.
+    """Raise UsageError if the options select more than one role; see `add_ways`."""
+    # With --as, LINK is core 1's link and does not select a proxy.
     of_the_proxy = OF_THE_PROXY if args.core1 is None else OF_THE_PROXY[1:]
     given = {
         "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in of_the_proxy),
@@ -52,7 +52,6 @@ def check_ways(args: argparse.Namespace) -> None:
 
 
 def is_application(args: argparse.Namespace) -> bool:
-    """Return whether the command acts as an application."""
     return any(getattr(args, name) is not None for name in OF_CORE_0)
 
 
@@ -64,7 +63,7 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
         raise UsageError(name, f"is not {what}: {hint}")
     import difflib
 
-    # A cutoff of 0 selects all names. The most similar name comes first.
+    # A cutoff of 0 keeps all names and puts the most similar one first.
     there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
     similar = difflib.get_close_matches(name, known)
     hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
@@ -84,7 +83,7 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
 
 
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
-    """Return the board that --board or LINK names, or None if they name no board."""
+    """Return the board that --board or LINK selects, or None if they select no board."""
     if args.board is None and args.link in client.greeting.boards and args.link != client.greeting.name:
         return str(args.link)
     return None if args.board is None else str(args.board)
@@ -136,7 +135,7 @@ def link_of(args: argparse.Namespace) -> str:
 
 
 def check_core1(link: str) -> None:
-    """Raise UsageError if a proxy on this machine serves `link`: a proxy receives only the frames of core 1."""
+    """Raise UsageError if a proxy on this host serves `link`. The proxy would not receive frames sent from its side."""
     from inco_trio.linux.processes import named
     from inco_trio.service.rivals import serving
 
@@ -159,7 +158,7 @@ def _core1_of(address: InterfaceAddress | UnixAddress) -> str:
         other = rtnetlink.interface(index=own.below) if own is not None and own.below else None
     finally:
         rtnetlink.close()
-    # The two ends of a veth pair name each other. A VLAN and its lower interface do not.
+    # The interfaces of a veth pair refer to each other. A VLAN refers to its lower interface, but not vice versa.
     if own is not None and other is not None and other.below == own.index:
         return f"core 1's interface {other.name}"
     return "core 1's interface, which may be in another network namespace"
@@ -167,7 +166,7 @@ def _core1_of(address: InterfaceAddress | UnixAddress) -> str:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """If the block raises an exception group with a single error, as a nursery does, raise that error instead."""
+    """If the block raises an exception group that contains one error, raise that error instead of the group."""
     try:
         yield
     except BaseExceptionGroup as group:

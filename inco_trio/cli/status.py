@@ -25,11 +25,11 @@ STORED = {None: "not stored", "s6-fdholder": "stored in s6-fdholder", "systemd":
 """The description of each kind of fd store."""
 LAST = HEAD.index("last")
 LAST_WIDTH = len("59 min ago")
-"""The width of the column `last`, so that the columns do not move when an age gets longer."""
+"""Minimum width of the column `last`. It keeps the other columns in place while ages get longer."""
 NUMBERS = range(2, 7)
-"""The columns that are aligned to the right."""
+"""The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""The boards of each proxy."""
+"""The status of the boards of each proxy, by the proxy's name."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_color(sub)
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one line of JSON, see docs/control.md")
+    how.add_argument("--json", action="store_true", help="print one line of JSON (see docs/control.md)")
     how.add_argument(
         "--openmetrics", action="store_true", help="print metrics for the textfile collector of node_exporter"
     )
@@ -74,12 +74,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
-    """Return the status of each proxy that has the board. Raises IncoError if none has it."""
+    """Return the status of each proxy that serves the board. Raises IncoError if none does."""
     found, errors = {}, []
     for client in clients:
         try:
             name = client.greeting.name
-            # Two proxies have the same name if their interfaces are in different network namespaces.
+            # Proxies in different network namespaces may have the same name, because their interfaces do.
             found[str(client.path) if name in found else name] = client.status(board)
         except InvalidArgumentError as error:
             errors.append(error)
@@ -152,7 +152,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
 
 
 def _uptime(status: Status, now: float) -> float:
-    """Return for how many seconds the proxy has been open. Older proxies report only when they were opened."""
+    """Return for how many seconds the proxy has been open. Older versions report only when it was opened."""
     return status.uptime or now - status.since
 
 

@@ -19,21 +19,21 @@ def open_missing() -> None:
             os.fstat(fd)
         except OSError:
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # open(2) uses the lowest free descriptor
+                os.open(os.devnull, os.O_RDWR)  # open(2) returns the lowest free descriptor, `fd`.
     if sys.stderr is None:
-        # Without a sys.stderr, argparse and print() would use standard output.
+        # If sys.stderr were None, argparse and print() would write to standard output.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process
 
 
 def output() -> TextIO:
-    """Return standard output. Raises ResourceError if it was closed at the start."""
+    """Return standard output. Raises ResourceError if it was closed when the process started."""
     if sys.stdout is None:
         raise ResourceError("standard output is closed")
     return sys.stdout
 
 
 def standard_input() -> BinaryIO:
-    """Return standard input. Raises ResourceError if it was closed at the start."""
+    """Return standard input. Raises ResourceError if it was closed when the process started."""
     if sys.stdin is None:
         raise ResourceError("standard input is closed")
     return sys.stdin.buffer
@@ -56,7 +56,7 @@ def say_bytes(text: bytes) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Convert the errors of standard output to ResourceError, except BrokenPipeError."""
+    """Convert errors of writes to standard output to ResourceError, except BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -85,13 +85,13 @@ def settle() -> None:
 
 
 def remark(text: str) -> None:
-    """Print a note on standard error."""
+    """Print a note to standard error."""
     with contextlib.suppress(OSError):
         print(f"inco-trio: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - beside the output
 
 
 def complain(error: IncoError) -> None:
-    """Print an error on standard error, one line per problem. If that fails, only the exit code reports the error."""
+    """Print an error to standard error, one line per problem. If that fails, only the exit code reports the error."""
     with contextlib.suppress(OSError):
         for problem in getattr(error, "problems", (str(error),)):
             print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - before and beside the log

@@ -18,7 +18,7 @@ STYLES = (
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Regular expressions, each with the rich style for its matches. A named group has the style of its name."""
+"""Regular expressions, each with the rich style for its matches. The name of a named group is its style."""
 
 
 def is_terminal() -> bool:
@@ -32,7 +32,7 @@ def screen(lines: list[str], when: str) -> str:
 
 
 def wants_color(when: str) -> bool:
-    """Return whether output is coloured if `--color` is `when`. See https://no-color.org and https://force-color.org."""
+    """Return whether to colour output. `when` is the value of `--color`; see no-color.org and force-color.org."""
     if when != "auto":
         return when == "always"
     if os.environ.get("NO_COLOR"):
@@ -41,12 +41,12 @@ def wants_color(when: str) -> bool:
 
 
 def painted(lines: Iterable[str], when: str) -> list[str]:
-    """Return `lines`, in colours if rich is installed and `--color` is `always` or permits them."""
+    """Return `lines`, in colours if rich is installed and `wants_color` returns True."""
     lines = list(lines)
     if not wants_color(when):
         return lines
     try:
-        # Imported here because the import is slow and only terminals need it.
+        # Import rich only if it is needed, because the import is slow.
         from rich.console import Console
         from rich.text import Text
     except ImportError:

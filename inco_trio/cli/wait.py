@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 EXIT_NOT_ARRIVED = 1
 EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt poll(2)."""
+"""Maximum timeout of one poll(2) in seconds. A process signal that arrives just before the call does not end it."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it arrived, 1 it did not arrive in time, 4 COMMAND failed"
+        "exit codes: 0 the notification arrived, 1 it did not arrive in time, 4 COMMAND failed"
     )
     signalling.add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
-    sub.add_argument("--timeout", type=seconds, metavar="TIME", help="exit with 1 after TIME, such as 10s")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to wait for (default: 1)")
+    sub.add_argument("--timeout", type=seconds, metavar="TIME", help="fail (exit 1) after TIME, such as 10s")
     sub.add_argument(
         "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
@@ -49,14 +49,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; return 0 if all notifications arrived, 1 if not, 4 if the command failed. Raises IncoError."""
+    """Return 0 once all notifications arrived, 1 after the timeout, or 4 if the command failed. Raises IncoError."""
     signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = signalling.link_of(args)
-        import trio  # Imported lazily: importing trio takes longer than everything else.
+        import trio  # Import trio lazily: the import takes longer than everything else.
 
         with signalling.alone():
             trio.run(_hear_frames, link, waiting, args.send)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 class _Source(Protocol):
     def fileno(self) -> int: ...
     def arrived(self) -> list[Event]:
-        """Return the events that have arrived. Events other than notifications have a message for the user."""
+        """Return the events that have arrived. Each event that is not a notification has a message to print."""
 
 
 class _Waiting:
@@ -96,15 +96,15 @@ class _Waiting:
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the `--after` command during the block. Yield its pidfd, which is readable once the command has ended."""
+        """Run the `--after` command during the block. Yield its pidfd, which becomes readable when the command ends."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:
             yield None
             return
         try:
-            # The process group lets the timeout end all processes of the command. Standard input is /dev/null, because
-            # the kernel stops background processes that read from the terminal.
+            # With a process group, a timeout can end all processes of the command. Use /dev/null as its standard input,
+            # because the kernel stops a background process that reads from the terminal.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
@@ -132,7 +132,7 @@ class _Waiting:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Return whether the command failed, and print its exit code if so. The command must have ended."""
+        """Return whether the `--after` command failed, and print its exit code if it did. It must have ended."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
@@ -189,7 +189,7 @@ class _Waiting:
 
 
 class _Proxy:
-    """A source of the notifications of one signal: a running proxy. Raises IncoError."""
+    """A source that receives the notifications of one signal from a running proxy. Raises IncoError."""
 
     def __init__(self, client: Client, args: argparse.Namespace) -> None:
         board = signalling.board_of(client, args)
@@ -212,7 +212,7 @@ class _Proxy:
 
 
 class _Register:
-    """A source of the notifications of one signal: its state file. Raises IncoError."""
+    """A source that watches the state file of one signal for notifications. Raises IncoError."""
 
     def __init__(self, signal: Signal) -> None:
         from inco_trio.cores import watch

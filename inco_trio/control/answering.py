@@ -22,14 +22,14 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Pause of a monitor after each write, in seconds, multiplied by the number of other monitors. All monitors together
-therefore write at most about 1,000 times per second and do not delay notifications."""
+"""Pause of a monitor after each write, in seconds per other monitor. All monitors together therefore write at most
+about 1,000 times per second and do not delay notifications."""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
 
 class Connection:
-    """The connection to one client. All connections share one `feed`."""
+    """The connection to one client. All connections of a server share one `feed`."""
 
     def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str) -> None:
         self.peer = peer
@@ -39,7 +39,7 @@ class Connection:
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
         self.fault = ""
-        """The limit that the client exceeded, which ended the connection, or "" if there was none."""
+        """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 
     @property
     def gone(self) -> bool:
@@ -119,7 +119,7 @@ class Connection:
                 case protocol.ForgetRequest():
                     value = self._forget(request)
             await self._write(protocol.encode_response(request, value, tag))
-            # Start the events only now, because the client expects the response first.
+            # Send events only after the response, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
                 nursery.start_soon(self._run_monitor, self._monitor)
             elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
@@ -148,7 +148,6 @@ class Connection:
         )
 
     async def _past(self, request: protocol.HistoryRequest, tag: Mapping[str, object]) -> bytes:
-        """Return the response to a HistoryRequest."""
         board, proxy = self._proxy(request.board)
         recorder = proxy._recorder()
         if recorder is None:
@@ -161,7 +160,7 @@ class Connection:
         return protocol.encode_history(board, recorder.boot, lines, tag)
 
     def _proxy(self, board: str | None) -> tuple[str, Proxy]:
-        """Return the name and the proxy of a board, or of the only board if None. Raises RequestError."""
+        """Return the name and the proxy of `board` (None: of the only open board). Raises RequestError."""
         self._check_board(board)
         proxies = self._served.proxies()
         if board is None:
@@ -194,7 +193,7 @@ class Connection:
         self._feed.add(self._monitor)
 
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
-        """Start to follow boards. Return the current position in the history of each open board."""
+        """Let the client follow boards. Return the current position in the history of each open board."""
         self._check_permitted("follow")
         self._check_monitor(wanted=False)
         for other in self._feed.followers():

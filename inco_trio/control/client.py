@@ -36,7 +36,7 @@ __all__ = [
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Maximum duration of one select(2), in seconds. A signal that arrives just before the call does not interrupt it."""
+"""Maximum timeout of one select(2) in seconds. A process signal that arrives just before the call does not end it."""
 PATIENCE = 10.0
 """Timeout for the greeting and for each response, in seconds."""
 SEARCH = 3.0
@@ -44,13 +44,13 @@ SEARCH = 3.0
 AGAIN = 0.02
 """Seconds until the next attempt to connect to a socket whose backlog is full."""
 _UCRED = struct.Struct("iII")
-"""struct ucred (unix(7)): PID, user and group."""
+"""The format of struct ucred (unix(7)): PID, user ID and group ID."""
 ERRORS: dict[str, type[IncoError]] = {
     "not-permitted": PermissionDeniedError,
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""The exception for each error code of the proxy. Other codes become InvalidArgumentError."""
+"""The exception for each error code that a proxy may send. Other codes become InvalidArgumentError."""
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
@@ -87,12 +87,12 @@ def _check_server(sock: socket.socket, path: Path) -> None:
 
 
 class Channel:
-    """Base class of the blocking and the Trio client. It checks and decodes lines. Methods raise ProtocolError."""
+    """Base class of the blocking client and the Trio client. It decodes received lines. Raises ProtocolError."""
 
     def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
         self._is_subject = is_subject
-        """Whether the text of an error that the proxy reports starts with the path."""
+        """Whether the errors that the proxy reports are raised with the path of the socket as their subject."""
         self._received = protocol.LineBuffer(protocol.REPLY_MAX)
         self._lines: deque[bytes] = deque()
 
@@ -117,7 +117,7 @@ class Channel:
             return protocol.decode_reply(self._lines.popleft())
 
     def _checked(self, response: Response, request: Request) -> Response:
-        """Return the response to a request. Raises IncoError if the proxy refuses it."""
+        """Return the response if it belongs to the request. Raises IncoError if the proxy refused the request."""
         if response.error:
             raise self._refusal(response)
         with self._obeying():
@@ -195,7 +195,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
-        """Yield the events of a monitor until the proxy ends, or until no event arrives for `patience` seconds."""
+        """Yield the events of a monitor until the proxy exits, or until no event arrives for `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
@@ -211,7 +211,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self._sock.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has ended."""
+        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
         if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while self._lines:
@@ -221,13 +221,13 @@ class Client(Channel, AbstractContextManager["Client"]):
         return events
 
     def _read_event(self, deadline: float) -> Response | None:
-        """Wait for one line. If it is a response, return it. If it is an event, store it."""
+        """Wait for a line. Return a response; store an event for `events` or `arrived`, and return None."""
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
-                raise MessageError("the proxy sent the event notifications, which was not requested")
+                raise MessageError("the proxy sent an event `notifications`, which was not requested")
         self._events.append(reply)
         return None
 
@@ -275,14 +275,14 @@ def connect_all() -> list[Client]:
 
 
 def wait_for_end(clients: Sequence[Client], seconds: float) -> None:
-    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy ends in the meantime."""
+    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy exits in the meantime."""
     deadline = time.monotonic() + seconds
     for client in select.select(clients, [], [], seconds)[0]:
         client._read_event(deadline)
 
 
 def _none_answers(errors: Sequence[IncoError], wanted: str) -> IncoError:
-    """Return the error for a proxy that was not found. Problems of running proxies come first."""
+    """Return the error to raise if no proxy answered. Prefer an error that a running proxy caused."""
     for error in errors:
         if not isinstance(error, ProxyNotFoundError):
             return error
@@ -317,7 +317,7 @@ def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
     clients: dict[str, Client] = {}
     for each in found:
         if isinstance(each, Client) and clients.setdefault(each.greeting.boot, each) is not each:
-            each.close()  # Another path leads to the same proxy.
+            each.close()  # This client is already connected to the same proxy through another path.
     return [*clients.values()], [each for each in found if isinstance(each, IncoError)]
 
 

@@ -1,4 +1,4 @@
-"""Pass the events of proxies on to monitors and followers, without ever waiting for a client."""
+"""Pass events from proxies to monitors and followers, without ever waiting for a client."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Served(Protocol):
         """Return the open proxies, by board name."""
 
     def not_open(self) -> Mapping[str, str]:
-        """Return the reasons why other boards are not open, by board name."""
+        """Return why each of the other boards is not open, by board name."""
 
 
 @attrs.frozen(eq=False, repr=False)
 class Batch:
-    """Notifications that were delivered or sent together, or that became pending together."""
+    """Notifications that the proxy delivered or sent together, or that became pending together."""
 
     board: str
     signals: Sequence[Signal]
@@ -50,20 +50,19 @@ class Batch:
     time_ns: int
     monotonic_ns: int
     since: int = 0
-    """When the notifications became pending (time.monotonic_ns()), or 0."""
+    """When the notifications became pending (time.monotonic_ns()), or 0 if they were never pending."""
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
     lines: dict[bool, list[str]] = attrs.field(factory=dict, init=False)
-    """The encoded events, without and with frames. The first monitor that needs them encodes them for all others."""
+    """The encoded events, without (False) and with (True) frames. The first monitor encodes them for all others."""
 
     @property
     def kind(self) -> str:
-        """The kind of the events."""
         return "pending" if self.reason else "notification"
 
 
 class Feed:
-    """A `notifications.Listener` that passes all events of `served` on to monitors and followers."""
+    """A `notifications.Listener` that passes all events of `served` to monitors and followers."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
@@ -105,7 +104,7 @@ class Feed:
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
-        # Frames are unknown if the proxy is not open yet, or if it read them before a monitor asked for frames.
+        # Frames are unknown if the proxy is not open yet, or if it read the frames before a monitor asked for them.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
         return [proxy._frame(signal.name) for signal in signals]
@@ -148,7 +147,7 @@ class Feed:
 
 
 class _LogTap(logging.Handler):
-    """A log handler that passes log records on to the monitors as events."""
+    """A log handler that passes log records to the monitors as events."""
 
     def __init__(self, feed: Feed) -> None:
         super().__init__(logging.INFO)
@@ -157,7 +156,7 @@ class _LogTap(logging.Handler):
         self._thread = 0
 
     def attach(self, *, listening: bool) -> None:
-        """Add this handler to the package's logger, or remove it."""
+        """Add this handler to the package's logger if `listening`, or else remove it."""
         package = logging.getLogger("inco_trio")
         if listening and self not in package.handlers:
             self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()

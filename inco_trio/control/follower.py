@@ -21,11 +21,11 @@ DELAY = 0.02
 URGENT = 256
 """Number of acknowledgements that are not delayed. It is less than the proxy sends without acknowledgements."""
 POSITIONS_MAX = 100
-"""Maximum number of boards in one request, which keeps its line shorter than `protocol.LINE_MAX`."""
+"""Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 
 
 class Conversation(Channel):
-    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy ends."""
+    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy exits."""
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
         super().__init__(path, is_subject=True)
@@ -33,7 +33,7 @@ class Conversation(Channel):
         self._writing = trio.Lock()
         self._ahead: list[Reply] = []
         self._positions: dict[str, tuple[str, int]] = {}
-        """For each board, the history and the sequence number up to which to acknowledge notifications."""
+        """The history (`boot`) and the sequence number up to which to acknowledge notifications, by board."""
         self._has_positions, self._has_many = trio.Event(), trio.Event()
         self._number = 0
         """How often `acknowledge` was called since the last request."""
@@ -115,7 +115,7 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            # connect(2) returns EAGAIN if the backlog is full. Trio would mistake this for a connection in progress.
+            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would take this for EINPROGRESS.
             while not dial(sock, path):  # noqa: ASYNC110 - no event reports space in a backlog
                 await trio.sleep(AGAIN)
             await conversation._await_line()

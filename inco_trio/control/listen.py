@@ -24,7 +24,7 @@ _FILTER = (
 
 
 class Listening(contextlib.AbstractContextManager["Listening"]):
-    """Captures the frames on an interface. Frames sent by this host are outbound. Raises IncoError."""
+    """A capture of the frames on an interface. Frames that this host sends are outbound. Raises IncoError."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface
@@ -34,7 +34,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         try:
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         except PermissionError as error:
-            raise PermissionDeniedError(interface, "no proxy answers, and listening needs CAP_NET_RAW") from error
+            raise PermissionDeniedError(interface, "no proxy answers; capturing needs root or CAP_NET_RAW") from error
         try:
             bpf.attach_filter(self._sock, bpf.program(_FILTER))
             # Only sockets that are bound to ETH_P_ALL receive copies of the frames that this host sends.
@@ -69,7 +69,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         return events
 
     def rest(self) -> Iterator[Event]:
-        """Yield the events that have arrived but were not read, at the end of a recording."""
+        """Yield the events that have arrived but were not read when the recording ends."""
         yield from self.arrived()
 
     def _receive(self, flags: int) -> Iterator[Event]:

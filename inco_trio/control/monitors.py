@@ -1,4 +1,4 @@
-"""Clients that receive events. A slow `Monitor` misses some; a `Follower` receives all notifications of its boards."""
+"""Clients that receive events. A slow `Monitor` misses events. A `Follower` gets all notifications of its boards."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WAITING_MAX = 8192
 PIECE = 128
 """Maximum number of events that are encoded at once."""
 PAUSE = 0.02
-"""Maximum pause in seconds between writes to a follower. Each write wakes its process, which delays notifications."""
+"""Maximum pause in seconds between writes to a follower. Each write wakes the follower, which delays notifications."""
 PAUSE_EACH = 0.005
-"""Pause in seconds for each notification in the last write. A single notification is therefore rarely delayed."""
+"""Seconds to pause for each notification in the last write. After a single notification, the pause is short."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
 
@@ -39,7 +39,7 @@ class Monitor:
     """Whether events contain the frames."""
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
-    """The number of notifications and other events in `_waiting`."""
+    """The number of events in `_waiting`, counting each notification of a batch."""
     _lost: int = 0
     _ended: bool = False
     _rest: str = ""
@@ -115,7 +115,7 @@ class Monitor:
         yield from ()
 
     def _wanted(self, what: Batch | Event) -> Iterator[str]:
-        """Yield, as lines, the event or the events of the batch that the filters accept."""
+        """Yield the events that the filters accept as lines. `what` is one event or a batch of them."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
                 yield encode_event(what, frames=self.frames)
@@ -125,14 +125,14 @@ class Monitor:
                 yield line
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
-        """Return whether the filters accept an event. None means that the event has no direction or signal."""
+        """Return whether the filters accept an event. An argument is None if the event has no direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
 
 
 def _lines(batch: Batch, frames: bool) -> list[str]:
-    """Return the events of a batch as lines, and keep them for other monitors."""
+    """Return the events of a batch as lines. Encode them once, and keep them for other monitors."""
     lines = batch.lines.get(frames)
     if lines is None:
         lines = batch.lines[frames] = [
@@ -156,16 +156,16 @@ class _Cursor:
 
     history: History
     sent: int
-    """Sequence number of the last notification that the follower received."""
+    """Sequence number of the last notification that was sent to the follower."""
     records: deque[Record] = attrs.Factory(deque)
-    """Notifications that the follower received and has not acknowledged yet."""
+    """Notifications that were sent to the follower and that it has not acknowledged yet."""
     merged: Sequence[Merged] = ()
-    """Merged notifications that the follower received and has not acknowledged yet."""
+    """Merged notifications that were sent to the follower and that it has not acknowledged yet."""
     merged_to: int = 0
     """Sequence number with which the follower acknowledges `merged`."""
 
     def take(self, room: int, board: str) -> Iterator[Event]:
-        """Yield the next events of the history, at most `room` notifications."""
+        """Yield the next events of the history, with at most `room` notifications."""
         yield from self._take_merged(board)
         for record in self._next(room):
             yield Event(
@@ -174,7 +174,7 @@ class _Cursor:
             )  # fmt: skip
 
     def take_batch(self, room: int, board: str) -> Iterator[str]:
-        """Yield the events that `take` yields, as lines. One line contains all notifications."""
+        """Yield the same events as `take`, but as lines. One line contains all notifications."""
         yield from map(encode_event, self._take_merged(board))
         if records := self._next(room):
             numbers: dict[tuple[Direction, str], int] = {}
@@ -211,7 +211,7 @@ class _Cursor:
             yield from self.take(AHEAD, board)
 
     def _merged(self) -> list[Merged]:
-        """Return the notifications that were merged before the follower received them."""
+        """Return the notifications that were merged before they were sent to the follower."""
         sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         return [
             attrs.evolve(each, count=count)
@@ -224,7 +224,7 @@ class _Cursor:
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()
-            if record.sequence <= self.history.merged_to:  # It was merged after being sent to the follower.
+            if record.sequence <= self.history.merged_to:  # The history merged it after it was sent.
                 done.append(Merged(record.direction, record.name, 1))
         if self.merged and sequence >= self.merged_to:
             done += self.merged
@@ -235,7 +235,7 @@ class _Cursor:
 
 @attrs.define(eq=False)
 class Follower(Monitor):
-    """A monitor that receives and acknowledges all notifications of its boards, from their histories."""
+    """A monitor that receives all notifications of its boards from their histories. The client acknowledges them."""
 
     boards: Collection[str] | None = None
     """The boards to follow (default: all)."""
@@ -244,7 +244,7 @@ class Follower(Monitor):
     process: int = 0
     """The PID of the client."""
     gone: Callable[[], bool] = bool
-    """A function that returns whether the client has closed its connection."""
+    """Returns whether the client has closed its connection."""
     transmit: Callable[[bytes], int] | None = None
     """A function that sends lines without waiting, and returns how many bytes it has sent."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
@@ -259,7 +259,7 @@ class Follower(Monitor):
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
-        """Start at the oldest notification of `history`. First queue the rest of the history that it replaces."""
+        """Follow `history` from its oldest notification. First queue the rest of the history that it replaces."""
         if (before := self.cursors.get(board)) is not None:
             for event in before.rest(board):
                 self._put(event, 1)

@@ -13,12 +13,12 @@ __all__ = ["past_events"]
 
 
 def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Event]:
-    """Yield the recorded events of a board that are newer than the monotonic time `after`, in order.
+    """Yield the recorded events of a board that are newer than the monotonic time `after`, oldest first.
 
     An event that occurred several times is included if its last occurrence is newer than `after`.
     """
     recorder.check_clock()
-    # Copy the records at once: the proxy may overwrite them while the caller lets other tasks run.
+    # Copy all records first: the proxy may overwrite them while the caller lets other tasks run.
     notifications = [each for each in recorder.notifications() if each.monotonic_ns > after]
     notes = [each for each in recorder.notes() if each.last_ns > after]
     both: tuple[list[Recorded | Note], ...] = ([*notifications], [*notes])

@@ -1,4 +1,4 @@
-"""Choose the path of the control socket, bind the socket, replace a stale socket, and remove the path at the end."""
+"""Choose the path of the control socket, replace a stale socket, bind a new one, and remove it at the end."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ def default_path(label: str) -> Path:
 def make_directory(path: Path) -> None:
     """Create the directory of a control socket if it is missing. Raises OSError.
 
-    Every user may create files in /tmp, so refuse a directory in /tmp that another user created or can access.
+    All users may create files in /tmp, so refuse a directory in /tmp that another user created or can access.
     """
     if path != _private_directory():
         path.mkdir(mode=0o755, exist_ok=True)
         return
     path.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(path):
-        raise PermissionError(errno.EPERM, "only this user may have access to this directory", str(path))
+        text = "only this user may have access to this directory (remove it or set XDG_RUNTIME_DIR)"
+        raise PermissionError(errno.EPERM, text, str(path))
 
 
 def _private_directory() -> Path:
@@ -57,7 +58,7 @@ def _private_directory() -> Path:
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether `path` is a directory, not a symlink, that belongs to this user and that no other user may use."""
+    """Return whether `path` is a directory (not a symlink) that this user owns and no other user may access."""
     try:
         status = path.lstat()
     except OSError:
@@ -83,7 +84,7 @@ def bind(path: Path) -> socket.socket:
     """Return a socket that listens at `path`. Raises OSError (EADDRINUSE if another process listens)."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # The lock keeps two processes from replacing a stale path at the same time. If locking fails, continue.
+        # The lock keeps two processes from replacing a stale socket at the same time. If locking fails, continue.
         with contextlib.suppress(OSError):
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(FileNotFoundError):
@@ -92,8 +93,8 @@ def bind(path: Path) -> socket.socket:
             path.unlink()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            # bind(2) creates the path with the mode of the socket, minus the umask. A chmod(2) after bind(2) would be
-            # a race, because the owner of the directory may replace the path with a symlink.
+            # bind(2) creates the path with the mode of the socket, minus the umask. Do not use chmod(2) after bind(2):
+            # the owner of the directory could replace the path with a symlink in between.
             os.fchmod(made.fileno(), MODE)
             umask = os.umask(0o777 & ~MODE)
             try:

@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROTOCOL = 1
-"""The protocol version. It is increased with each change that clients must know about."""
+"""The protocol version. It is increased by each change that breaks clients."""
 LINE_MAX = 65_536
 """Maximum length of a line from a client, in bytes."""
 REPLY_MAX = 1 << 25
@@ -45,7 +45,7 @@ class MessageError(ValueError):
 
 
 class RequestError(Exception):
-    """The server refused a request: an error code from docs/control.md, a message, and the `id` of the request."""
+    """The refusal of a request: an error code from docs/control.md, a message, and the `id` of the request (`tag`)."""
 
     def __init__(self, error: str, message: str, tag: Mapping[str, object] | None = None) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class RequestError(Exception):
 
 
 class LineBuffer:
-    """Splits received bytes into lines of at most `limit` bytes."""
+    """A buffer that splits received bytes into lines of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -77,14 +77,14 @@ class LineBuffer:
 
 @attrs.frozen(slots=False)
 class StatusRequest:
-    """Report the status of all boards or of one board."""
+    """A request for the status of all boards or of one board."""
 
     board: str | None = None
 
 
 @attrs.frozen(slots=False)
 class SendRequest:
-    """Send the frame of an outbound signal `count` times."""
+    """A request to send the frame of an outbound signal `count` times."""
 
     signal: str
     count: int = 1
@@ -93,7 +93,7 @@ class SendRequest:
 
 @attrs.frozen(slots=False)
 class MonitorRequest:
-    """Report events that pass the filters."""
+    """A request for all future events that pass the filters."""
 
     board: str | None = None
     direction: Direction | None = None
@@ -103,21 +103,21 @@ class MonitorRequest:
 
 @attrs.frozen(slots=False)
 class FlushRequest:
-    """Report the event `flushed` after all earlier events."""
+    """A request for an event `flushed`, which the proxy sends after all earlier events."""
 
 
 @attrs.frozen(slots=False)
 class FollowRequest:
-    """Report all notifications of these boards and store them until they are acknowledged."""
+    """A request for all notifications of these boards. The proxy keeps each one until the client acknowledges it."""
 
     boards: Collection[str] | None = None
     batches: bool = False
-    """Whether the event `notifications` may report several notifications."""
+    """Whether to report several notifications in one event `notifications`."""
 
 
 @attrs.frozen(slots=False)
 class AcknowledgeRequest:
-    """Delete the notifications up to the number `sequence` from the history of a board."""
+    """A request to delete the notifications up to the number `sequence` from the history of a board."""
 
     board: str
     sequence: int
@@ -126,21 +126,21 @@ class AcknowledgeRequest:
 
 @attrs.frozen(slots=False)
 class AcknowledgeAllRequest:
-    """Delete acknowledged notifications. Each position is a board, its history (`boot`) and a sequence number."""
+    """A request to delete notifications of several boards. A position is a board, its `boot` and a sequence number."""
 
     positions: Sequence[tuple[str, str, int]]
 
 
 @attrs.frozen(slots=False)
 class ForgetRequest:
-    """End the histories of boards that have no follower."""
+    """A request to end the histories of boards that have no follower."""
 
     boards: Collection[str] | None = None
 
 
 @attrs.frozen(slots=False)
 class HistoryRequest:
-    """Report the events in the flight recorder of a board, optionally only events newer than `after`."""
+    """A request for the events in a board's flight recorder, optionally only for events newer than `after`."""
 
     board: str | None = None
     after: int | None = None
@@ -170,7 +170,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "forget": (ForgetRequest, "forgotten"),
     "history": (HistoryRequest, "history"),
 }
-"""The class of each request and the key of its response, by request name."""
+"""The class of each request and the key of the value in its response, by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _POSITIONS = Rule(
@@ -186,7 +186,7 @@ _KEYS: dict[str, Rule] = {
     "positions": _POSITIONS,
     **dict.fromkeys(("batches", "frames"), RULES[bool]),
 }
-"""The rules for the keys of all requests."""
+"""The rule for the value of each key, for all requests."""
 _NAMES = {kind: (name, key) for name, (kind, key) in _REQUESTS.items()}
 
 
@@ -218,19 +218,19 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
 
 
 def _is_flat(value: object) -> bool:
-    """Return whether lists and objects in a value are not nested. Encoding a deeply nested value may fail."""
+    """Return whether a value contains no nested lists or objects. Encoding a deeply nested value may fail."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return not any(isinstance(each, (list, dict)) for each in inner)
 
 
 @attrs.frozen(slots=False)
 class Greeting:
-    """The first line that a proxy sends."""
+    """The first line that a proxy sends on a connection."""
 
     name: str
     pid: int
     boot: str
-    """A random identifier of the process."""
+    """A random identifier of the proxy's process."""
     boards: tuple[str, ...]
     """The names of the open boards."""
     protocol: int = PROTOCOL
@@ -244,9 +244,9 @@ class HistoryStatus:
     sequence: int
     acknowledged: int
     waiting: int
-    """Number of notifications that are not acknowledged."""
+    """Number of notifications that have not been acknowledged."""
     merged: int
-    """Number of notifications that were merged since the history began."""
+    """Number of notifications that have been merged since the history began."""
     followed: bool
 
 
@@ -260,7 +260,7 @@ class BoardStatus:
     status: Status | None = None
     """The status of the board's proxy; None if the board is not open."""
     history: HistoryStatus | None = None
-    """The history, or None if the board never had a follower."""
+    """The state of the board's history, or None if the board never had a follower."""
 
 
 @attrs.frozen(slots=False)
@@ -285,7 +285,7 @@ class Past:
 
 @attrs.frozen(slots=False)
 class Response:
-    """The response of a proxy: an error, or the value for the type of the request."""
+    """The response of a proxy: an error, or the value that the request asked for."""
 
     status: tuple[BoardStatus, ...] = ()
     sent: int = 0
@@ -309,7 +309,7 @@ def encode_greeting(greeting: Greeting) -> bytes:
 
 
 def encode_response(request: Request, value: object, tag: Mapping[str, object]) -> bytes:
-    """Encode the response to `request`. `tag` contains the `id` of the request."""
+    """Encode the response to `request`. `tag` contains the `id` of the request, if it has one."""
     return _line({**tag, _NAMES[type(request)][1]: value})
 
 
@@ -325,7 +325,7 @@ def encode_board(board: BoardStatus) -> str:
 
 
 def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded boards into a response. The caller encodes them one by one, so that other tasks can run."""
+    """Join encoded boards into a response. The caller encodes each board separately, to let other tasks run."""
     return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
 
 
@@ -368,11 +368,13 @@ def decode_reply(line: bytes) -> Reply:
 
 def _response(message: dict[str, object]) -> Response:
     if message.keys() == {"acknowledged"} and type(number := message["acknowledged"]) is int:
-        return Response(acknowledged=number, keys=frozenset(message))  # This response is frequent, and cattrs is slow.
+        return Response(
+            acknowledged=number, keys=frozenset(message)
+        )  # Avoid cattrs, which is slow: this response is frequent.
     if isinstance(boards := message.get("status"), list):
         for each in boards:
             if isinstance(each, dict):
-                # In the JSON, the status of a board is not a separate object. BoardStatus has a field for it.
+                # In JSON, the board's object contains the fields of its status. BoardStatus has them in `status`.
                 each["status"] = None if each.get("open") is False else dict(each)
     return attrs.evolve(_structured(message, Response), keys=frozenset(message))
 
@@ -383,7 +385,7 @@ _HEXADECIMAL = Rule((str,), "hexadecimal digits", lambda text: re.fullmatch("([0
 
 @attrs.frozen(slots=False)
 class Event:
-    """An event. Each kind of event uses only some of the fields."""
+    """An event of the control socket. Each kind of event uses only some of the fields."""
 
     event: str
     board: str = ""
@@ -395,37 +397,37 @@ class Event:
     register: str | None = None
     sequence: int = 0
     boot: str = ""
-    """The history to which `sequence` belongs."""
+    """The identifier of the history to which `sequence` belongs."""
     last_ns: int = 0
-    """When a recorded event last occurred, if it occurred more than once (CLOCK_MONOTONIC in ns)."""
+    """When a repeated event in the flight recorder last occurred (CLOCK_MONOTONIC in nanoseconds); otherwise 0."""
     frame: Annotated[str, _HEXADECIMAL] | None = None
     reason: str = ""
     delay: Annotated[float, _DURATION] = 0.0
-    """How long a delivered notification had been pending (seconds), or 0."""
+    """How long a notification had been pending before its delivery (seconds), or 0."""
     running: bool = False
     count: int = 0
     level: str = ""
     message: str = ""
     text: str = attrs.field(default="", eq=False)
-    """The received line, or an empty string for an event that was not received."""
+    """The line from which the event was decoded, or an empty string."""
 
     def json(self) -> str:
-        """Return the received line. If the event was not received, return its JSON, including the frame."""
+        """Return the line from which the event was decoded. If there is none, encode the event with its frame."""
         return self.text or encode_event(self, frames=True).rstrip("\n")
 
 
 @attrs.frozen(slots=False)
 class Notifications:
-    """Consecutive notifications of one board, which take less time to encode and decode than single events."""
+    """Consecutive notifications of one board in one line, which is faster to encode and decode than single events."""
 
     board: str
     boot: str
-    """The history of the notifications."""
+    """The identifier of the history that contains the notifications."""
     sequence: int
     """The sequence number of the first notification."""
     signals: tuple[tuple[Direction, str], ...]
     items: Sequence[tuple[int, float, int]]
-    """For each notification, its index in `signals`, the time in seconds since 1970, and CLOCK_MONOTONIC in ns."""
+    """For each notification: its index in `signals`, its time in seconds since 1970, and in CLOCK_MONOTONIC ns."""
 
 
 Reply = Event | Response | Notifications
@@ -462,11 +464,10 @@ def _notifications(message: dict[str, Any]) -> Notifications:
                 _refuse("an item with a value out of range")
         return Notifications(board, boot, RULES[int](message.get("sequence")), signals, items)
     except (InvalidValueError, LookupError, TypeError, ValueError) as error:
-        raise MessageError(f"the event notifications is not valid: {error}") from None
+        raise MessageError(f"the event `notifications` is not valid: {error}") from None
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:
-    """Create an event with the current time."""
     return Event(event, board, time.time(), time.monotonic_ns(), **fields)
 
 
@@ -506,7 +507,7 @@ def _line(message: object) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Convert one object for json.dumps, which then calls this function for the parts of the result."""
+    """Convert one object for json.dumps, which calls this function again for objects inside the result."""
     if attrs.has(type(value)):
         return attrs.asdict(value, recurse=False)
     return value.value if isinstance(value, Enum) else list(value)
@@ -517,7 +518,7 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads() would create a decoder for each line.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads() would create a new decoder for each line.
 
 
 def _object(line: bytes) -> dict[str, object]:

@@ -31,12 +31,12 @@ USER_MAX = 64
 ACCEPT_AGAIN = 0.1
 """Pause in seconds after a failed accept(2)."""
 FAREWELL = 0.1
-"""Seconds that clients have to read their queued events when the server closes."""
+"""Time in seconds for which clients can still read their queued events when the server closes."""
 
 
 @attrs.frozen(eq=False, repr=False)
 class Peer:
-    """The client process of a connection."""
+    """The process and the user of a client."""
 
     process: int
     user: int
@@ -56,18 +56,18 @@ class Peer:
 
 
 class Control:
-    """The control socket of `served`; `listener` is a listening socket."""
+    """The server of the control socket. It reports on `served` and accepts clients on the socket `listener`."""
 
     def __init__(self, served: Served, listener: socket.socket) -> None:
         self.feed = Feed(served)
-        """The `notifications.Listener` for the proxies."""
+        """The `notifications.Listener` to which the proxies report events."""
         self.closed = trio.Event()
-        """Set once `serve` has ended."""
+        """Set once `serve` has returned."""
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         self._boot = os.urandom(8).hex()
         self._clients: set[Connection] = set()
         self._limits = Problems()
-        """The limits that each user has reached, so that a flood is logged once."""
+        """The limits that each user has reached. Each one is logged once, so that a flood does not fill the log."""
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
 
     async def serve(self) -> None:
@@ -81,7 +81,7 @@ class Control:
             self.closed.set()
 
     def close(self) -> None:
-        """End `serve` after clients have had FAREWELL seconds to read their queued events."""
+        """End `serve`, but let clients read their queued events for up to FAREWELL seconds."""
         self._accepting.cancel()
         self._ending.deadline = trio.current_time() + FAREWELL
         for client in self._clients:
@@ -103,7 +103,7 @@ class Control:
                 clients.start_soon(self._serve_client, stream)
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
-        # Import the module lazily, because most proxies never have a client.
+        # Import `answering` lazily, because most proxies never have a client.
         from inco_trio.control.answering import Connection
 
         client = Connection(stream, Peer.of(stream), self.feed, self._boot)
@@ -128,14 +128,14 @@ class Control:
                     self._limits.forget((client.peer.user, what))
 
     def _report(self, client: Connection, what: str, reason: str) -> None:
-        """Log that a user has reached a limit. Do not log it again while the user has connections."""
+        """Log that a user has reached a limit. Do not log it again until the user has closed all connections."""
         peer = client.peer
         if self._limits.said((peer.user, what)) is None:
             text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
             self._limits.failed((peer.user, what), text, "control")
 
     def _refusal(self, client: Connection) -> str | None:
-        """Return which quota excludes a client, or None. Connections that their clients have closed do not count."""
+        """Return the quota that a client exceeds, or None. Connections that their clients have closed do not count."""
         if self._over_quota(client, self._clients) is None:
             return None
         gone = {other for other in self._clients if other.gone}

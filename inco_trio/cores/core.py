@@ -35,7 +35,7 @@ class Arrival:
 
 @asynccontextmanager
 async def in_background(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Run tasks while the block runs. An error of a task cancels the block and is raised in an ExceptionGroup."""
+    """Run tasks while the block runs. An error in a task cancels the block and is raised in an ExceptionGroup."""
     scopes: list[trio.CancelScope] = []
 
     def start(nursery: trio.Nursery) -> None:
@@ -51,11 +51,11 @@ async def in_background(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[
 
 
 class Core:
-    """One core of a board, which is open while an `async with` block runs."""
+    """One core of a board. It is open while its `async with` block runs."""
 
     def __init__(self, title: str) -> None:
         self.lost = 0
-        """Number of notifications that a stream missed because its buffer was full."""
+        """Number of notifications that streams missed because their buffers were full."""
         self._title = title
         self._sequence = 0
         self._streams: dict[trio.MemorySendChannel[Arrival], Collection[str] | None] = {}
@@ -82,7 +82,7 @@ class Core:
             raise ClosedError(f"{self._title} is not open: use `async with`")
 
     def _check_name(self, name: str) -> None:
-        """Check the name of a signal to wait for. Raises IncoError if no such notification can arrive at this core."""
+        """Check the name of a signal to wait for. Raises IncoError if this signal can never arrive at this core."""
         raise NotImplementedError
 
     def _arrive(self, name: str, frame: bytes = b"") -> None:
@@ -101,12 +101,12 @@ class Core:
     ) -> Iterator[trio.MemoryReceiveChannel[Arrival]]:
         """Open a stream of new notifications, optionally limited to some `signals`.
 
-        Every stream receives every notification. A reader that falls more than `buffer` notifications behind misses
-        some; `lost` counts them. The stream ends when this core is closed. Raises ClosedError if this core is not
-        open, and the errors of `send` for an invalid name.
+        Several streams can be open at the same time. A reader that falls more than `buffer` notifications behind misses
+        some; `lost` counts them. The stream ends when this core is closed. Raises ClosedError if this core is not open.
+        For an invalid name, raises the same error as `send`.
         """
         self._check_open()
-        if isinstance(signals, str):  # A str is also a collection, of characters.
+        if isinstance(signals, str):  # A str would count as a collection of one-letter names.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         for name in signals or ():
             self._check_name(name)
@@ -121,8 +121,8 @@ class Core:
     async def wait_for(self, name: str) -> Arrival:
         """Wait for the next notification of a signal.
 
-        Earlier notifications are ignored. To wait for the answer to an action, open `events` before the action.
-        Raises the errors of `events`, and ClosedError if this core is closed in the meantime.
+        Earlier notifications are ignored. To wait for the answer to an action, open `events` before the action. Raises
+        the same errors as `events`, and ClosedError if this core is closed in the meantime.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for arrival in events:

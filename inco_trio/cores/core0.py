@@ -16,7 +16,7 @@ __all__ = ["Core0"]
 
 
 class Core0(Core):
-    """Act as the applications of core 0 while the block `async with Core0(builtin_signals(Path("/run/irq"))):` runs.
+    """Simulated applications on core 0, for use as `async with Core0(builtin_signals(Path("/run/irq"))):`.
 
     Entering the block raises PermissionDeniedError, ResourceError, and ProxyNotFoundError if a directory is missing. A
     later error cancels the block and is raised in an ExceptionGroup.
@@ -25,7 +25,7 @@ class Core0(Core):
     def __init__(self, signals: Iterable[Signal]) -> None:
         super().__init__("core 0")
         self.overflows = 0
-        """How often the inotify queue overflowed. After an overflow, notifications may be missing from the streams."""
+        """Number of inotify queue overflows. After an overflow, notifications may be missing from the streams."""
         self._signals = {signal.name: signal for signal in signals}
 
     async def _start(self, resources: AsyncExitStack) -> None:

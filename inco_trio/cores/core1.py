@@ -1,4 +1,4 @@
-"""Core 1 as a program. `Core1` sends and receives notifications. Its `Port` also passes frames without a valid name."""
+"""Core 1 for Trio programs. `Core1` handles notifications; its `Port` also handles frames without a valid name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Core1", "Port", "open_port"]
 TURN = 64
 """Maximum number of frames that are read before other tasks run."""
 FULL = 0.001
-"""Seconds between attempts to send while the interface's queue is full: no event reports free space (packet(7))."""
+"""Seconds between attempts to send while the interface's queue is full, because no event reports free space."""
 
 
 class Port:
@@ -35,12 +35,12 @@ class Port:
         self.frame = link.frame
 
     async def wait_running(self) -> None:
-        """Wait until the peer of a socket exists, or until an interface is up and has a carrier."""
+        """Wait until the link is up: its socket has a peer, or its interface is up and has a carrier."""
         while not self._link.running:
             await self._changed.park()
 
     async def send(self, frame: bytes) -> None:
-        """Send a frame; wait while the queue is full. Raises ResourceError, LinkNotFoundError if the link is down."""
+        """Send a frame; wait if the queue is full. Raises ResourceError, or LinkNotFoundError if the link is down."""
         while True:
             try:
                 self._link.send_frame(frame)
@@ -57,7 +57,7 @@ class Port:
                 return
 
     def receive(self) -> bool:
-        """Pass on queued frames without waiting. Return whether more frames may be queued. Raises ResourceError."""
+        """Pass queued frames to `arrived` without waiting. Return whether more may be queued. Raises ResourceError."""
         room = memoryview(bytearray(FRAME_MAX + 1))
         try:
             for _ in range(TURN):
@@ -111,13 +111,13 @@ async def open_port(
 
 
 class Core1(Core):
-    """Act as core 1 on a link while the block `async with Core1("unix:/tmp/core1,peer=/tmp/core0"):` runs.
+    """Simulated core 1 on a link, for use as `async with Core1("unix:/tmp/core1,peer=/tmp/core0"):`.
 
     `link` is the address of the link. For a pair of sockets, core 1's path comes first. An interface is looked up in
-    the network namespace at the path `netns`, or in the current one.
+    the network namespace at the path `netns`, or in the current namespace.
 
-    Entering the block raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError
-    and ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
+    Entering the block raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and
+    ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None) -> None:
@@ -157,9 +157,9 @@ class Core1(Core):
         await self._port.send(self._port.frame(name))
 
     async def send_frame(self, frame: bytes) -> None:
-        """Send a frame unchanged, even if it is invalid. Raises the errors of `send`."""
+        """Send a frame unchanged, even if it is invalid. Raises LinkNotFoundError and ResourceError."""
         await self._port.send(frame)
 
     async def wait_running(self) -> None:
-        """Wait until the peer of a socket exists, or until an interface is up and has a carrier."""
+        """Wait until the link is up: its socket has a peer, or its interface is up and has a carrier."""
         await self._port.wait_running()

@@ -1,4 +1,4 @@
-"""Core 1 for blocking code, as a plain socket. Because it tests the proxy's links, it shares no code with them."""
+"""Core 1 for blocking code: a plain socket. It shares no code with the proxy's links, because it tests them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Peer(contextlib.AbstractContextManager["Peer"]):
         self.send_raw(encode(name, self.mac).ljust(pad, b"\0"))
 
     def _forget_error(self) -> None:
-        # If the link was down, the next call would raise ENETDOWN even if the link is up again.
+        # Clear the error of an earlier link failure. Otherwise the next call would raise ENETDOWN.
         self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def send_raw(self, data: bytes) -> None:

@@ -20,10 +20,10 @@ __all__ = ["OverflowedError", "Report", "Watch", "register_error", "trigger"]
 Report = Callable[[Signal | IncoError], None]
 """Called with the signal of each notification, or with an error if notifications may be missing."""
 
-# IN_MASK_ADD is needed because a directory with registers may be the parent of another such directory.
+# A register directory may be the parent of another one. IN_MASK_ADD keeps the mask of the existing watch.
 _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
 _PARENT = _PATH | ino.IN_CREATE
-# IN_MODIFY events come between close events; otherwise the kernel merges identical unread events (inotify(7)).
+# IN_MODIFY events separate the close events. Otherwise the kernel would merge identical unread events (inotify(7)).
 _DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
 _CLOSE_WRITE = ino.IN_CLOSE_WRITE
 _WRITES = ino.IN_CLOSE_WRITE | ino.IN_MODIFY
@@ -36,7 +36,7 @@ class OverflowedError(ResourceError):
 
 
 def trigger(path: Path) -> None:
-    """Open an existing trigger file, write `1` and close the file. Raises the errors of `register_error`."""
+    """Open an existing trigger file, write `1` and close the file. Raises the errors that `register_error` returns."""
     try:
         fd = os.open(path, _FLAGS)
         try:
@@ -69,14 +69,14 @@ class _Directory:
     parent_wd: int = -1
     """The watch on the nearest ancestor directory that exists."""
     child: bytes = b""
-    """The entry of this ancestor directory that is the next component of `path`."""
+    """The component of `path` that follows the directory watched by `parent_wd`."""
 
 
 class Watch:
-    """Watches registers with inotify(7). Programs can wait for `fileno` with select(2). Raises ResourceError.
+    """An inotify(7) watcher for registers. Programs can wait for `fileno` with select(2). Raises ResourceError.
 
-    A notification is the close of a state file or trigger file that was open for writing. A rename to the path of a
-    trigger file is also a notification. Replaced directories are watched again.
+    A notification occurs when a process closes a state or trigger file that it had opened for writing. A rename to the
+    path of a trigger file is also a notification. Replaced directories are watched again.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Watch:
                 raise register_error(FileNotFoundError(errno.ENOENT, ""), directory.path)
 
     def forget(self, report: Report) -> None:
-        """Stop reporting to `report`."""
+        """Stop calling `report`."""
         for directory in self._all():
             if directory.report == report:
                 self._release(directory, {directory.wd, directory.parent_wd})
@@ -124,7 +124,7 @@ class Watch:
         try:
             for parent in path.parents:
                 try:
-                    # Watch the ancestor first, so that an event reports a directory that appears in between.
+                    # Watch the ancestor first, so that an event reports the directory if it appears in between.
                     directory.parent_wd = self._inotify.watch(str(parent), _PARENT)
                     break
                 except (*_ABSENT, PermissionError):
@@ -141,11 +141,11 @@ class Watch:
             self._release(directory, before - now)
 
     async def wait_readable(self) -> None:
-        """Wait until `drain` has events to read, in a Trio program."""
+        """Wait in a Trio program until `drain` has events to read."""
         await self._inotify.wait_readable()
 
     def drain(self) -> None:
-        """Report queued notifications without waiting. Exceptions of `report` are passed on to the caller."""
+        """Report queued notifications without waiting. Exceptions that `report` raises propagate to the caller."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
                 if mask & _WRITES:  # Handle writes first and fast, so that many writes do not overflow the queue.

@@ -1,4 +1,4 @@
-"""Collect the status that the running proxies of this machine report on their control sockets."""
+"""Collect the status that the running proxies on this machine report on their control sockets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Answer", "Answers", "ask"]
 
 @attrs.frozen
 class Answer:
-    """The answer of one proxy process."""
+    """The answer from one proxy process."""
 
     name: str
     """The name of the link, or the path of the directory of boards."""
@@ -26,7 +26,7 @@ class Answer:
 
 @attrs.frozen
 class Answers:
-    """The answers of all proxies."""
+    """The answers from all proxies."""
 
     by_pid: Mapping[int, Answer] = attrs.Factory(dict)
     problems: tuple[Result, ...] = ()
@@ -39,7 +39,7 @@ class Answers:
 
 
 def ask(processes: Processes) -> Answers:
-    """Ask all proxies of this machine for their status. Sockets outside the usual directories are found in /proc."""
+    """Ask all proxies on this machine for their status. Sockets outside the usual directories are found in /proc."""
     paths = [
         *sockets(),
         *(path for process in processes.all if process.is_proxy for path in listening_sockets(process)),

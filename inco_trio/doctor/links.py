@@ -1,4 +1,4 @@
-"""Checks of a link: whether frames can pass, and whether they stay in order."""
+"""Checks of a link: whether frames can pass through it, and whether they stay in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MTU = 1500
 
 
 def interface(name: str) -> tuple[Interface | None, list[Result]]:
-    """Return the interface `name` of this thread's network namespace, and the results of its checks."""
+    """Return the interface `name` in this thread's network namespace, and the results of its checks."""
     try:
         rtnetlink = Rtnetlink()
     except OSError as error:
@@ -43,7 +43,7 @@ def interface(name: str) -> tuple[Interface | None, list[Result]]:
 
 
 def state(found: Interface, master: Interface | None) -> Iterator[Result]:
-    """Check that frames can pass the interface; `master` is the bridge or other master device of the interface."""
+    """Check that frames can pass through the interface. `master` is the interface's bridge or other master device."""
     name = found.name
     if not found.up:
         yield fail("state", name, "the interface is down", f"ip link set dev {shlex.quote(name)} up")
@@ -79,7 +79,7 @@ def short_names(found: Interface, signals: Iterable[Signal]) -> Iterator[Result]
 
 
 def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
-    """Check that frames stay in order, which receive packet steering and several receive queues can prevent.
+    """Check that receive packet steering and several receive queues do not reorder frames.
 
     Frames that several CPUs handle at the same time can be reordered. On a virtual interface, the sender's CPU handles
     the frames unless rps_cpus selects a CPU, and the scheduler may move the sender to another CPU.
@@ -93,7 +93,7 @@ def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
     if _count(read(root / "sys/devices/system/cpu/online") or "0") == 1:
         yield ok("order", name, "this machine has one CPU: frames stay in order")
         return
-    # Frames of a VLAN are steered when the lower interface of the VLAN receives them.
+    # The frames of a VLAN are steered when the VLAN's lower interface receives them.
     below = sorted(entry.name.removeprefix("lower_") for entry in place.glob("lower_*"))
     for steered in (name, *below):
         yield _steering(steered, root / "sys/class/net" / steered, found.name)
@@ -122,7 +122,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
 
 
 def _count(ranges: str) -> int:
-    """Return the number of CPUs in a list such as "0-3,5", see "List format" in cpuset(7)."""
+    """Return the number of CPUs in a list such as "0-3,5" ("List format" in cpuset(7))."""
     ends = [part.partition("-")[::2] for part in ranges.split(",")]
     return sum(int(last or first) - int(first) + 1 for first, last in ends)
 

@@ -13,17 +13,17 @@ from inco_trio.linux.processes import Process, Processes, read, status_of
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]
 
 QUEUED_EVENTS = 16384
-"""The kernel's default of fs.inotify.max_queued_events."""
+"""The kernel's default for fs.inotify.max_queued_events."""
 INSTANCES = 2
-"""Number of inotify instances of a proxy: one for the triggers, one for the sockets of a `unix:` link."""
+"""Number of inotify instances that a proxy uses: one for the triggers, one for the sockets of a `unix:` link."""
 WATCHES = 64
 """Number of inotify watches for a typical signal table: one per trigger, directory and parent directory."""
 PLENTY = 0.9
 """Fraction of a limit above which the check warns."""
 DATAGRAMS = 10
-"""The kernel's default of net.unix.max_dgram_qlen."""
+"""The kernel's default for net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
-"""The uid_map of the initial user namespace, see user_namespaces(7)."""
+"""The content of uid_map in the initial user namespace (user_namespaces(7))."""
 
 
 def proc(processes: Processes) -> Iterator[Result]:
@@ -84,13 +84,13 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
     needed = (0, 0) if proxy else (INSTANCES, WATCHES)
     used = (sum(process.instances for process in own), sum(len(process.watches) for process in own))
     for what, count, need in zip(("instances", "watches"), used, needed, strict=True):
-        # Each user namespace also has its own limit, see /proc/sys/user in namespaces(7).
+        # Each user namespace also has its own limit (/proc/sys/user, see namespaces(7)).
         settings = (f"fs.inotify.max_user_{what}", f"user.max_inotify_{what}")
         limits = [(int(text), name) for name in settings if (text := _sysctl(name, root)) is not None]
         if not limits:
             continue
         limit, setting = min(limits)
-        # An upper bound: a descriptor shared with the fd store counts twice, because /proc does not show sharing.
+        # This is an upper bound: a descriptor shared with the fd store counts twice (/proc does not show sharing).
         found = f"uid {uid} uses at most {count} of {limit}"
         fix = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
         if count + need > limit:

@@ -1,4 +1,4 @@
-"""Checks of the registers: permissions, kinds of files, and whether inotify reports writes."""
+"""Checks of the registers: permissions, file types, and whether inotify reports writes."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def trusted(path: Path, trust: Trust) -> Iterator[Result]:
     except UnfitFileError as error:
         yield warn("trusted", path, f"{error.strerror}; {error.remedy}")
     except OSError:
-        pass  # `directory` reports this.
+        pass  # `directory` reports this error.
     else:
         os.close(fd)
         yield ok("trusted", path, "only trusted users can change its path and its files")
 
 
 def kinds(signals: Iterable[Signal]) -> Iterator[Result]:
-    """Check that the registers of one directory are usable regular files; yield one result if all are."""
+    """Check that one directory's registers are usable regular files. Yield a single result if all of them are."""
     signals = tuple(signals)
     faults = [fault for signal in signals for fault in _register(signal)]
     yield from faults
@@ -85,8 +85,8 @@ def _register(signal: Signal) -> Iterator[Result]:
 def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     """Check that inotify reports writes in an IRQ directory.
 
-    The check writes nothing, because other processes would see the file or notification. The type of the filesystem
-    shows whether other hosts can write to it without an event. Opening the directory shows whether inotify works.
+    The check writes nothing, because other processes would see the file or notification. The filesystem type shows
+    whether writes by other hosts cause events. Opening the directory shows whether inotify works.
     """
     existing, kind = filesystem(path, root)
     if reason := unreported_type(kind):
@@ -107,7 +107,7 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
 
 def _reason(error: OSError) -> str:
     if error.errno == errno.EMFILE:
-        # inotify_init(2) uses the same errno for both limits.
+        # inotify_init(2) fails with EMFILE if either limit is reached.
         return "raise fs.inotify.max_user_instances or ulimit -n"
     return str(error.strerror)
 
@@ -124,7 +124,7 @@ def _opening_is_reported(path: Path) -> bool:
 
 
 def held_open(signals: Iterable[Signal], proxies: Iterable[Process]) -> Iterator[Result]:
-    """Check that no other process holds a register open, because that hides notifications."""
+    """Check that no other process holds a register open, which would hide notifications."""
     ours = {process.pid for process in proxies}
     for signal, pid, text in open_registers(signals):
         if pid not in ours:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import attrs
 
-__all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "summarize", "warn"]
+from inco_trio.errors import IncoError, PermissionDeniedError
+
+__all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "refused", "summarize", "warn"]
 
 
 _HIDDEN = "permission"
-"""The name of the checks that need more rights than this user has."""
+"""The check name of results that report missing permissions."""
 
 
 class Level(enum.IntEnum):
@@ -22,7 +24,7 @@ class Level(enum.IntEnum):
 
     OK = 0
     WARN = 1
-    """Notifications may be late, duplicate or lost, or the check was not possible."""
+    """Notifications may be late, duplicated or lost, or the check could not be made."""
     FAIL = 2
     """Notifications do not arrive, or a proxy could not start."""
 
@@ -65,12 +67,19 @@ def fail(check: str, subject: object, found: str, fix: str | None = None) -> Res
 
 
 def hidden(what: str) -> Result:
-    """Return the result of a check that needs more rights. `summarize` joins all of these results."""
+    """Return the result of a check that this user is not permitted to make. `summarize` merges such results."""
     return warn(_HIDDEN, "", what)
 
 
+def refused(path: Path, error: IncoError) -> list[Result]:
+    """Return a result for each mistake in a configuration file, or a hidden result if this user may not read it."""
+    if isinstance(error, PermissionDeniedError):
+        return [hidden(f"the configuration {error.subject or path}")]
+    return [fail("configuration", error.subject or path, problem) for problem in error.reason.splitlines()]
+
+
 def summarize(results: Iterable[Result], again: str) -> list[Result]:
-    """Return each result once, the worst first, with one result for all `hidden` ones.
+    """Return each result once, the worst first. Merge all results of `hidden` into one.
 
     `again` is the command that repeats the examination as root.
     """
@@ -82,7 +91,7 @@ def summarize(results: Iterable[Result], again: str) -> list[Result]:
 
 
 def permit(path: Path, mode: str) -> str:
-    """Return the command that gives this user access to `path`: chmod(1) for the owner, otherwise chown(1)."""
+    """Return the command that gives this user access to `path`: chmod(1) if the user owns it, else chown(1)."""
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         owned = path.lstat().st_uid == uid

@@ -21,9 +21,9 @@ __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 INTERFACE_MAX = 15
 """Maximum length of an interface name in bytes (IFNAMSIZ of net/if.h without the NUL)."""
 LABEL_MAX = 36
-"""Maximum length of a label in bytes, because s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
+"""Maximum length of a label in bytes, because s6-fdholder-getdump 2.11 crashes on identifiers longer than 64 bytes."""
 UNIX = "unix:"
-# dev_valid_name() in the kernel's net/core/dev.c refuses these bytes; its isspace() assumes Latin-1.
+# The kernel's dev_valid_name() refuses these bytes in interface names. Its isspace() assumes Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -38,7 +38,7 @@ class InterfaceAddress:
 
     @property
     def label(self) -> str:
-        """The link's name without slashes, for the names of services and stored descriptors."""
+        """The link's name without slashes, used in the names of services and stored descriptors."""
         return self.name
 
     @property
@@ -84,7 +84,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
             return _parse_unix(text.removeprefix(UNIX))
         except ValueError as error:
             raise InvalidArgumentError(text, str(error)) from None
-    # The kernel accepts any bytes, but Python can bind a packet socket only to a name in UTF-8.
+    # The kernel also accepts names that are not UTF-8, but Python cannot bind a packet socket to such a name.
     try:
         raw = text.encode()
     except UnicodeEncodeError:
@@ -93,13 +93,13 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
         return InterfaceAddress(text)
     raise InvalidArgumentError(
         text,
-        f"neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
-        "':' and whitespace",
+        f"expected unix:LOCAL,peer=REMOTE or an interface name (1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
+        "':' or whitespace)",
     )
 
 
 def address_fault(text: str) -> str | None:
-    """Return why `text` is not an address, or None."""
+    """Return why `text` is not an address, or None if it is one."""
     try:
         parse_address(text)
     except InvalidArgumentError as error:
@@ -116,7 +116,7 @@ def _parse_unix(text: str) -> UnixAddress:
     for option in options:
         key, equals, value = option.partition("=")
         if key not in {"peer", "mac"} or not equals:
-            raise ValueError(f"unknown option {option!r} (expected one of peer=REMOTE, mac=MAC)")
+            raise ValueError(f"unknown option {option!r} (expected peer=REMOTE or mac=MAC)")
         if key in values:
             raise ValueError(f"{key}= given more than once")
         values[key] = value
@@ -154,7 +154,7 @@ def _parse_mac(text: str) -> bytes:
 
 
 def _mac_of(path: str) -> bytes:
-    """Return a locally administered address that is derived from the path."""
+    """Derive a locally administered MAC address from the path of the socket."""
     digest = bytearray(blake2b(os.fsencode(path), digest_size=6).digest())
     digest[0] = digest[0] & ~_GROUP | _LOCALLY_ADMINISTERED
     return bytes(digest)

@@ -11,11 +11,11 @@ __all__ = ["Link", "LinkDownError"]
 
 
 class LinkDownError(OSError):
-    """The link accepts no frames at the moment. A later change of the link may fix this."""
+    """The link does not accept frames at the moment. A later change to the link may fix this."""
 
 
 class Link(Protocol):
-    """Receives Ethernet frames and sends notifications. Only `async` methods block.
+    """A link that receives Ethernet frames and sends notifications. Only its `async` methods block.
 
     The kernel queues received frames for the socket `fd`. A process that inherits the descriptor inherits the queue.
     """
@@ -24,7 +24,7 @@ class Link(Protocol):
     fd: int
     """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Number of frames from senders other than the peer. The link makes them malformed, so the proxy ignores them."""
+    """Number of frames that are not from the peer. The link makes them malformed, so that the proxy ignores them."""
 
     @property
     def running(self) -> bool:
@@ -47,7 +47,7 @@ class Link(Protocol):
 
     @property
     def absence(self) -> str:
-        """Return why the link does not exist, for the log."""
+        """The reason why the link does not exist, for the log."""
 
     def missing(self) -> IncoError:
         """Return the error for a link that does not exist."""
@@ -63,19 +63,19 @@ class Link(Protocol):
         """
 
     def receive_one(self, room: memoryview) -> int:
-        """Read one frame into `room`; return its length, or -1 if none is queued. Raises as `receive_into` does."""
+        """Read one frame into `room`. Return its length, or -1 if none is queued. Raises OSError."""
 
     def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
-        """Set the names of the signals. `restrict` lets frames of inbound signals pass."""
+        """Set the names of the signals. `restrict` lets the frames of inbound signals pass."""
 
     def restrict(self, on: bool) -> bool:
-        """Start or stop (`on`) filtering: the kernel drops frames without an expected name, except for a random sample.
+        """Start filtering if `on`, else stop. The filter drops frames without an expected name, except a random sample.
 
-        Return whether the kernel drops such frames now.
+        Return whether the kernel now drops such frames.
         """
 
     def stands_for(self, frame: memoryview) -> int:
-        """Return how many frames a received frame represents: more than 1 if it belongs to a sample, see `restrict`."""
+        """Return how many frames a received frame represents: more than 1 if it is part of a random sample."""
 
     def frame(self, name: str) -> bytes:
         """Return the frame that `send` sends for a notification."""
@@ -84,7 +84,7 @@ class Link(Protocol):
         """Send the frame of one notification. Raises BlockingIOError if the queue is full, LinkDownError or OSError."""
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame unchanged. Raises as `send` does."""
+        """Send a frame unchanged. Raises the same errors as `send`."""
 
     async def wait_for_room(self) -> None:
         """Wait until the send queue may have room again. Call this after `send` has raised BlockingIOError."""
@@ -96,4 +96,4 @@ class Link(Protocol):
         """Return how many frames the kernel has dropped since the last call because the queue was full."""
 
     def close(self, *, remove: bool) -> None:
-        """Close the descriptors of this process. With `remove`, also delete the socket file."""
+        """Close this process's descriptors. With `remove`, also delete the socket file."""

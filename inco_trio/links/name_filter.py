@@ -11,15 +11,15 @@ from inco_trio.linux.bpf import ACCEPT, REJECT, Instruction
 __all__ = ["DEPTHS", "SAMPLE", "accepts", "name_filter"]
 
 DEPTHS = (64, 8, 4, 2, 1, 0)
-"""Numbers of bytes of a name that a filter may compare, starting with the exact filter. Fewer bytes shorten it."""
+"""How many bytes of a name a filter may compare, in order of preference. Fewer bytes make the filter shorter."""
 SAMPLE = 256
-"""The filter also accepts a random sample of other frames: one in this many. Must be a power of two."""
+"""The filter also accepts one out of SAMPLE other frames, selected at random. SAMPLE must be a power of two."""
 
 _LOADS = {4: bpf.LOAD_WORD, 2: bpf.LOAD_HALF, 1: bpf.LOAD_BYTE}
 
 
 def accepts(payload: bytes, names: Collection[bytes], depth: int) -> bool:
-    """Return whether the filter for these arguments accepts a frame with this payload, apart from the sample."""
+    """Return whether `name_filter(names, depth)` accepts a frame with this payload, apart from the random sample."""
     return any(_fits(payload, name, depth) for name in names)
 
 
@@ -30,9 +30,9 @@ def _fits(payload: bytes, name: bytes, depth: int) -> bool:
 
 
 def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
-    """Return a filter for frames that consist of one of `names` and NUL padding, and for a sample of the others.
+    """Return a filter that accepts frames with one of `names` and NUL padding, and a random sample of other frames.
 
-    The filter compares only the first `depth` bytes of each name, and its length. If `depth` is less than the length of
+    The filter compares only the length and the first `depth` bytes of each name. If `depth` is less than the length of
     a name, the filter also accepts some other frames.
     """
     by_length: dict[int, set[bytes]] = {}
@@ -60,9 +60,9 @@ def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
 
 
 def _compare(names: Sequence[bytes], start: int, length: int) -> list[Instruction]:
-    """Return code that accepts a frame with one of `names` of `length` bytes. For another frame, it runs to its end.
+    """Return code that accepts frames with one of `names`, of `length` bytes. Other frames continue after the code.
 
-    `names` are equally long and equal up to `start`. The caller truncates them if the filter compares fewer bytes.
+    All `names` have the same first `start` bytes. The caller truncates them if the filter compares fewer bytes.
     """
     rest = len(names[0]) - start
     if not rest:
@@ -88,7 +88,7 @@ def _unless_equal(value: int, skipped: int) -> list[Instruction]:
 
 
 def _accept_the_end(end: int) -> list[Instruction]:
-    """Return code that accepts a frame that ends at the offset `end`, or has a NUL byte there."""
+    """Return code that accepts a frame that ends at the offset `end` or has a NUL byte at this offset."""
     return [
         (bpf.LOAD_LENGTH, 0, 0, 0),
         (bpf.JUMP_IF_EQUAL, 2, 0, end),

@@ -1,4 +1,4 @@
-"""Watch the socket paths of all `unix:` links with one inotify descriptor, because a user may open only a few."""
+"""Watch the paths of all links with one inotify descriptor, because the kernel limits their number per user."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Watched:
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """For each path, the descriptor of the watched directory and the name of the directory entry to wait for."""
+    """For each path, the watch descriptor of a directory and the name of the directory entry to wait for."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """The places whose entry is the socket itself. Its events do not change which directories must be watched."""
+    """Places whose entry is a path's last component. Events for these entries do not change what to watch."""
     moved: bool = True
     """Whether a directory on one of the paths may have been replaced."""
     all_found: bool = False
@@ -39,7 +39,7 @@ class Watched:
 
 
 class Names:
-    """Reports when a path may refer to another file. Raises OSError (inotify_init(2))."""
+    """A watcher that reports when a path may refer to another file. Raises OSError (inotify_init(2))."""
 
     def __init__(self) -> None:
         self._inotify = Inotify()
@@ -68,7 +68,7 @@ class Names:
         for wd, name in places - former:
             self._at.setdefault(wd, {}).setdefault(name, set()).add(watched)
         for wd, name in former - places:
-            names = self._at.get(wd, {})  # The kernel may have ended the watch.
+            names = self._at.get(wd, {})  # The kernel may have removed the watch.
             names.get(name, set()).discard(watched)
             if not names.get(name, True):
                 del names[name]
@@ -76,9 +76,9 @@ class Names:
                 self._inotify.unwatch(wd)
 
     def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
-        """Watch the nearest ancestor of a path that can be watched. Return None if there is none.
+        """Watch the nearest ancestor of a path that can be watched. Return None if no ancestor can be watched.
 
-        Return the watch descriptor, the next component of the path, and whether this is the last component.
+        Return the watch descriptor, the next component of the path, and whether it is the last component.
         """
         found = None
         for _ in range(TRIES):
@@ -98,7 +98,7 @@ class Names:
 
     async def wait(self, watched: Watched) -> None:
         """Wait until one of the paths may refer to another file."""
-        # The first waiting task reads events for all waiting tasks. When it leaves, another task takes over.
+        # The first waiting task reads events for all waiting tasks. When it stops waiting, another task takes over.
         while not watched.changed:
             watched.woken = trio.Event()
             try:

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 ABSENT = (0, 0)
 LOOK_AGAIN = 0.2
-"""Seconds between checks of a file without a namespace: `ip netns add` creates the file before it mounts it."""
+"""Seconds between checks for a missing namespace: `ip netns add` creates the file before it mounts the namespace."""
 
 
 class NamespaceLink:
     """The `Link` of the interface `name` in the network namespace at the path `netns`.
 
-    `inner` is the link in the current namespace. `names` watches the path.
+    `inner` is a link that is already open in this namespace. `names` watches the path.
     """
 
     def __init__(self, inner: PacketLink, netns: Path, names: Names) -> None:
@@ -50,7 +50,7 @@ class NamespaceLink:
         self._refused = ""
         self._closed = False
         self._downs_before = self._downs_at_start = 0
-        """The values of `downs` and of the kernel's counter in the current namespace when the link entered it."""
+        """The value of `downs`, and the kernel's counter, at the time when the link entered the current namespace."""
         self._use(inner)
 
     def _use(self, inner: PacketLink) -> None:
@@ -96,7 +96,7 @@ class NamespaceLink:
         return exists
 
     def _leave(self) -> None:
-        """Stop sending through the socket in the old namespace. `receive_one` closes it once its queue is empty."""
+        """Stop sending in the old namespace. `receive_one` closes that namespace's socket once its queue is empty."""
         if self._inner is None:
             return
         report(logger, logging.WARNING, f"{self.name}: the network namespace {self._netns} was removed or replaced")

@@ -1,4 +1,4 @@
-"""Open the link that an address names."""
+"""Open the link that an address specifies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Surroundings:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """Return the watcher of socket paths. Raises ResourceError that names the link `asking`."""
+        """Return the shared watcher of paths. Raises a ResourceError that names the link `asking`."""
         from inco_trio.links.names import Names
 
         if self._names is None:

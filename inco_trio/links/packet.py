@@ -30,7 +30,7 @@ __all__ = ["PacketLink"]
 logger = logging.getLogger(__name__)
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Requested size in bytes. The kernel doubles it: room for 20,000 frames even if a driver uses 2.4 kB per frame."""
+"""Requested size in bytes. The kernel doubles it, so that 20,000 frames fit even if each of them takes 2.4 kB."""
 
 HEAD: tuple[Instruction, ...] = (
     # Accept only frames of our EtherType.
@@ -46,17 +46,17 @@ HEAD: tuple[Instruction, ...] = (
     # or team above the interface. `_from_interface` adds the comparison with the interface's index.
     (bpf.LOAD_WORD, 0, 0, bpf.INTERFACE),
 )
-"""The beginning of each filter. All filters start with the same `HEAD_CODE`."""
+"""The instructions at the start of every filter. Their binary form, HEAD_CODE, identifies our filters."""
 HEAD_CODE = bpf.program(HEAD)
 
 
 def _from_interface(index: int) -> tuple[Instruction, ...]:
-    """Return the last instructions of a filter's beginning, which reject frames of all interfaces except `index`."""
+    """Return the instructions after HEAD, which reject the frames of all interfaces except `index`."""
     return (bpf.JUMP_IF_EQUAL, 1, 0, index), bpf.REJECT
 
 
 def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
-    """Return which of the names the kernel may not send on this interface, and why, or None.
+    """Return which of the names the kernel may be unable to send on this interface, and why, or None.
 
     Without transmit offload, the kernel drops a tagged frame with one byte of payload.
     """
@@ -67,7 +67,7 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
 
 
 DOWN = GONE | {errno.ENETDOWN}
-"""Error numbers of calls for an interface that is down or gone. A later change of the interface may fix the error."""
+"""Error numbers that mean that the interface is down or gone. A later change to the interface may fix this."""
 
 
 class PacketLink:
@@ -116,7 +116,7 @@ class PacketLink:
             raise PermissionDeniedError(
                 name,
                 "opening a packet socket needs CAP_NET_RAW "
-                "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)",
+                "(run as root, or give the service this capability, for example as an ambient capability)",
             ) from error
         except OSError as error:
             raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
@@ -132,7 +132,7 @@ class PacketLink:
 
     @classmethod
     def take(cls, name: str, held: int) -> PacketLink:
-        """Take over the inherited descriptor `held`; see `fits`."""
+        """Take over the inherited descriptor `held`. The caller must check `fits`."""
         sock = socket.socket(fileno=held)
         sock.setblocking(False)
         return cls(sock, name)
@@ -184,7 +184,7 @@ class PacketLink:
                 return False
         mac = self._bound_address(interface)
         if mac is None:
-            return False  # The interface has just been removed or replaced. The event follows.
+            return False  # The interface has just been removed or replaced. An event will follow.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
@@ -252,7 +252,7 @@ class PacketLink:
                 if length > step:
                     break
         except BlockingIOError:
-            # Frames that this call has read may be older than the filter.
+            # If this call has read frames, they may be older than the filter.
             self._sampled = self._sampled or not lengths
         except OSError as error:
             # Return the frames that were read. A persistent error occurs again in the next call.
@@ -271,14 +271,14 @@ class PacketLink:
             return -1
 
     def _not_down(self, error: OSError) -> None:
-        # The kernel reports only once that the link went down (ENETDOWN). The queue remains readable.
+        # The kernel reports ENETDOWN only once, when the link goes down. The queue remains readable.
         if error.errno != errno.ENETDOWN:
             raise error
 
     def frame(self, name: str) -> bytes:
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # The interface has never existed.
+            if not self.mac:  # The interface has not existed yet.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame

@@ -35,7 +35,7 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""Error numbers of sendto(2) when no process can receive at the peer's path."""
+"""Error numbers that sendto(2) reports when no process can receive at the peer's path."""
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
@@ -52,7 +52,7 @@ def _new_socket() -> socket.socket:
 
 
 class UnixLink:
-    """The `Link` of the socket at `address.local`. `note` keeps the file's device and inode for a new process."""
+    """The `Link` of the socket at `address.local`. `note` keeps the socket file's device and inode."""
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
         self.name = address.local
@@ -88,7 +88,7 @@ class UnixLink:
 
     @classmethod
     def take(cls, address: UnixAddress, held: int, note: memoryview, names: Names) -> UnixLink:
-        """Take over the inherited descriptor `held`; see `fits`."""
+        """Take over the inherited descriptor `held`. The caller must check `fits`."""
         sock = socket.socket(fileno=held)
         sock.setblocking(False)
         link = cls(sock, address, note, names)
@@ -132,7 +132,7 @@ class UnixLink:
     def refresh(self) -> bool:
         """Bind the socket if its file is missing or was replaced. Return whether the socket is bound.
 
-        A socket that was bound before is replaced by a new socket; its queued frames are received first.
+        If the socket was bound before, a new socket replaces it. The frames queued in the old one are received first.
         """
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
@@ -244,7 +244,7 @@ class UnixLink:
         length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
         if not self._knows(sender):
             self.foreign += 1
-            # Make the frame malformed, so that this process and the next one ignore it.
+            # Make the frame malformed, so that this process and a later one ignore it.
             room[ETHERTYPE_PLACE] = bytes(2)
         return length
 
@@ -253,7 +253,7 @@ class UnixLink:
         return self._meet(sender) if known is None else known
 
     def peek(self) -> list[bytes]:
-        """Return the oldest frames of the peer, which stay queued until `dequeue`. Raises OSError (unix(7)).
+        """Return the peer's oldest frames. They stay queued until `dequeue` removes them. Raises OSError.
 
         If the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted in
         `foreign` or `malformed`.
@@ -284,7 +284,7 @@ class UnixLink:
             self._former.pop(0).close()
 
     def dequeue(self) -> None:
-        """Remove the oldest frame that `peek` returned from the queue."""
+        """Remove from the queue the oldest frame that `peek` returned."""
         while not self._oldest.recv(1):  # An empty datagram may precede the frame.
             self.malformed += 1
 
@@ -307,7 +307,7 @@ class UnixLink:
                 known = False
         if not known and not self.foreign:
             logger.warning(
-                "%s: datagrams from %s, not from the peer %s: ignored and counted (foreign)",
+                "%s: ignoring datagrams from %s, because the peer is %s (counter foreign)",
                 self.name,
                 repr(sender) if sender else "a socket without a path",
                 self._address.peer,
@@ -339,15 +339,15 @@ class UnixLink:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
             if error.errno in NO_PEER:
-                absent = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                why = f"no process is at {self._address.peer}" if absent else f"{self._address.peer} accepts no frames"
+                peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+                why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
                 raise LinkDownError(error.errno, f"{why} ({error.strerror})") from None
             raise
 
     async def wait_for_room(self) -> None:
         """Wait until the peer's queue has room, or the peer changes."""
         try:
-            # First wait until our send buffer has room: it holds each frame until the peer receives the frame.
+            # First wait until our send buffer has room. It holds each frame until the peer has received it.
             await trio.lowlevel.wait_writable(self.fd)
             # Then wait until the peer's queue has room. poll(2) checks that queue only for a connected socket.
             with _new_socket() as self._room:

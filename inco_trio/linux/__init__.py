@@ -1,1 +1,1 @@
-"""Constants, structs and system calls of Linux that Python lacks. Imports nothing else from inco_trio."""
+"""Linux constants, structs and system calls that Python lacks. These modules import nothing else from inco_trio."""

@@ -42,7 +42,7 @@ INSTRUCTIONS_MAX = 4096
 SO_ATTACH_FILTER = SO_GET_FILTER = 26
 
 _INSTRUCTION = struct.Struct("=HBBI")
-"""struct sock_filter: an `Instruction`."""
+"""struct sock_filter, the binary form of an `Instruction`."""
 
 
 def program(instructions: Iterable[Instruction]) -> bytes:

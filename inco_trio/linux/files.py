@@ -1,4 +1,4 @@
-"""File types (inode(7)), limits of file names, and mount IDs (proc_pid_fdinfo(5))."""
+"""File types (inode(7)), file name limits, and mount IDs (proc_pid_fdinfo(5))."""
 
 from __future__ import annotations
 

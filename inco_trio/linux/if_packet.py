@@ -13,4 +13,4 @@ PACKET_OUTGOING = 4
 PACKET_STATISTICS = 6
 PACKET_IGNORE_OUTGOING = 23
 GONE = frozenset({errno.ENODEV, errno.ENXIO})
-"""Error numbers of system calls for an interface that does not exist."""
+"""Error numbers that system calls report for an interface that does not exist."""

@@ -16,7 +16,7 @@ import warnings
 from typing import NamedTuple, Protocol
 
 with warnings.catch_warnings():
-    # pyinotify imports asyncore, which is deprecated. From Python 3.12 on, pyasyncore replaces asyncore.
+    # pyinotify imports asyncore, which is deprecated. Python 3.12 removed it, and the package pyasyncore replaces it.
     warnings.simplefilter("ignore", DeprecationWarning)
     import pyinotify
 
@@ -77,7 +77,7 @@ def parse_events(data: bytes | memoryview) -> list[Event]:
 
 
 class Watcher(Protocol):
-    """The watches of one proxy: an `Inotify`, or a share of one (`proxy.share`)."""
+    """The watches of one proxy: an `Inotify`, or a part of a shared one (`proxy.share`)."""
 
     read: int
 
@@ -137,7 +137,7 @@ class Inotify:
         """Total number of bytes read so far."""
 
     async def wait_readable(self) -> None:
-        import trio  # The import takes 0.1 s, and blocking programs do not need Trio.
+        import trio  # Import Trio only here: the import takes 0.1 s, and blocking programs do not need it.
 
         await trio.lowlevel.wait_readable(self.fd)
 
@@ -172,7 +172,7 @@ class Inotify:
 
     @property
     def queued(self) -> int:
-        """Return the number of bytes in the event queue."""
+        """Return the size of the unread events in bytes."""
         return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Landlock, with which a thread gives up access to files: landlock(7), with the constants of <linux/landlock.h>."""
+"""Landlock, with which a thread restricts its own access to files (landlock(7), <linux/landlock.h>)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inco_trio.linux.libc import check, libc
 __all__ = ["abi", "restrict_files"]
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-"""The numbers of the system calls, which are the same on all machines."""
+"""The system call numbers, which are the same on all machines."""
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
 
@@ -23,7 +23,7 @@ READ = 1 << 2 | 1 << 3
 _FILE = EXECUTE | WRITE_FILE | TRUNCATE
 """The access rights that a Landlock rule for a single file may have. Rules for directories may have more."""
 _ALL = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
-"""For each version of the interface (ABI) that added rights: the first bit above all rights known to that version."""
+"""For each Landlock ABI version that added rights: the lowest bit above all rights that this version knows."""
 _TCP = 0b11
 """The rights to bind and to connect TCP sockets, since ABI 4."""
 _SCOPE_SIGNAL = 0b10
@@ -38,7 +38,7 @@ def abi() -> int:
 def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None:
     """Let this thread and the threads that it creates write only below `writable` and execute only `executable`.
 
-    Reading stays allowed. TCP is forbidden if the kernel supports that. Requires no_new_privs. Raises OSError.
+    Reading stays allowed. The kernel also refuses TCP if it can (since ABI 4). Requires no_new_privs. Raises OSError.
     """
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ

@@ -11,7 +11,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result: int, path: str | None = None) -> int:
-    """Return the result of a call of `libc`. Raises OSError if the result is negative."""
+    """Return the result of a C library call. Raises OSError if the result is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)

@@ -1,4 +1,4 @@
-"""Changes of the mounts in the mount namespace of this process: mounts and unmounts (proc_pid_mounts(5))."""
+"""Watch for mounts and unmounts in this process's mount namespace (proc_pid_mounts(5))."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import trio
 __all__ = ["Mounts"]
 
 PAUSE = 0.0002
-"""Seconds to wait after each change for each file that is then checked, so that checks use about a tenth of the CPU."""
+"""Seconds to pause for each checked file after a change. The checks then use about a tenth of the CPU."""
 
 
 class Mounts:
-    """Watches all mounts with one descriptor for the process. It works without /proc, but then reports no change.
+    """A watcher for mounts and unmounts in this process's mount namespace. Without /proc, it reports no changes.
 
-    `followers` are called after each change. Each one returns how many files it is going to check. Raises OSError.
+    `run` calls each of `followers` after a change. A follower returns how many files it will check. Raises OSError.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Mounts:
         self._fds: list[int] = []
         self._scope = trio.CancelScope()
         # poll(2) reports a change once for each descriptor, as POLLPRI. Trio can only wait for POLLIN, which an epoll
-        # descriptor reports. Trio polls it when a wait begins. A change before that is lost, so `_missed` reports it.
+        # descriptor reports. `_missed` reports a change that occurs before Trio waits.
         self._waited, self._missed = select.epoll(), select.poll()
         try:
             for watch in (self._waited.register, self._missed.register):
@@ -38,7 +38,7 @@ class Mounts:
             raise
 
     async def run(self) -> None:
-        """Call the followers after each change until `stop`."""
+        """Call the followers after each change until `stop` is called."""
         with self._scope:
             while True:
                 await self._wait()
@@ -46,9 +46,9 @@ class Mounts:
                 await trio.sleep(PAUSE * files)
 
     async def _wait(self) -> None:
-        """Wait until a mount has changed since the last call."""
+        """Wait until a filesystem has been mounted or unmounted since the last call."""
         with trio.CancelScope() as waiting:
-            # Trio calls the function after the wait has begun.
+            # Trio calls `_end_if_missed` after the wait below has begun.
             trio.lowlevel.current_trio_token().run_sync_soon(self._end_if_missed, waiting)
             await trio.lowlevel.wait_readable(self._waited.fileno())
             self._missed.poll(0)

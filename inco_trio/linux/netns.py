@@ -23,7 +23,7 @@ OURS = Path("/proc/thread-self/ns/net")
 
 
 def set_network(fd: int) -> None:
-    """Move the calling thread into the network namespace of a descriptor (setns(2)). Raises OSError."""
+    """Move the calling thread into the network namespace that a descriptor refers to (setns(2)). Raises OSError."""
     check(libc.setns(fd, CLONE_NEWNET))
 
 
@@ -49,7 +49,7 @@ def _opened(path: Path, stack: ExitStack) -> int:
 
 
 def identity(netns: Path | None) -> tuple[int, int]:
-    """Return device and inode of a network namespace, which identify it, or (0, 0) if the path does not exist."""
+    """Return the device and inode that identify a network namespace, or (0, 0) if the path does not exist."""
     try:
         found = (OURS if netns is None else netns).stat()
     except OSError:
@@ -58,7 +58,7 @@ def identity(netns: Path | None) -> tuple[int, int]:
 
 
 def belongs_to(sock: int, netns: Path | None) -> bool:
-    """Return whether a socket belongs to `netns`. Return True without CAP_NET_ADMIN, which the check needs."""
+    """Return whether a socket belongs to `netns`. Return True if the check fails because CAP_NET_ADMIN is missing."""
     try:
         fd = fcntl.ioctl(sock, SIOCGSKNS)
     except OSError:

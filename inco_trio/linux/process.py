@@ -28,7 +28,7 @@ def end_with_parent(parent: int) -> bool:
 
 
 def lock_memory() -> None:
-    """Keep all pages that the process uses in memory, now and later (mlockall(2)). Raises OSError.
+    """Lock all present and future pages of the process in memory (mlockall(2)). Raises OSError.
 
     MCL_ONFAULT avoids allocating unused pages: most pages of an in-flight buffer are never used.
     """
@@ -41,4 +41,4 @@ def overflow_uid() -> int:
     try:
         return int(Path("/proc/sys/fs/overflowuid").read_text())
     except OSError:
-        return 65534  # DEFAULT_OVERFLOWUID of the kernel, if /proc is not mounted.
+        return 65534  # /proc is not mounted: use the kernel's DEFAULT_OVERFLOWUID.

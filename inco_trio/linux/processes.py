@@ -35,15 +35,15 @@ _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
-"""The command that stops a service, by the name of the supervising process. It takes the service's directory."""
+"""The command that stops a service, by the supervisor's process name. Its argument is the service's directory."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 _MINOR_BITS = 20
-"""Number of bits of the minor number in the device numbers that fdinfo contains (include/linux/kdev_t.h)."""
+"""Number of bits of the minor number in a device number in fdinfo (include/linux/kdev_t.h)."""
 
 
 def read(path: Path) -> str | None:
-    """Return the text of a file of /proc or /sys without the last line break, or None if it cannot be read."""
+    """Return the text of a file in /proc or /sys without the last line break, or None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
     except OSError:
@@ -51,13 +51,13 @@ def read(path: Path) -> str | None:
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file of /proc, or one empty line if the file cannot be read."""
+    """Return the lines of a file in /proc, or one empty line if the file cannot be read."""
     # Do not use splitlines(): a process or file name may contain other line separators.
     return (read(path) or "").split("\n")
 
 
 def status_of(process: Path) -> dict[str, str]:
-    """Return the fields of the file `status` in the /proc directory of a process, or {} if it cannot be read."""
+    """Return the fields of the file `status` in a process's /proc directory, or {} if it cannot be read."""
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 
@@ -78,6 +78,8 @@ class Process:
     """The number of inotify descriptors."""
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
+    hidden: bool = False
+    """Whether this user may not inspect the descriptors of the process. `sockets` and `watches` are then empty."""
     supervised: str = ""
     """The command with which a supervisor stops the process, or an empty string if no supervisor restarts it."""
 
@@ -151,11 +153,12 @@ def look(
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
             continue
+        hidden = False
         try:
             sockets, instances, watches = _descriptors(place)
         except PermissionError:
-            # Some processes cannot be inspected even by root.
-            sockets, instances, watches, unseen = frozenset(), 0, (), os.geteuid() != 0
+            sockets, instances, watches, hidden = frozenset(), 0, (), True
+            unseen = os.geteuid() != 0  # Some processes cannot be inspected even by root.
         except OSError:
             continue
         found.append(
@@ -169,6 +172,7 @@ def look(
                 sockets=sockets,
                 instances=instances,
                 watches=watches,
+                hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
             )
         )
@@ -176,16 +180,16 @@ def look(
 
 
 def _supervisor(place: Path, parent: str) -> str:
-    """Return the command with which the supervisor of a process stops it, or an empty string without a supervisor."""
+    """Return the command with which a process's supervisor stops it, or an empty string if it has no supervisor."""
     above = place.parent / parent
     name = read(above / "comm") or ""
     if stop := _S6_STYLE.get(name):
         try:
-            service = str((above / "cwd").readlink())  # The supervisor works in the service directory.
-        except OSError:  # This user may not inspect the supervisor: use its last argument, the name of the service.
+            service = str((above / "cwd").readlink())  # The service directory is the supervisor's cwd.
+        except OSError:  # This user may not read the supervisor's cwd: use its last argument, the service's name.
             service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
         return f"{stop} {shlex.quote(service)}"
-    # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit.
+    # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit's name.
     groups = [line for line in lines_of(place / "cgroup") if line.startswith("0::") or ":name=systemd:" in line]
     units = [unit for group in groups if (unit := group.rpartition("/")[2]).endswith(".service")]
     if name != "systemd" or not units:
@@ -220,8 +224,8 @@ def _watches(fdinfo: str) -> Iterator[tuple[int, int]]:
 
 def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[int]:
     """Return the inodes of the packet sockets for an interface and an EtherType in this network namespace."""
-    # Use thread-self, because only this thread may be in the network namespace.
-    # Columns: sk, references, type, protocol, interface, running, memory, user, inode.
+    # Use thread-self, because other threads may be in other network namespaces. Columns: sk, references, type,
+    # protocol, interface, running, memory, user, inode.
     rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
     return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
 
@@ -258,7 +262,7 @@ def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:
-    """Return the inodes of the sockets of this network namespace that are bound to `path`."""
+    """Return the inodes of the sockets in this network namespace that are bound to `path`."""
     # Columns: num, references, protocol, flags, type, state, inode, path. The path may contain spaces.
     rows = (line.split(None, 7) for line in lines_of(root / "proc/thread-self/net/unix")[1:])
     return [int(row[6]) for row in rows if len(row) == 8 and row[7] == path]

@@ -123,7 +123,7 @@ class Rtnetlink:
         return next(self._ask(0, index, _name(name) if name else b""), None)
 
     def add_veth(self, name: str, peer: str, peer_netns: int) -> None:
-        """Create a veth pair. Its other end `peer` is in the network namespace of the descriptor `peer_netns`."""
+        """Create a veth pair. Its other end `peer` is in the network namespace that `peer_netns` refers to."""
         other = _INTERFACE.pack(0, 0, 0, 0, 0) + _name(peer) + _attribute(IFLA_NET_NS_FD, struct.pack("=I", peer_netns))
         self._change(RTM_NEWLINK, name, _new("veth", _attribute(VETH_INFO_PEER, other)), flags=NLM_F_CREATE_EXCL)
 
@@ -145,7 +145,7 @@ class Rtnetlink:
         number = self._request(kind, NLM_F_ACK | flags, interface + _name(name) + attributes)
         while True:
             for answer, answered, message in _messages(self._socket.recv(65536)):
-                # The kernel also reports the change itself, and uses the number of the request for that.
+                # The kernel also sends a message about the change itself, with the same sequence number.
                 if (answer, answered) == (NLMSG_ERROR, number):
                     code = -int.from_bytes(message[:4], sys.byteorder, signed=True)
                     if code:
@@ -153,7 +153,7 @@ class Rtnetlink:
                     return
 
     def _request(self, kind: int, flags: int, body: bytes) -> int:
-        """Send a request and return its number."""
+        """Send a request and return its sequence number."""
         # Discard queued messages: they are older than the answer, and a full queue would drop the answer.
         self._drain()
         number = next(self._numbers)
@@ -212,7 +212,7 @@ def _new(kind: str, data: bytes) -> bytes:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield type, sequence number and body of each message."""
+    """Yield the type, the sequence number and the body of each message."""
     while len(data) >= _HEADER.size:
         length, kind, _flags, number, _port = _HEADER.unpack_from(data)
         yield kind, number, data[_HEADER.size : length]

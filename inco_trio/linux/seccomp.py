@@ -1,6 +1,6 @@
 """A seccomp filter, which restricts the system calls of a process: seccomp(2), <linux/seccomp.h>, <linux/audit.h>.
 
-`system_calls.txt` has the numbers of the system calls that a running proxy may use.
+`system_calls.txt` lists the numbers of the system calls that a running proxy may use.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from inco_trio.linux.libc import check, libc
 __all__ = ["filter_code", "install", "machine"]
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "armv7l": 0x40000028, "s390x": 0x80000016}
-"""AUDIT_ARCH of <linux/audit.h> for each machine."""
+"""The AUDIT_ARCH constant of <linux/audit.h> for each supported machine type."""
 SPECIAL = frozenset({"clone3", "execve", "execveat", "fchownat", "fork", "kill", "setns", "vfork", "socket", "clone"})
 """System calls that the filter allows or refuses depending on their arguments or on the features in use."""
 NEWEST = 451
-"""Highest system call number of Linux 6.1. The C library tries newer calls first, and expects ENOSYS for them."""
+"""Highest system call number of Linux 6.1. Newer calls fail with ENOSYS; the C library then uses older ones."""
 CLONE_NAMESPACES = 0x7E020080
 """The flags CLONE_NEW* of clone(2) and unshare(2)."""
 
@@ -36,7 +36,7 @@ _NUMBER, _MACHINE, _ARGUMENTS = 0, 4, 16
 
 
 def machine() -> str | None:
-    """Return the machine of this process, or None if the filter does not support it."""
+    """Return the machine type of this process, or None if the filter does not support it."""
     name, is_narrow = os.uname().machine, struct.calcsize("P") == 4
     if is_narrow:
         return "armv7l" if name.startswith(("arm", "aarch64")) else None
@@ -44,7 +44,7 @@ def machine() -> str | None:
 
 
 def numbers(name: str) -> dict[str, int]:
-    """Return the numbers of the system calls on a machine."""
+    """Return the system call numbers of a machine type, by name."""
     text = resources.files(__package__).joinpath("system_calls.txt").read_text()
     columns, *rows = (line.split() for line in text.splitlines()[1:])
     place = columns.index(name)
@@ -59,7 +59,7 @@ def filter_code(
     log: bool = False,
     byteorder: str = sys.byteorder,
 ) -> bytes:
-    """Return the filter for a machine. It also allows sockets of `families` and the system calls in `also`.
+    """Return the filter for a machine type. It also allows sockets of `families` and the system calls in `also`.
 
     The kernel refuses other system calls with EPERM. With `log`, it allows and logs them (see journalctl -k).
     """

@@ -18,7 +18,7 @@ _UCRED = struct.Struct("iII")
 
 
 class _Socket(Protocol):
-    """A socket of the standard library or of Trio."""
+    """A socket from the standard library or from Trio."""
 
     def getsockopt(self, level: int, option: int, length: int, /) -> bytes: ...
 

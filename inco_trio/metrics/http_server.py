@@ -1,4 +1,4 @@
-"""The HTTP server for Prometheus, which queries every proxy of this host for each scrape. See docs/metrics.md."""
+"""The HTTP server for Prometheus, which queries every proxy on this host for each scrape. See docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Boards", "serve"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Timeout in seconds for the greeting of a proxy, so that a suspended proxy does not delay the scrape."""
+"""Timeout in seconds for a proxy's greeting, so that a suspended proxy does not delay the scrape."""
 ALL = 5.0
 """Timeout in seconds for all proxies. Prometheus waits 10 seconds for the response by default."""
 AT_ONCE = 256
@@ -39,7 +39,7 @@ Answer = tuple[BoardStatus, ...] | str | None
 
 
 class Boards:
-    """The proxies with the control sockets `controls`, or all proxies on this host."""
+    """The proxies with the control sockets `controls` (default: all proxies on this host)."""
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
@@ -98,19 +98,19 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
     except PermissionError as error:
-        raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use a port from 1024 on)") from error
+        raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use port 1024 or higher)") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             text = "another process already uses this port (stop it or use another port)"
             raise ResourceError(f"--listen {listen}: {text}") from error
         raise InvalidArgumentError(f"--listen {listen}: cannot listen on this address: {error.strerror}") from error
-    logger.info("http://%s/metrics", listen)
+    logger.info("serving metrics at http://%s/metrics", listen)
     ready()
     await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)
 
 
 class _Scrapes:
-    """Serves the HTTP connections, with one request for each connection."""
+    """A handler of HTTP connections. Each connection serves one request."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
@@ -121,7 +121,7 @@ class _Scrapes:
         with trio.CancelScope() as scope:
             self._open[scope] = None
             if len(self._open) > CONNECTIONS_MAX:
-                self._limits.failed("connections", f"more than {CONNECTIONS_MAX}: closing the oldest connections")
+                self._limits.failed("connections", f"more than {CONNECTIONS_MAX} are open: closing the oldest ones")
                 next(iter(self._open)).cancel()
             try:
                 async with stream:

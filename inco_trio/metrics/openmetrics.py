@@ -61,10 +61,10 @@ class Reported:
 
 
 def textfile(proxies: Mapping[str, Iterable[BoardStatus]]) -> str:
-    """Return the metrics of the boards of each proxy in the text format of Prometheus (version 0.0.4).
+    """Return the metrics of each proxy's boards in Prometheus's text format (version 0.0.4).
 
-    The textfile collector of node_exporter understands only this format. It has no units and no end mark, and its TYPE
-    lines contain the same names as the samples.
+    The textfile collector of node_exporter understands only this format. The format has no units and no end marker, and
+    its TYPE lines contain the same names as the samples.
     """
     reported = [Reported(name, (*boards,)) for name, boards in proxies.items()]
     return "".join(f"{line}\n" for family in _of_proxies(reported) for line in _lines(*family, openmetrics=False))

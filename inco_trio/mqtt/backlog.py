@@ -39,7 +39,7 @@ class Board:
 
     name: str
     source: Conversation | None = None
-    """The connection to the board's proxy, even if the proxy has closed the board."""
+    """The connection to the proxy that last opened the board, even if the proxy has closed it."""
     owners: set[Conversation] = attrs.Factory(set)
     """The connections to all proxies that have the board open. Normally there is at most one."""
     is_open: bool = False
@@ -49,7 +49,7 @@ class Board:
     status: BoardStatus | None = None
     """The last status from the proxy."""
     published: int = 0
-    """Notifications that the broker has acknowledged."""
+    """Number of notifications that the broker has acknowledged."""
     merged: int = 0
     """How many of the `published` notifications the proxy had merged."""
     changed: trio.Event = attrs.Factory(trio.Event)

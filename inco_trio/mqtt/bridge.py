@@ -64,7 +64,7 @@ SESSION = 86_400
 AGAIN = 2.0
 """Seconds until the next attempt to publish a message that the broker refused or that had no subscriber."""
 SUSPICION = 60.0
-"""Seconds within which two indications of another process on this side count as proof."""
+"""Maximum time in seconds between two messages that together prove that another process runs on this side."""
 
 
 @attrs.define
@@ -72,20 +72,20 @@ class Counts:
     """The counters of one side."""
 
     published: int = 0
-    """Frames of the local core that the broker has acknowledged."""
+    """Frames from the local core that the broker has acknowledged."""
     written: int = 0
     duplicates: int = 0
     """Frames dropped because the bridge had written them before."""
     missed: int = 0
-    """Frames of the other side that the broker acknowledged but never delivered."""
+    """Frames from the other side that the broker acknowledged but never delivered."""
     malformed: int = 0
-    """Messages that are not from a bridge, and datagrams of the local core that are not frames."""
+    """Messages that are not from a bridge, and datagrams from the local core that are not frames."""
     too_large: int = 0
     """Frames dropped because they are larger than the broker's Maximum Packet Size."""
 
 
 class Bridge:
-    """One side of a bridge, for the core at `address.peer`. `ends` has the names of this side and of the other side."""
+    """One side of a bridge, for the core at `address.peer`. `ends` names this side and the other side."""
 
     def __init__(self, broker: Broker, ends: tuple[str, str], address: UnixAddress, fd_store: FdStore) -> None:
         self.counts = Counts()
@@ -100,9 +100,9 @@ class Bridge:
         self._instance = os.urandom(8).hex()
         """A random ID that distinguishes this process from another process on the same side."""
         self._suspected = -math.inf
-        """The time at which a message last indicated another process on this side."""
+        """The last time that a message indicated another process on this side."""
         self._announced = False
-        """Whether the status `online` of this process was published."""
+        """Whether this process has published its status `online`."""
         self._other_is_online: bool | None = None
         self._is_open = False
         self._link: UnixLink
@@ -141,7 +141,7 @@ class Bridge:
             log_statistics(counts)
 
     async def run(self, credentials: Credentials, ready: Callable[[], None]) -> None:
-        """Transfer frames until cancelled. Raises the errors of `_open`, and SessionTakenError for a second process."""
+        """Transfer frames until cancelled. Raises SessionTakenError and the same errors as `_open`."""
         if not self._is_open:
             self._open()
         async with plain_nursery() as nursery:
@@ -194,7 +194,7 @@ class Bridge:
             await trio.sleep(pause)
 
     def _check_limits(self, limits: Limits) -> None:
-        """Report the limits of the broker that are too low for the bridge."""
+        """Report which of the broker's limits are too low for the bridge."""
         size, longest = limits.maximum_packet_size, Batch(bytes(8), 1, [bytes(FRAME_MAX)]).encode()
         needed = PUBLISH_OVERHEAD + len(self._topic(self._end, "frames").encode()) + len(longest)
         faults = {
@@ -230,7 +230,7 @@ class Bridge:
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
-        """Handle received messages. Pass frames to `entry`, so that reports do not wait for writes of frames."""
+        """Handle received messages. Pass frames on to `entry`, so that reports do not wait for slow writes."""
         async for received in connection.received:
             if received.topic == self._topic(self._other, "frames"):
                 await entry.send(received)
@@ -271,7 +271,7 @@ class Bridge:
             return False
         # One indication is not enough: the broker may have restored an older state.
         before, self._suspected = self._suspected, trio.current_time()
-        # Only the process with the lower ID gives up. Otherwise both could do so at the same time.
+        # Only the process with the lower ID gives up. Otherwise both might give up at the same time.
         return self._suspected - before < SUSPICION and self._instance < instance
 
     async def _publish_all(self, connection: Connection) -> None:
@@ -293,7 +293,7 @@ class Bridge:
                 connection, Batch(progress.boot, progress.following, frames)
             ):
                 if len(frames) == 1:
-                    # Drop the frame without counting a number, so that the other side does not report a gap.
+                    # Drop the frame, but do not use up a number, so that the other side does not report a gap.
                     link.dequeue()
                     self.counts.too_large += 1
                 frames = frames[: len(frames) // 2]
@@ -362,7 +362,7 @@ class Bridge:
             self._progress.wrote(batch.boot, number)
 
     async def _write(self, frame: bytes) -> None:
-        """Write a frame to the local core. Wait until the core runs and its socket has room."""
+        """Write a frame to the local core. Wait until the core is running and its socket has room."""
         link, backoff = self._link, Backoff()
         while True:
             changed = self._changed

@@ -57,7 +57,7 @@ class Batch:
 
 
 def encode_report(boot: bytes, number: int) -> bytes:
-    """Return the payload that reports the last written number of the numbering `boot`."""
+    """Return the payload of a report that contains the last written number of the numbering `boot`."""
     return json.dumps({"boot": boot.hex(), "number": number}).encode()
 
 

@@ -15,11 +15,11 @@ from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
-"""Maximum number of published frames that are not reported as written. mosquitto queues 1,000 messages by default."""
+"""Maximum number of published frames not yet reported as written. mosquitto queues 1,000 messages by default."""
 NUMBER_MAX = 1 << 62
-"""Maximum number of a frame in valid memory."""
+"""Highest frame number that a valid memfd may contain."""
 BOOTS_MAX = 16
-"""Number of the other side's numberings that are kept. The broker may repeat messages of recent numberings."""
+"""How many of the other side's numberings are kept. The broker may repeat messages of recent numberings."""
 _MAGIC = b"inco-trio bridge 2\n"
 _KEY = re.compile(rb"sent:([0-9a-f]{16}:[0-9]+)?|written:[0-9a-f]*|limit")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @attrs.define
 class Memory:
-    """A memfd with a page for the link's note (see `links.unix`) and a table of numbers."""
+    """A memfd with a page for the link's note (see `links.unix`) and a table of frame numbers."""
 
     fd: int
     note: memoryview
@@ -51,7 +51,7 @@ class Memory:
                 )  # fmt: skip
         fd = new_memory("inco-trio bridge", PAGE + TABLE, _MAGIC)
         if held is not None:
-            os.close(held)  # Close it last: the new descriptor must get a different number to be stored.
+            os.close(held)  # Close `held` last: the new descriptor is stored only if its number is different.
         return cls._map_memory(fd)
 
     @classmethod
@@ -78,9 +78,9 @@ class Progress:
         self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
 
     def number(self, queue: int) -> bool:
-        """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is.
+        """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is new.
 
-        Otherwise a new frame could get the number of a frame that was published and then lost with its socket.
+        With the old numbering, a new frame could get the number of a published frame that was lost with its socket.
         """
         if self._sent.rpartition(b":")[2] == b"%d" % queue:
             return False
@@ -91,7 +91,7 @@ class Progress:
 
     @property
     def has_room(self) -> bool:
-        """Whether frames may be published. A new numbering must wait for the first report of the other side."""
+        """Whether frames may be published. A new numbering must wait for the first report from the other side."""
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:

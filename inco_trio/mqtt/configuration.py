@@ -53,7 +53,7 @@ class Credentials:
     """The files with the credentials of the gateway and with the trusted certificates."""
 
     ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The trusted CA certificates, in PEM format (default: those of the system)."""
+    """The trusted CA certificates, in PEM format (default: the system's CA certificates)."""
     certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The gateway's certificate, in PEM format."""
     key_file: Annotated[str | None, ABSOLUTE_PATH] = None
@@ -86,10 +86,10 @@ class GatewayConfig:
     status_seconds: Annotated[float, SECONDS] = 10.0
     """Seconds between two queries of the counters."""
     broker: Credentials = Credentials()
-    """The credentials for the broker and the trusted CA: absolute paths of files."""
+    """The absolute paths of the files with the credentials and the trusted CA certificates."""
 
     def check_response_prefix(self, broker: Broker) -> None:
-        """Raise ConfigError if a response could be mistaken for a message of a gateway, or for a request to one."""
+        """Raise ConfigError if a response could be mistaken for a gateway's message or for a request to a gateway."""
         if self.response_prefix is None:
             return
         responses, gateway = f"{self.response_prefix}/", f"{broker.prefix}/"
@@ -99,7 +99,7 @@ class GatewayConfig:
 
 
 def parse_broker(url: str) -> Broker:
-    """Return the broker at `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
+    """Parse `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://...` for TLS. Raises InvalidArgumentError."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -127,7 +127,7 @@ def parse_broker(url: str) -> Broker:
 
 
 def _prefix_fault(prefix: str) -> str | None:
-    """Return why `prefix` is not valid as the prefix of topics, or None."""
+    """Return why `prefix` is not valid as the prefix of topics, or None if it is valid."""
     if prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix):
         return "contains '+', '#' or a control character, or starts with '$'"
     if "" in prefix.split("/"):
@@ -136,7 +136,7 @@ def _prefix_fault(prefix: str) -> str | None:
 
 
 def read_gateway(path: Path) -> GatewayConfig:
-    """Return the configuration in the file at `path`. Raises ConfigError with all mistakes."""
+    """Return the configuration in the file at `path`. Raises a ConfigError that lists all mistakes."""
     table = parse_table(read_file(path), str(path))
     config = table.structure(GatewayConfig)
     if broker := table.table("broker"):
@@ -171,7 +171,7 @@ def _faults(config: GatewayConfig) -> list[str]:
 
 
 def _read_line(file: str | None, key: str) -> str | None:
-    """Return the line in a file. Raises ConfigError, ResourceError."""
+    """Return the only line of a file. Raises ConfigError, ResourceError."""
     if file is None:
         return None
     data = read_file(Path(file)).rstrip(b"\r\n")

@@ -46,9 +46,9 @@ __all__ = ["BrokerBackoff", "Connection", "open_connection"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0
-"""Timeout in seconds for each answer of the broker."""
+"""Timeout in seconds for each answer from the broker."""
 KEEPALIVE = 30
-"""Seconds within which the client sends a packet, unless the broker asks for another time."""
+"""Maximum time in seconds between two packets from the client, unless the broker sets another limit."""
 FAREWELL = 1.0
 """Timeout in seconds for sending DISCONNECT."""
 CHUNK = 1 << 16
@@ -58,8 +58,8 @@ CHUNK = 1 << 16
 class BrokerBackoff(Backoff):
     """Pauses before reconnecting to the broker.
 
-    The pauses grow while the broker ends connections with a reason within CAP seconds, or while connections break
-    sooner than the pause before them.
+    The pauses grow while the broker ends connections within CAP seconds and gives a reason. They also grow while
+    connections break after less time than the preceding pause.
     """
 
     CAP = 5.0
@@ -101,7 +101,7 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._flushing = False
         self._is_cut = False
-        """Whether a packet may have been sent only in part."""
+        """Whether a packet may have been sent only partially."""
         self._is_pinging = False
         self._progress = self._last_sent = trio.current_time()
         """When the broker last answered or accepted data, and when the client last sent data."""
@@ -187,13 +187,13 @@ class Connection:
             raise BrokerRefusedError(self._broker, f"refuses the subscription to {', '.join(refused)}")
 
     async def acknowledge(self, received: Received) -> None:
-        """Acknowledge a received message, so that the broker does not repeat it. Do nothing if the connection ended."""
+        """Acknowledge a message, so that the broker does not repeat it. Do nothing if the connection has ended."""
         if self._lost is None:
             self._session.acknowledge(received)
             await self._flush()  # Wait, so that requests do not arrive faster than the broker reads the answers.
 
     def _expect(self) -> None:
-        """Start the broker's time limit for an answer, unless it is already running."""
+        """Start the time limit for the broker's answer, unless it is already running."""
         if not self._session.is_waiting and not self._flushing:
             self._progress = trio.current_time()
 
@@ -245,8 +245,8 @@ class Connection:
                 self._is_cut = False
                 self._progress = self._last_sent = trio.current_time()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            # Do not lose the connection here: the broker may have sent the reason before it closed the connection, and
-            # `_receive` reads it. Otherwise a process that was replaced would reconnect and replace the other one.
+            # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another
+            # process has taken over the session, this process must not reconnect and take it back.
             session.out.clear()
         finally:
             self._flushing = False
@@ -287,7 +287,7 @@ class Connection:
                 entry.send_nowait(session.received.popleft())
             if session.dropped and not is_warned:
                 is_warned = True
-                logger.warning("%s: dropped messages at QoS 0, because %d are queued", self._broker, RECEIVE_MAX)
+                logger.warning("%s: dropped QoS 0 messages, because %d messages are queued", self._broker, RECEIVE_MAX)
 
     async def _read(self) -> bytes | bytearray:
         stream = self._stream
@@ -315,7 +315,7 @@ class Connection:
                     self._lose(BrokerLostError(self._broker, what))
                     return
             if session.limits is not None and session.limits.keep_alive and not (self._flushing or self._is_pinging):
-                # Ping after half of the time limit, so that a delay does not exceed it.
+                # Ping after half of the keep-alive time, so that a delayed ping is still in time.
                 ping = self._last_sent + session.limits.keep_alive / 2
                 if now >= ping:
                     self._expect()
@@ -344,7 +344,7 @@ class Connection:
         return "does it need a client certificate, or a different one?" if self._broker.tls else "does it need TLS?"
 
     async def answered(self) -> None:
-        """Wait for the CONNACK of the broker."""
+        """Wait for the broker's CONNACK."""
         await self._answered.wait()
         self._check()
 
@@ -362,7 +362,7 @@ class Connection:
 
 
 def _transport(stream: Any) -> Any:
-    """Return the TCP socket of a stream."""
+    """Return the TCP socket that a TCP or TLS stream uses."""
     return (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
 
 
@@ -379,9 +379,9 @@ async def open_connection(
 ) -> AsyncIterator[Connection]:
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
-    The broker keeps the session for another `session` seconds. `clean` discards an earlier session. If the connection
-    is lost, the block is cancelled. A broker without retained messages gets a last will that is not retained. Raises
-    BrokerLostError and BrokerRefusedError.
+    The broker then keeps the session for another `session` seconds. `clean` discards an earlier session. If the
+    connection is lost, the block is cancelled. The last will is not retained if the broker does not allow retained
+    messages. Raises BrokerLostError and BrokerRefusedError.
     """
     identity = credentials.read()
     connect = functools.partial(
@@ -490,12 +490,12 @@ def _context(broker: Broker, credentials: Credentials) -> ssl.SSLContext:
 
 
 def _version(file: str) -> tuple[int, int]:
-    """Return attributes of a file that change when the file is replaced or written."""
+    """Return file attributes that change when the file is replaced or modified."""
     status = Path(file).stat()
     return status.st_mtime_ns, status.st_ino
 
 
-@functools.lru_cache(maxsize=1)  # All boards of a gateway use the same files, and reading the CA file takes long.
+@functools.lru_cache(maxsize=1)  # All boards of a gateway use the same files, and reading the CA file is slow.
 def _load_context(files: tuple[str | None, str | None, str | None], _versions: object) -> ssl.SSLContext:
     ca_file, certificate_file, key_file = files
     context = ssl.create_default_context(cafile=ca_file)

@@ -1,4 +1,4 @@
-"""The gateway publishes the notifications of the proxies of this host to an MQTT broker.
+"""The gateway publishes the notifications of the proxies on this host to an MQTT broker.
 
 The gateway is a follower of each proxy (docs/control.md) and keeps no notifications itself. A proxy keeps each
 notification until the gateway acknowledges it, which happens after the broker has acknowledged it to the gateway. The
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 AT_START = 2.0
 """Timeout in seconds for the answers of running proxies at startup. The gateway connects to slower proxies later."""
 LOOK_AGAIN = 0.5
-"""Seconds between two searches for control sockets."""
+"""Seconds between searches for new control sockets."""
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
 SHORT = 3.0
@@ -59,11 +59,11 @@ SHORT_ONES = 3
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 TWO_PROXIES = 1.0
-"""Seconds for which two proxies must have the same board before the log mentions it. One of them may be ending."""
+"""Seconds for which two proxies must have the same board before the gateway logs it. One may be shutting down."""
 
 
 class Gateway:
-    """The publisher of the configured boards of the proxies at `controls`, or of all proxies on this host."""
+    """A publisher of the configured boards of the proxies at `controls` (default: all proxies on this host)."""
 
     def __init__(self, broker: Broker, config: GatewayConfig, controls: Sequence[Path] | None = None) -> None:
         self._broker = broker
@@ -71,11 +71,11 @@ class Gateway:
         self._controls = controls
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
-        """By socket path, an event that is set after the first attempt to follow the proxy."""
+        """For each socket path, an event that is set after the first attempt to follow the proxy."""
         self._problems = Problems()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Publish until cancelled. Call `ready` once all proxies that are already running are followed."""
+        """Publish until cancelled. Call `ready` once the gateway follows all running proxies."""
         async with trio.open_nursery() as nursery:
             await self._look(nursery)
             with trio.move_on_after(AT_START):
@@ -140,7 +140,7 @@ class Gateway:
         if len(board.owners) > 1:
             nursery.start_soon(self._compare_later, board)
         if board.source is source:
-            # The proxy has reopened the board. Keep the queue, which has the last events of the old history.
+            # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
             board.is_open = True
             board.change()
             return board
@@ -225,13 +225,13 @@ class Gateway:
                 begun = -math.inf
                 if short >= SHORT_ONES:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
-                # All boards share this key, so that a problem of the broker is logged once.
+                # All boards share this key, so that a problem with the broker is logged once.
                 self._problems.failed("broker", f"{what}; notifications stay pending; retrying", self._broker)
                 pause = backoff.lost(error)
             await trio.sleep(pause)
 
     def _check_limits(self, board: Board, limits: Limits) -> None:
-        """Report which functions of the gateway the broker does not support."""
+        """Report which of the gateway's features the broker does not support."""
         faults = {
             "retain": "does not keep retained messages: subscribers receive the status only when it changes"
             if not limits.retain_available else None,
@@ -272,7 +272,7 @@ class Gateway:
                 if refusal is None:
                     self._problems.well(message.topic)
                 elif refusal.is_too_large:
-                    if self._problems.said(message.topic) is None:  # Log it only once, although the size changes.
+                    if self._problems.said(message.topic) is None:  # Log this only once, even if the size changes.
                         self._problems.failed(message.topic, f"not published: {refusal}")
                 else:
                     self._problems.failed(message.topic, f"the broker refused the message: {refusal}; retrying")
@@ -283,12 +283,12 @@ class Gateway:
                 await changed.wait()
 
     def _sendable(self, board: Board) -> frozenset[str]:
-        """Return the signals of a board that MQTT clients may send."""
+        """Return which of a board's signals MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
     async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> bool:
-        """Subscribe to the requests of MQTT clients. Return False if the broker refuses it."""
+        """Subscribe to requests from MQTT clients. Return False if the broker refuses the subscription."""
         signals, filters = self._sendable(board), [topics.sends]
         if signals and not connection.limits.wildcard_subscriptions:
             filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
@@ -306,10 +306,10 @@ class Gateway:
         return True
 
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Handle the requests of MQTT clients to send signals, in the broker's order."""
+        """Handle MQTT clients' requests to send signals, in the order in which they arrive."""
         async for received in connection.received:
             response = await self._try_to_send(board, topics.signal_of(received.topic), received)
-            # Acknowledge the request last: if the connection breaks before, the broker repeats the request.
+            # Acknowledge the request last: if the connection breaks before that, the broker repeats the request.
             await self._respond(board, connection, received, response)
             await connection.acknowledge(received)
 
@@ -345,7 +345,7 @@ class Gateway:
             return
         key = (board, "response")
         if prefix is None or not topic.startswith(f"{prefix}/"):
-            # Otherwise a client could use the permissions of the gateway to publish to any topic.
+            # Do not respond: a client could use the gateway's permissions to publish to any topic.
             where = "response_prefix is not configured" if prefix is None else f"response topic outside of {prefix!r}"
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return

@@ -1,7 +1,7 @@
 """One connection to an MQTT 5 broker without I/O: packets, acknowledgements, and the limits that the broker announces.
 
 The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the caller sends them. The caller
-passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as far as the broker allows.
+passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as far as the broker allows them.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PUBLISH_OVERHEAD = 13
 _PUBLISH_PACKET_MAX = (1 << 28) - 1
 """Maximum size of a packet in bytes, if the broker announces no limit (MQTT 5, 1.5.5)."""
 _FAILURE = 0x80
-"""Reason codes of at least this value are failures (MQTT 5, 2.4)."""
+"""The lowest reason code that indicates a failure (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
-"""Reason codes of a CONNACK that may be temporary, such as a busy broker."""
+"""Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
 _QOS = mqtt5.QoS.AT_LEAST_ONCE
 
@@ -56,7 +56,7 @@ class BrokerLostError(UnavailableError):
 
 
 class ConnectionBrokenError(BrokerLostError):
-    """The connection ended without a reason from the broker."""
+    """The connection ended, and the broker gave no reason."""
 
 
 class SessionTakenError(BrokerLostError):
@@ -85,7 +85,7 @@ class Message:
 
 @attrs.frozen(eq=False)
 class Received:
-    """A received message. Until it is acknowledged, the broker repeats it on each new connection."""
+    """A received message. The broker repeats it on each new connection until it is acknowledged."""
 
     topic: str
     payload: bytes
@@ -121,7 +121,7 @@ class Limits:
 
 @attrs.frozen
 class Refusal:
-    """Why a message was not published."""
+    """The reason why a message was not published."""
 
     reason: str
     is_too_large: bool = False
@@ -152,7 +152,7 @@ class Receipts:
     """The acknowledgements that one call waits for."""
 
     left: int
-    """How many acknowledgements are missing."""
+    """How many acknowledgements have not yet arrived."""
     refusals: list[Refusal | None]
     """For each message, why it was not published, or None if the broker accepted it."""
     heard: bool = False
@@ -179,11 +179,11 @@ class Session:
         self.out = bytearray(connect.write())
         """Packets that the caller must send."""
         self.limits: Limits | None = None
-        """The limits of the broker, once it has accepted the connection."""
+        """The broker's limits, once it has accepted the connection."""
         self.received: deque[Received] = deque()
-        """Received messages that the caller has not taken."""
+        """Received messages that the caller has not yet taken."""
         self.dropped = 0
-        """Number of QoS 0 messages that were dropped because RECEIVE_MAX messages waited."""
+        """Number of QoS 0 messages that were dropped because RECEIVE_MAX messages were queued."""
         self.goodbye = mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
         """The reason code for DISCONNECT."""
         self._subject, self._connect = subject, connect
@@ -191,7 +191,7 @@ class Session:
         self.window = 0
         """Maximum number of unacknowledged messages to the broker."""
         self._awaited: dict[int, tuple[Answered, int, str]] = {}
-        """By packet identifier: the receipts, the number of the message in them, and the topic."""
+        """For each packet identifier, the receipts, the index of the message in `refusals`, and the topic."""
         self._subscribing: dict[int, tuple[Receipts, Sequence[str]]] = {}
         self._last_id = 0
         self._aliases: dict[str, int] = {}
@@ -206,7 +206,7 @@ class Session:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the broker has to answer."""
+        """Whether an answer from the broker is outstanding."""
         return bool(self._awaited or self._subscribing) or self.limits is None
 
     def abandon(self) -> None:
@@ -258,7 +258,7 @@ class Session:
                 return self._last_id
 
     def subscribe(self, topics: Sequence[str], receipts: Receipts) -> None:
-        """Append a subscription to the topics at QoS 1 to `out`. Each topic has its own refusal in `receipts`."""
+        """Append a subscription to `topics` at QoS 1 to `out`. `receipts` gets one result for each topic."""
         packet_id = self._next_id()
         filters = [mqtt5.TopicFilter(topic, max_qos=_QOS, retain_as_published=False) for topic in topics]
         packet = mqtt5.SubscribePacket(packet_id, filters).write()
@@ -294,7 +294,7 @@ class Session:
         return number
 
     def _end_of_packet(self, place: int) -> int | None:
-        """Return where the packet at `place` ends, or None if it is incomplete. Raises BrokerLostError."""
+        """Return the end of the packet that starts at `place`, or None if it is incomplete. Raises BrokerLostError."""
         length = shift = 0
         for index in range(place + 1, min(place + 5, len(self._data))):
             byte = self._data[index]
@@ -308,7 +308,7 @@ class Session:
                     raise BrokerLostError(self._subject, text)
                 return end if end <= len(self._data) else None
         if shift == 28:
-            raise self._malformed("the length of a packet is not valid")
+            raise self._malformed("the packet length is invalid")
         return None
 
     def _decode(self, packet: bytes) -> mqtt5.Packet:
@@ -317,10 +317,10 @@ class Session:
         except (ValueError, IndexError) as error:
             raise self._malformed(str(error)) from error
         except BaseException as error:
-            # The codec panics if a text is not UTF-8 (mqtt5 0.8). pyo3 derives its PanicException from BaseException.
+            # The codec panics if a string is not UTF-8 (mqtt5 0.8). pyo3 derives its PanicException from BaseException.
             if type(error).__name__ != "PanicException":
                 raise
-            raise self._malformed("a text is not UTF-8") from error
+            raise self._malformed("a string is not valid UTF-8") from error
 
     def _malformed(self, reason: str) -> BrokerLostError:
         self.goodbye = mqtt5.DisconnectReasonCode.MALFORMED_PACKET

@@ -11,7 +11,7 @@ from inco_trio.signals import Direction
 __all__ = ["Topics", "client_id", "level", "name_of"]
 
 _OF_MQTT = frozenset("/+#%")
-"""Characters with a meaning in a topic filter (MQTT 5, 4.7), and the escape character."""
+"""Characters with a special meaning in topic filters (MQTT 5, 4.7), and the escape character."""
 
 
 def level(name: str) -> str:
@@ -49,7 +49,7 @@ class Topics:
         self._send = f"{self._board}/send/"
         self._notifications: dict[tuple[Direction | None, str], str] = {}
         self.sends = f"{self._send}+"
-        """The filter for all requests to send a signal."""
+        """The topic filter that matches all requests to send a signal."""
 
     def notification(self, direction: Direction | None, signal: str) -> str:
         key = direction, signal

@@ -1,7 +1,7 @@
 """Memory that outlives the process: a memfd of fixed size that begins with a known header (memfd_create(2)).
 
-Seals forbid changes of the size (fcntl(2)). Otherwise, a process that holds a copy of the descriptor could shrink the
-memory, and the next access would kill this process with SIGBUS.
+Seals prevent changes to the size (fcntl(2)). Otherwise, a process that holds a copy of the descriptor could shrink the
+memory, and SIGBUS would kill the proxy at its next access.
 """
 
 from __future__ import annotations

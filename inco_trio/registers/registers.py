@@ -64,8 +64,8 @@ class Registers:
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
         """Replace the table in steps. Registers that are in both tables do not change; new files cause no notification.
 
-        Each step opens one register, and the last step replaces the table. If a register cannot be opened, this raises
-        IncoError and changes nothing. The caller then closes the old registers with `_drop_unneeded`.
+        Each step opens one register, and the last step replaces the table. If opening fails, the generator raises
+        IncoError and changes nothing. After success, the caller closes old registers with `_drop_unneeded`.
         """
         new = _New()
         try:
@@ -84,7 +84,7 @@ class Registers:
                 raise ConfigError(problem) from error
             raise refusal(error, new.path) from error
         for trigger in self.triggers.by_path.values():
-            # In the new table, the same file may belong to another signal.
+            # In the new table, the same file may belong to a different signal.
             trigger.signal = new.signals.get(trigger)
         self.states.take(new.files)
         self.table = table
@@ -119,7 +119,7 @@ class Registers:
                 yield
 
     async def reload(self, table: SignalTable, trust: Trust | None = None) -> None:
-        """Replace the table and create missing directories. Raises IncoError, see `exchange`."""
+        """Replace the table and create missing directories. Raises IncoError (see `exchange`)."""
         before = self.directories.trust
         self.directories.trust = trust or before
         try:
@@ -145,7 +145,7 @@ class Registers:
         return self._problems.said(signal.path)
 
     def mounts_changed(self) -> int:
-        """Let `restore` check all directories and triggers, because a mount may cover them. Return their number."""
+        """Make `restore` check all directories and triggers, because a mount may hide them. Return their number."""
         self._may_be_covered = True
         self.troubled.set()
         return len(self.directories.by_path) + len(self.triggers.by_path)

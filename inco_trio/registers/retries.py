@@ -15,7 +15,7 @@ FALLBACK = 1.0
 
 
 class Retries:
-    """The directories in which to retry. `announce` is called when a directory is added."""
+    """The directories in which operations must be retried. `announce` is called when a directory is added."""
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self.announce = announce
@@ -44,9 +44,8 @@ class Retries:
         return min((directory.retry_at for directory in self._troubled), default=math.inf)
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
-        """Schedule the next retry after a retry that took `spent` seconds; `earliest` is None if all work is done."""
+        """Schedule the next retry. The last one took `spent` seconds; `earliest` is None if all work is done."""
         if directory.troubled_again:
-            # Another operation failed during the retry.
             directory.retry_at = time.monotonic() + directory.backoff.next()
         elif earliest is None:
             self._troubled.discard(directory)

@@ -1,7 +1,7 @@
 """Start `inco-trio` as a child process, for the demonstration and for tests.
 
-The child sets up its namespace and descriptors itself: a process with threads must not run Python code between fork(2)
-and exec(2).
+The child sets up its namespace and descriptors itself, because a process with threads must not run Python code between
+fork(2) and exec(2).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ sys.exit(run_child())
 _OF_OUR_SUPERVISOR = {"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 
 Wait = Callable[[Sequence[int], float], Sequence[int]]
-"""A function that waits for readable descriptors, with a timeout in seconds, and returns them. It may raise."""
+"""A function that waits for readable descriptors, up to a timeout in seconds, and returns them. It may raise."""
 
 
 def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
-    """Wait with select(2), as `Wait` describes."""
+    """Implement `Wait` with select(2)."""
     return select.select(fds, [], [], timeout)[0]
 
 
@@ -103,7 +103,7 @@ class Launched:
             os.close(write_ready)
         self.pid = self.process.pid
         self.end_fd = os.pidfd_open(self.pid)
-        """A pidfd, which is readable once the process has exited."""
+        """A pidfd that becomes readable once the process has exited."""
 
     @property
     def log(self) -> str:
@@ -158,7 +158,7 @@ def _isolation() -> str:
 
 
 def run_child() -> int:
-    """Run as the child process that `Launched` describes; return the exit code. Raises OSError."""
+    """Run in the child process that `Launched` starts; return the exit code. Raises OSError."""
     settings = json.loads(os.environ.pop(_SETTINGS))
     if not end_with_parent(settings["parent"]):
         return 1

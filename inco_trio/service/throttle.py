@@ -16,7 +16,7 @@ PERIOD = 1.0
 
 @attrs.define
 class _Cause:
-    """When a cause was logged, the latest record since then, and the number of records since then."""
+    """When a cause was last logged, and the latest record and the number of records since then."""
 
     logged: float
     held: tuple[logging.LogRecord, contextvars.Context] | None = None

@@ -44,7 +44,7 @@ _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdi
 
 
 class GuestError(UnavailableError):
-    """QEMU is missing, has refused a command or has ended, or the guest did not respond in time."""
+    """QEMU is missing, refused a command or ended, or the guest did not respond in time."""
 
 
 class QemuNotFoundError(GuestError, FileNotFoundError):
@@ -52,9 +52,9 @@ class QemuNotFoundError(GuestError, FileNotFoundError):
 
 
 def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
-    """Return the options of a QEMU network card with the datagram socket `local`, which sends to `remote`.
+    """Return the QEMU options for a network card that sends from the datagram socket `local` to `remote`.
 
-    QEMU creates `local`. Requires QEMU 7.2 or later. Never send an empty datagram: QEMU would stop receiving for good.
+    QEMU creates `local`. Requires QEMU 7.2 or later. Never send QEMU an empty datagram: it would stop receiving.
     """
     return {
         "type": "dgram",
@@ -64,27 +64,27 @@ def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
 
 
 def tap_netdev(ifname: str) -> dict[str, Any]:
-    """Return the options of a QEMU network card that is connected to the existing tap interface `ifname`."""
+    """Return the QEMU options for a network card on the existing tap interface `ifname`."""
     return {"type": "tap", "ifname": ifname, "script": "no", "downscript": "no"}
 
 
 def parse_counters(line: str) -> dict[str, int]:
-    """Parse the counters in a report line of the firmware."""
+    """Parse the counters in a report line from the firmware."""
     return {name: int(value) for name, value in (word.split("=") for word in line.split() if "=" in word)}
 
 
 class Guest(contextlib.AbstractContextManager["Guest"]):
     """Core 1 as a QEMU guest. `with Guest(...) as guest:` waits until the guest is ready, and kills QEMU at the end.
 
-    `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The output
-    of the firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
-    QEMU runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must
-    also wait for other events. An exception of `wait` ends the calling method. During the start, QEMU is then killed.
+    `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The
+    firmware and QEMU append their output to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
+    QEMU runs in the network namespace `namespace`, if given. A program that must also wait for other events passes its
+    own `wait`. Exceptions from `wait` reach the caller; during the start, they also kill QEMU.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
     if QEMU is not running or does not respond in time.
 
-    `firmware` must print `ready` on its serial output when it is ready. `program` and `machine` select another QEMU.
+    `firmware` must print `ready` on its serial output when it is ready. `program` and `machine` replace the defaults.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
 
     @property
     def log(self) -> str:
-        """The output of the firmware and of QEMU."""
+        """The output of the firmware and QEMU so far."""
         return self._log.read_text(errors="replace")
 
     @property
@@ -149,7 +149,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         return self._process
 
     def start(self) -> None:
-        """Start QEMU, and return once its monitor answers. The firmware becomes ready later, see `wait_ready`."""
+        """Start QEMU, and return once its monitor answers. The firmware becomes ready later (see `wait_ready`)."""
         if self._process is not None:
             raise GuestError(f"the guest is already running (PID {self._process.pid})")
         program = shutil.which(self._program)
@@ -193,7 +193,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             stderr=output,
             pass_fds=[monitor],
             preexec_fn=prepare,
-            # Ctrl-C must only reach the program that started QEMU.
+            # Keep Ctrl-C away from QEMU: only the program that started QEMU must receive it.
             process_group=0,
         )
 
@@ -245,7 +245,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             raise GuestError(f"QEMU's monitor refused {command}: {answer['error']['desc']}")
 
     def wait_for(self, text: str) -> str:
-        """Wait for an output line that contains `text`, after the line that the last call returned. Return the line."""
+        """Wait for an output line that contains `text`, and return it. Start after the line that was returned last."""
         deadline = time.monotonic() + _DEADLINE
         self._running()
         while True:
@@ -264,15 +264,15 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             self._changes.read_into(memoryview(bytearray(4096)))
 
     def wait_ready(self) -> None:
-        """Wait until the firmware has started its network card, after `start` or a reset."""
+        """After `start` or a reset, wait until the firmware has started its network card."""
         self.wait_for(self._ready)
 
     def wait_counters(self) -> dict[str, int]:
-        """Wait for the next report of the firmware, which a signal requests (`report_on=NAME`). Return the counters."""
+        """Wait for the firmware's next report and return its counters. A signal requests it (`report_on=NAME`)."""
         return parse_counters(self.wait_for("core1: counters"))
 
     def stop(self) -> None:
-        """Pause the guest. Frames are queued until the buffers of QEMU and of the socket are full."""
+        """Pause the guest. Frames then queue up until the buffers of QEMU and the socket are full."""
         self._execute("stop")
 
     def cont(self) -> None:
@@ -280,7 +280,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         self._execute("cont")
 
     def system_reset(self) -> None:
-        """Reset the guest. It loses all frames in its memory. Call `wait_ready` to wait until it has booted."""
+        """Reset the guest, which loses all frames in its memory. Call `wait_ready` to wait until it has booted."""
         self._execute("system_reset")
 
     def quit(self) -> int:
@@ -289,7 +289,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         return self.wait()
 
     def wait(self) -> int:
-        """Wait until QEMU has ended and return the exit code, negative for a signal."""
+        """Wait until QEMU has ended and return its exit code (negative if a signal killed it)."""
         code = self._exit_code()
         self.kill()
         return code

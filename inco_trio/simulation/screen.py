@@ -21,7 +21,7 @@ class Output(Protocol):
 
 
 class Screen:
-    """Updates one line per signal in place on a terminal. Otherwise, prints one line per second."""
+    """A display that updates one line per signal on a terminal. Without a terminal, it prints one line per second."""
 
     def __init__(self, out: Output, traffic: Sequence[Traffic]) -> None:
         self._out = out
@@ -29,7 +29,7 @@ class Screen:
         self._terminal = out.isatty()
         self._drawn = False
         self.next = time.monotonic() + (0.0 if self._terminal else 1.0)
-        """When to call `show` next (time.monotonic())."""
+        """The time (time.monotonic()) at which to call `show` next."""
 
     def show(self, *, last: bool = False) -> None:
         """Show the counts if an update is due, or if this is the `last` call."""

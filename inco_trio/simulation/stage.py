@@ -25,19 +25,19 @@ class Stage:
     link: str
     """The address of the link, for `inco-trio run`."""
     about: str
-    """A description for the output of the demonstration."""
+    """The description of the cores and their link that the demonstration prints."""
     netns: int | None = None
     """The network namespace of core 0, or None for the current one."""
     peer: Peer | None = None
-    """Core 1, or None if core 1 is `guest`."""
+    """Core 1, or None if `guest` is core 1."""
     guest: Guest | None = None
     answers: Mapping[str, str] = attrs.Factory(dict)
-    """Maps each outbound signal to the inbound signal with which `guest` answers."""
+    """For each outbound signal, the inbound signal with which `guest` answers it."""
 
 
 @contextlib.contextmanager
 def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
-    """Set up two network namespaces and a veth pair. Raises the errors of `two_cores`."""
+    """Set up two network namespaces and a veth pair. Raises the same errors as `two_cores`."""
     with two_cores() as cores, cores.peer() as peer:
         yield Stage(cores.link, f"Two cores (network namespaces), joined by {cores.link}", cores.core0.fd, peer)
 
@@ -51,7 +51,7 @@ def _address(local: Path, remote: Path) -> str:
 
 @contextlib.contextmanager
 def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
-    """Set up two Unix datagram sockets in `directory`. Raises InvalidArgumentError if the path is too long."""
+    """Set up two Unix datagram sockets in `directory`. Raises InvalidArgumentError if a socket's path is too long."""
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     with Peer(_address(core1, core0)) as peer:
@@ -64,7 +64,7 @@ def qemu(directory: Path, wait: Wait, answers: Mapping[str, str]) -> Iterator[St
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     rules = "echo=" + ",".join(f"{name}:{answer}" for name, answer in answers.items())
-    # The proxy must start after the guest's network card: QEMU loses frames that arrive earlier.
+    # Start the guest before the proxy: QEMU loses frames that arrive before the guest's network card works.
     with Guest(unix_netdev(core1, core0), rules, log=directory / "guest.log", wait=wait) as guest:
         about = f"Core 1 is RISC-V firmware in QEMU (process {guest.pid}), joined by a pair of Unix sockets"
         yield Stage(link, about, guest=guest, answers=answers)

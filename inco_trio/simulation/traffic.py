@@ -1,8 +1,8 @@
 """Send, receive and count the notifications of the demonstration.
 
 A notification has arrived when core 1 has read the frame, or when inotify(7) has reported the close of the state file.
-With a QEMU guest as core 1, round trips are counted. A round trip ends when the state file of the answer is closed.
-Each signal has at most one notification in flight, so that each arrival belongs to exactly one sent notification.
+With a QEMU guest as core 1, the demonstration counts round trips. A round trip ends when the state file of the answer
+is closed. Each signal has at most one notification in flight, so it is clear to which notification an arrival belongs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from inco_trio.simulation.waiter import Waiter
 __all__ = ["Applications", "Traffic", "duration", "quantile", "table", "traffic_of", "verdict"]
 
 _LOST_AFTER = 3.0
-"""Seconds after which a notification counts as lost. The proxy takes less than 1 ms, but the machine may be busy."""
+"""Seconds after which a notification counts as lost. Delivery takes less than 1 ms, but the machine may be busy."""
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
 
 
 @attrs.define(eq=False)
 class Traffic:
-    """Notifications of one signal, or its round trips. A round trip ends when the signal `answer` arrives."""
+    """The notifications or round trips of one signal. A round trip ends when the signal `answer` arrives."""
 
     signal: Signal
     wanted: int
@@ -41,13 +41,13 @@ class Traffic:
     latencies: list[int] = attrs.Factory(list)
     """The latency of each arrived notification, in nanoseconds."""
     departed: int | None = None
-    """When the notification in flight was sent (time.monotonic_ns()), or None."""
+    """The time (time.monotonic_ns()) at which the notification in flight was sent, or None."""
     unexpected: int = 0
     lost: bool = False
 
     @property
     def seen(self) -> Signal:
-        """The signal whose arrival ends a latency measurement: `answer`, or else `signal`."""
+        """The signal whose arrival ends a latency measurement: `answer` if there is one, otherwise `signal`."""
         return self.answer or self.signal
 
     @property
@@ -74,7 +74,7 @@ class Traffic:
             self.departed = None
 
     def expire(self) -> None:
-        """Stop the signal after its first loss: a late arrival would look like the arrival of the next notification."""
+        """Stop sending a signal after its first loss: a late arrival would be mistaken for the next notification."""
         if self.departed is not None and time.monotonic_ns() - self.departed > _LOST_AFTER * 1e9:
             self.departed = None
             self.lost = True
@@ -115,7 +115,7 @@ class Applications:
 
 
 def traffic_of(stage: Stage, signals: Sequence[Signal], count: int) -> list[Traffic]:
-    """Return the traffic of each signal, or of each signal that a guest answers."""
+    """Return the traffic to measure: one entry for each signal or, with a guest, for each signal that it answers."""
     if stage.guest is None:
         return [Traffic(one, count) for one in signals]
     by_name = {one.name: one for one in signals}
@@ -150,7 +150,7 @@ def table(traffic: Sequence[Traffic]) -> str:
 
 
 def verdict(traffic: Sequence[Traffic]) -> tuple[str, int]:
-    """Return the last line of the output and the exit code."""
+    """Return the last line that the demonstration prints, and its exit code."""
     sent = sum(one.sent for one in traffic)
     latencies = sorted(latency for one in traffic for latency in one.latencies)
     unexpected = sum(one.unexpected for one in traffic)

@@ -1,4 +1,4 @@
-"""The waits of the demonstration. A process signal can stop the demonstration only during a wait."""
+"""Waiting in the demonstration. A process signal can stop the demonstration only while it waits."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Stopped(BaseException):
 
 
 class Waiter:
-    """Waits for readable descriptors and calls the functions that are registered for them."""
+    """A selector that calls the registered function when a descriptor becomes readable."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self.close = self._selector.close
 
     def on(self, fd: int, ready: Callable[[], None]) -> None:
-        """Call `ready` when `fd` is readable."""
+        """Register the function `ready`, which `wait` calls when `fd` is readable."""
         self._selector.register(fd, selectors.EVENT_READ, ready)
 
     def wait(self, until: float) -> None:
@@ -38,7 +38,7 @@ class Waiter:
             key.data()
 
     def readable(self, fds: Sequence[int], timeout: float) -> list[int]:
-        """Wait until any descriptor is readable, for at most `timeout` seconds. Return which of `fds` are readable."""
+        """Wait until a descriptor is readable, for at most `timeout` seconds. Return the readable ones of `fds`."""
         found: list[int] = []
         for fd in fds:
             self.on(fd, functools.partial(found.append, fd))

@@ -84,7 +84,7 @@ def new_user_namespace() -> None:
 def namespaces_refusal() -> str | None:
     """Return why this process cannot create network namespaces, or None. The process must have only one thread.
 
-    A child process tries it, because a process cannot leave a user namespace after the kernel has refused its maps.
+    A child process makes the attempt: a process cannot leave a user namespace after the kernel has refused its maps.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -112,8 +112,8 @@ def _in_thread(function: Callable[[], T]) -> T:
 def _make_network() -> int:
     def make() -> int:
         unshare(CLONE_NEWNET)
-        # Disable IPv6, which would send router solicitations and multicast reports over the links. If /proc/sys is
-        # read-only, as in some containers, these frames do no harm.
+        # Disable IPv6, because it sends router solicitations and multicast reports over the links. If /proc/sys is
+        # read-only, as in some containers, leave it enabled: these frames do no harm.
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -126,7 +126,7 @@ def _make_network() -> int:
 
 @attrs.frozen
 class Namespace(contextlib.AbstractContextManager["Namespace"]):
-    """An unnamed network namespace. The kernel destroys it after its last descriptor, process and socket.
+    """An unnamed network namespace. The kernel destroys it once it has no descriptor, process or socket left.
 
     `Namespace()` creates a namespace, or raises NamespaceRefusedError. `Namespace(fd)` takes over a descriptor of an
     existing namespace (`/proc/PID/ns/net`).
@@ -136,7 +136,7 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
 
     @property
     def path(self) -> Path:
-        """A path of the namespace, which is valid only in this process."""
+        """A path to the namespace that is valid only in this process."""
         return Path(f"/proc/self/fd/{self.fd}")
 
     def enter(self) -> None:
@@ -185,7 +185,7 @@ def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
 
 
 def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
-    """Connect two namespaces with a veth pair, whose ends are still down."""
+    """Connect two namespaces with a veth pair, and leave both of its ends down."""
     _with_links(a, lambda links: links.add_veth(a_name, b_name, b.fd))
 
 
@@ -205,8 +205,8 @@ def _wait_running(namespace: Namespace, name: str) -> None:
 class Cores:
     """Two cores and the link between them. The link has the same name in both namespaces.
 
-    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. In this case,
-    deleting core 0's end does not delete core 1's end.
+    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. Deleting core
+    0's end then leaves core 1's end in place.
     """
 
     core0: Namespace

@@ -1,4 +1,4 @@
-"""A board under test: a real proxy, while the test acts as both cores."""
+"""A board under test: the proxy is real, and the test acts as both cores."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _Core:
         __tracebackhide__ = True
         self._board._layout.signal(name)
         if not isinstance(timeout, int | float) or not 0 <= timeout <= threading.TIMEOUT_MAX:
-            raise InvalidArgumentError(f"timeout={timeout!r}: expected seconds, 0 or more")
+            raise InvalidArgumentError(f"timeout={timeout!r}: expected a number of seconds, 0 or more")
 
     async def expect_async(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `expect`
         """Wait as `expect` does, without blocking the event loop of Trio or asyncio."""
@@ -144,7 +144,7 @@ class BoardProxy:
 
     @property
     def pid(self) -> int | None:
-        """The PID, or None if the proxy is not running or runs inside the test process."""
+        """The proxy's PID, or None if the proxy is not running or runs inside the test process."""
         return self._carrier.pid
 
     @property
@@ -154,7 +154,7 @@ class BoardProxy:
 
     @property
     def stats(self) -> Stats | None:
-        """The counters, or None if the proxy is not running."""
+        """The proxy's counters, or None if the proxy is not running."""
         return self._carrier.stats()
 
     def start(self) -> None:
@@ -221,7 +221,7 @@ class BoardFaults:
 
 
 class Board:
-    """A running proxy, while the test acts as both cores. `open_board` opens a board.
+    """A running proxy for a test that acts as both cores. `open_board` opens a board.
 
     In an event loop, use `expect_async` instead of `expect`, and start and stop proxies in a thread:
     `trio.to_thread.run_sync(board.proxy.restart)`. Other calls take a few milliseconds at most. After the
@@ -285,9 +285,9 @@ class Board:
     ) -> Iterator[Guest]:
         """Run firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
-        `firmware` defaults to that of `inco-trio demo --qemu`. `program` is the QEMU program. `machine` replaces the
-        arguments for the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
-        prints on its serial output when it is ready. Raises GuestError.
+        `firmware` defaults to the firmware of `inco-trio demo --qemu`. `program` is the QEMU program to run. `machine`
+        replaces the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is a text
+        that the firmware prints on its serial output when it is ready. Raises GuestError.
         """
         rig = self._rig
         if self._plan.cores is not None:
@@ -355,11 +355,11 @@ def open_board(
     link: str = "unix",
     in_process: bool = False,
 ) -> Iterator[Board]:
-    """Open a board while the block runs, with its files in `directory`.
+    """Open a board with its files in `directory`, and close it at the end of the block.
 
     `config` is the path or the content of a udrv.json; its devices get directories below `directory`. `signals` maps
-    additional wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
-    network namespaces and a veth pair. The proxy is a separate process unless `in_process`.
+    additional wire names to `inbound` or `outbound`. `link` is `unix`, which does not need privileges, or `interface`:
+    two network namespaces and a veth pair. The proxy is a separate process unless `in_process` is true.
 
     Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
     """

@@ -25,7 +25,7 @@ from inco_trio.testing.layout import Layout
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
 _READY = 120.0
-"""Seconds after which a process that is not ready is killed. Only a hang reaches this limit."""
+"""Maximum time for a process to become ready, in seconds. Only a hang reaches this limit."""
 _FDS_MAX = 16
 
 
@@ -38,7 +38,7 @@ class Carrier(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """The PID of a running separate process, or None."""
+        """The PID of the separate process, or None if there is none."""
 
     async def start(self) -> None:
         """Start the proxy and wait until it is ready. Raises ProxyDiedError."""
@@ -63,7 +63,7 @@ class Carrier(Protocol):
 
 
 class Process:
-    """Runs `inco-trio run` as a separate process, and acts as its fd store, as systemd does (sd_notify(3), FDSTORE)."""
+    """`inco-trio run` as a separate process. This class acts as its fd store, like systemd (sd_notify(3), FDSTORE)."""
 
     def __init__(self, engine: Engine, layout: Layout, link: str, history: History, netns: int | None) -> None:
         self._engine = engine
@@ -243,7 +243,7 @@ class _Boards:
         self._changing = trio.Lock()
 
     async def change(self, more: dict[str, Config], without: str | None = None) -> None:
-        """Add and remove proxies. Raises IncoError."""
+        """Add the proxies `more` and remove the proxy `without`. Raises IncoError."""
         async with self._changing:
             self.configs |= more
             if without is not None:
@@ -273,14 +273,14 @@ async def _boards_of(engine: Engine) -> _Boards:
 
 
 class _Logs(logging.Handler):
-    """Appends each log line to the log of its board."""
+    """A log handler that appends each line to the log of its board."""
 
     boards: dict[str, list[str]] = {}  # noqa: RUF012 - shared in the process, like the logger
     _handler: _Logs | None = None
 
     @classmethod
     def of(cls, board: str, lines: list[str]) -> None:
-        """Append the future log lines of a board to `lines`."""
+        """Append all later log lines of a board to `lines`."""
         cls.boards[board] = lines
         if cls._handler is None:
             cls._handler = cls()

@@ -23,7 +23,7 @@ ENDED = "all boards of this process are closed"
 
 
 class Engine:
-    """The thread that serves all boards. `engine` returns its only instance."""
+    """The thread that serves all boards. The function `engine` returns the only instance."""
 
     def __init__(self) -> None:
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -69,14 +69,14 @@ class Engine:
         def begin() -> None:
             try:
                 self.nursery.start_soon(call)
-            except RuntimeError:  # The nursery is closed.
+            except RuntimeError:  # The nursery is closed: the engine has ended.
                 done.set_exception(IncoError(ENDED))
 
         self.soon(begin)
         return done.result()
 
     def soon(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function in the thread without waiting. Calls keep their order. Raises IncoError."""
+        """Schedule a function call in the thread, and return immediately. Calls keep their order. Raises IncoError."""
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:

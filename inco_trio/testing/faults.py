@@ -37,7 +37,7 @@ class FrameFaults:
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: expected a rate from 0 to 1")
         if not 0 <= self.delay < float("inf"):
-            raise InvalidArgumentError(f"delay={self.delay!r}: expected seconds, 0 or more")
+            raise InvalidArgumentError(f"delay={self.delay!r}: expected a number of seconds, 0 or more")
         self._random = random.Random(self.seed)  # noqa: S311 - reproducible on purpose
 
     def fates(self, frame: bytes) -> list[Fate]:

@@ -1,4 +1,4 @@
-"""The events at both cores of a board under test. Tests wait for events in any thread or event loop."""
+"""The events at both cores of a board under test. Tests can wait for them in any thread or event loop."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Happening:
     name: str
     """The wire name, or an empty string."""
     monotonic_ns: int
-    """When the test saw the happening (time.monotonic_ns())."""
+    """The time (time.monotonic_ns()) at which the test saw the happening."""
     time_ns: int
-    """When the test saw the happening (time.time_ns())."""
+    """The time (time.time_ns()) at which the test saw the happening."""
     direction: Direction | None = None
     frame: bytes | None = None
 
@@ -44,7 +44,7 @@ class History:
         self._happenings: list[Happening] = []
         self._taken: dict[tuple[int, str], int] = {}
         self.failure: str | None = None
-        """Why no more happenings are expected, or None."""
+        """The reason why no more happenings are expected, or None."""
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], object]] = set()
 
@@ -62,7 +62,7 @@ class History:
         self._wake()
 
     def fail(self, failure: str | None) -> None:
-        """Let current and later waits fail with the reason `failure`. None allows waits again."""
+        """Make current and later waits fail with the reason `failure`. None allows waits again."""
         self.failure = failure
         self._wake()
 
@@ -104,7 +104,7 @@ class History:
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
-        __tracebackhide__ = True  # Let pytest show the line of the test.
+        __tracebackhide__ = True  # Make pytest show the test's line instead of this one.
         news = threading.Event()
         end = now() + timeout
         with self._listening(news.set):
@@ -166,7 +166,7 @@ def _bell() -> tuple[Callable[[], None], Callable[[], Awaitable[None]]]:
             event.clear()
 
     def ring() -> None:
-        with contextlib.suppress(RuntimeError):  # The event loop has ended.
+        with contextlib.suppress(RuntimeError):  # Ignore the call if the event loop has ended.
             wake()
 
     return ring, wait_rung

@@ -20,7 +20,7 @@ from inco_trio.signals import BUILTIN, Direction, Signal, direction_of
 __all__ = ["DEVICE", "Layout", "make_layout"]
 
 DEVICE = "ihub-irq-dev"
-"""The device of udrv.json whose directory has the registers of the built-in signals."""
+"""The device in udrv.json whose directory contains the registers of the built-in signals."""
 LONGEST = "/control.sock"
 """The longest file name of a socket in the board's directory."""
 
@@ -31,7 +31,7 @@ class Layout:
 
     directory: Path
     sockets: Path
-    """The directory of the sockets: a temporary directory if the path of `directory` is too long (unix(7))."""
+    """The directory of the sockets. It is a temporary directory if the path of `directory` is too long (unix(7))."""
     config: Path
     """The path of the udrv.json."""
     signals: tuple[Signal, ...]
@@ -40,12 +40,12 @@ class Layout:
         return self.sockets / name
 
     def address(self, local: str, peer: str) -> str:
-        """Return the address of the link between two sockets."""
+        """Return the link address for the socket `local` and the other side's socket `peer`."""
         return "unix:" + ",peer=".join(str(self.socket(name)).replace(",", ",,") for name in (local, peer))
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
         """Return the signal with the given name and, optionally, `direction`. Raises InvalidArgumentError."""
-        __tracebackhide__ = True  # Let pytest show the line of the test.
+        __tracebackhide__ = True  # Make pytest show the test's line instead of this one.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
             if signal.name == name:
@@ -63,7 +63,7 @@ class Layout:
 def make_layout(
     directory: Path, config: Path | str | Mapping[str, Any] | None, signals: Mapping[str, str] | None
 ) -> Layout:
-    """Create the files of a board in `directory`, which may be missing. Raises ConfigError, InvalidArgumentError.
+    """Create `directory` and the files of a board in it. Raises ConfigError, InvalidArgumentError.
 
     `config` is the path or the content of a udrv.json; its devices get directories in `directory`. `signals` maps
     additional wire names to `inbound` or `outbound`; their registers are NAME_state and NAME_trig.

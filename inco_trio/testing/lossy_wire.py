@@ -67,7 +67,7 @@ class Lane:
                 self._rest.unpark_all()
 
     async def settled(self) -> None:
-        """Wait until all due frames are delivered, but at most PATIENCE seconds: the receiver's queue may be full."""
+        """Wait until all due frames are delivered. Give up after PATIENCE seconds: the receiver's queue may be full."""
         with trio.move_on_after(PATIENCE):
             while self._delivering or (self._due and self._due[0][0] <= trio.current_time()):
                 await self._rest.park()

@@ -77,7 +77,7 @@ def make_inco_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 @pytest.fixture
 def inco_board(request: pytest.FixtureRequest, make_inco_board: MakeBoard) -> Board:
-    """Open a board, configured by the marker `inco_trio`. The test acts as both cores."""
+    """Open a board with the options of the marker `inco_trio`. The test acts as both cores."""
     options: dict[str, Any] = {}
     for marker in reversed(list(request.node.iter_markers("inco_trio"))):
         if marker.args or not marker.kwargs.keys() <= {"config", "signals", "link"}:

@@ -31,7 +31,7 @@ def side_by_side(happenings: Sequence[Happening]) -> str:
 
 
 def record(path: Path, happenings: Sequence[Happening], registers: Mapping[str, str], link: str) -> None:
-    """Record the frames at core 1. Other events become marks. Raises PermissionDeniedError, ResourceError."""
+    """Write core 1's frames to a recording, and other events as marks. Raises PermissionDeniedError, ResourceError."""
     recorder = Recorder(path)
     for each in happenings:
         if each.core is None:

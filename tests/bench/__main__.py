@@ -53,7 +53,7 @@ def _print(text: object, where: TextIO = sys.stdout) -> None:
 
 
 def _draw(results: Results, out: Path) -> None:
-    from .plots import draw  # lazily, to keep matplotlib's memory and threads out of the measurements
+    from .plots import draw  # Import lazily, to keep matplotlib's memory and threads out of the measurements.
 
     for path in draw(results.series, out, in_words(results.runs[-1]["machine"])):
         _print(path)
@@ -118,7 +118,7 @@ def main() -> int:
         "size": attrs.asdict(size),
     }
     results.runs.append(run)
-    results.save(out, list(MEASURES))  # fail now, not after half an hour, if the directory cannot be written
+    results.save(out, list(MEASURES))  # Fail now, not after half an hour, if the directory is not writable.
     faults = run["faults"] = _measure(arguments, size, beside, results)
     results.save(out, list(MEASURES))
     for shown in (as_text(results.figures(list(MEASURES))), out / "results.json", out / "results.md"):

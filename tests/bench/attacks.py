@@ -38,7 +38,7 @@ def flood(payload: bytes, link: str) -> Iterator[None]:
             for _ in range(BLOCK):
                 sock.send(head + payload)
             due += BLOCK / RATE
-            time.sleep(max(0.0, due - time.monotonic()))  # Keep to the rate of the attack.
+            time.sleep(max(0.0, due - time.monotonic()))  # Limit the rate of the attack.
             yield
 
 
@@ -63,7 +63,7 @@ def listeners(control: str) -> Iterator[None]:
             stack.enter_context(connected(control)).sendall(b'{"request": "monitor", "frames": true}\n')
         while True:
             yield
-            time.sleep(1)  # the attack consists of reading nothing
+            time.sleep(1)  # The clients of this attack never read.
 
 
 def lines(control: str) -> Iterator[None]:
@@ -110,7 +110,7 @@ FROM_CORE1 = frozenset({"unknown frames", "malformed frames"})
 
 
 def main() -> None:
-    os.nice(5)  # Measure what the proxy does because of the attack, not the competition for the CPU.
+    os.nice(5)  # Prefer the proxy: the benchmark measures the attack's effect, not the competition for the CPU.
     steps = ATTACKS[sys.argv[1]](*sys.argv[2:])
     next(steps)
     sys.stdout.write("begun\n")

@@ -36,7 +36,7 @@ PROCESSES = 10
 
 
 class Place:
-    """A directory of `number` boards and the process that runs them; this program acts as core 1 of board 0."""
+    """A directory with `number` boards and the process that runs them. This program acts as core 1 of board 0."""
 
     def __init__(self, home: Path, number: int, stack: ExitStack) -> None:
         self.home = home
@@ -165,7 +165,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                     samples["ready"][name].append(ready - imports)
                     place.closed_loop(50)
                     samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
-                    time.sleep(0.5)  # Wait until the last wake-ups that the load caused are over.
+                    time.sleep(0.5)  # Wait for the last wake-ups that the load caused.
                     before = switches(pid)
                     time.sleep(idle)  # Count the wake-ups during this time.
                     samples["idle"][name].append(wake_ups(before, switches(pid)))

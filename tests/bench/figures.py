@@ -27,7 +27,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @attrs.frozen
 class Goal:
-    """The bound that a figure is compared with. The benchmark only reports whether the figure meets its goal."""
+    """A bound for a figure. The benchmark only reports whether the figure meets it."""
 
     relation: Literal["<=", "<", ">=", "="]
     bound: float

@@ -1,4 +1,4 @@
-"""The floor: the shortest Trio program with the same system calls. It shows the best that this design can reach.
+"""The floor: the shortest Trio program with the same system calls. It shows the best performance of this design.
 
 usage: floor.py TABLE DIR IFACE NOTIFICATION_FD
 

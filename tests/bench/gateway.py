@@ -75,7 +75,7 @@ class Subscriber:
 
 
 def _cpu(*pids: int) -> float:
-    """Return the CPU time that processes have used, in seconds (/proc/PID/schedstat: nanoseconds)."""
+    """Return the CPU time that processes have used so far, in seconds (/proc/PID/task/TID/schedstat)."""
     tasks = (task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir())
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
@@ -100,7 +100,7 @@ class _Rig:
         self.lone(3)
 
     def backlog(self, count: int) -> tuple[float, float]:
-        """Let the gateway publish `count` pending notifications; return the rate, and the CPU time for each in us."""
+        """Let the gateway publish `count` pending notifications. Return the rate and the CPU time per notification."""
         wait_stopped(self._gateway.pid)
         before = self._board.status()["counters"]["delivered"]
         for _ in range(count):
@@ -116,13 +116,13 @@ class _Rig:
         """Return the latencies of single notifications in us, from the close of the state file."""
         latencies = []
         for _ in range(count):
-            time.sleep(PAUSE)  # Let all processes sleep before each notification.
+            time.sleep(PAUSE)  # Let all processes become idle before each notification.
             self._board.inbound(self._core1)
             latencies += self.subscriber.receive(1)[1]
         return latencies
 
     def floor(self, count: int, pause: float = 0) -> tuple[float, float, list[float]]:
-        """Run the minimal program; return its rate, its CPU time for each message in us, and the latencies in us."""
+        """Run the minimal program; return its rate, its CPU time per message and the latencies, both in us."""
         words = [sys.executable, str(Path(__file__).with_name("mqtt_floor.py"))]
         words += [str(self.broker.port), str(count), str(pause)]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as process:

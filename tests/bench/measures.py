@@ -48,7 +48,7 @@ from .search import Outcome, Tried, highest_kept
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measure", "Measured", "Size"]
 
 TABLE = 30
-"""Default number of signals (20 inbound, 10 outbound). They take turns, so that consecutive events differ."""
+"""Default number of signals (20 inbound, 10 outbound). They take turns, so consecutive events differ."""
 
 BUILTIN_TABLE = 3
 """Number of built-in signals, one of them outbound."""
@@ -57,10 +57,10 @@ GAP_US = 500
 """Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
 
 BURSTS = 3
-"""Number of bursts in each run that compares two forms of inco-trio."""
+"""Number of bursts per run when the benchmark compares two configurations of inco-trio."""
 
 _BEHIND = 0.03
-"""Maximum delay of the last frame, as a share of a probe's length. Such a delay would fill a queue in ten seconds."""
+"""Maximum delay of the last frame, as a share of a probe's length. A slower program would fill its queue in 10 s."""
 
 
 @attrs.frozen
@@ -140,14 +140,14 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return one row with the goal for inco-trio against the floor, and rows without a goal for the others."""
+        """Return a row with the goal that compares inco-trio with the floor, and rows without a goal for its rivals."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
     def report(
         self, name: str, unit: str, samples: Mapping[str, Sequence[float]], *rivals: Program
     ) -> Iterator[Figure]:
-        """Yield a row without a goal that compares inco-trio with each rival."""
+        """Yield, for each rival, a row without a goal that compares inco-trio with the rival."""
         for rival in rivals:
             both = {program.name: samples[program.name] for program in (INCO, rival)}
             yield Figure(f"{name}, against {rival.name}", unit, both, None, (INCO.name, rival.name))
@@ -165,7 +165,7 @@ def _script_note(size: Size, pairs: int | None = None) -> str:
 
 
 class _Losses:
-    """Collects losses that are not allowed, from the counts of the consumer and of the program."""
+    """The losses that are not allowed, collected from the counts of the consumer and the program."""
 
     def __init__(self) -> None:
         self.lost = _samples()
@@ -310,7 +310,7 @@ def control(bench: Bench) -> Measured:
 
 
 def recorder(bench: Bench) -> Measured:
-    """Compare a proxy with a flight recorder to a proxy without: latency in a closed loop, and rate of a burst."""
+    """Compare proxies with and without a flight recorder: latency in a closed loop, and burst rate."""
     both = INCO.name, UNRECORDED.name
     figures: list[Figure] = []
     ways: tuple[Direction, ...] = ("inbound", "outbound")
@@ -391,7 +391,7 @@ def attacks(bench: Bench) -> Measured:
 
 @contextlib.contextmanager
 def _attack(bench: Bench, run: Running, name: str) -> Iterator[None]:
-    """Attack the proxy, see `attacks.ATTACKS`."""
+    """Attack the proxy while the block runs. `name` is a key of `attacks.ATTACKS`."""
     control = run.table.with_name("control.sock")
     command = [*PYTHON, "-m", "tests.bench.attacks", name, run.cores.link, str(run.directory), str(control)]
     namespace = run.cores.core1 if name in FROM_CORE1 else run.cores.core0
@@ -426,7 +426,7 @@ def burst(bench: Bench) -> Measured:
 
 
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
-    """Send at `rate` for `seconds`. The rate is kept if no frame is lost and the last is at most `behind` s late."""
+    """Send at `rate` for `seconds`. The rate is kept if no frame is lost and the last one is at most `behind` late."""
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
     except UncountedError:
@@ -524,7 +524,7 @@ def many_signals(bench: Bench) -> Measured:
 
 
 def many_links(bench: Bench) -> Measured:
-    """Measure many links in one process, with one `serve` each: memory after traffic, and latency of a lone frame."""
+    """Measure many links in one process, with one `serve` each: memory after traffic, and latency of a single frame."""
     numbers, programs = bench.size.links, bench.with_beside(INCO)
     memory: dict[int, Samples] = {number: _samples() for number in numbers}
     latency: dict[int, Samples] = {number: _samples() for number in numbers}

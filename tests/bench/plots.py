@@ -121,7 +121,7 @@ def _load(series: Mapping[str, Any]) -> Figure:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
-    """Label each line at its right end, and move labels apart that would overlap."""
+    """Label each line at its right end, and separate labels that would overlap."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     height = 13.0
     taken = -1e9

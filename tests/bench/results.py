@@ -18,7 +18,7 @@ __all__ = ["Results"]
 
 @attrs.frozen
 class Results:
-    """The runs (machine, arguments, sizes), and the run, duration, figures and plot data of each measurement."""
+    """All runs (machine, arguments, sizes) and, for each measurement, its run, duration, figures and plot data."""
 
     runs: list[dict[str, Any]] = attrs.field(factory=list)
     measures: dict[str, dict[str, Any]] = attrs.field(factory=dict)
@@ -38,18 +38,18 @@ class Results:
         }
 
     def figures(self, order: Sequence[str]) -> list[Figure]:
-        """Return the rows of the table; `order` lists the measurements."""
+        """Return the rows of the table, with the measurements in the given order."""
         present = [self.measures[name] for name in order if name in self.measures]
         return [Figure.from_dict(figure) for measure in present for figure in measure["figures"]]
 
     @property
     def series(self) -> dict[str, Any]:
-        """Return the data of the plots by measurement."""
+        """Return the plot data of each measurement that has any."""
         return {name: measure["series"] for name, measure in self.measures.items() if measure["series"] is not None}
 
     @property
     def origins(self) -> list[str]:
-        """Return a line for each run that the figures come from."""
+        """Return, for each run that provided figures, a line that says where and when it took place."""
         lines = []
         for index, run in enumerate(self.runs):
             names = [name for name, measure in self.measures.items() if measure["run"] == index]

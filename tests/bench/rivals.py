@@ -47,13 +47,13 @@ PROJECT = HERE.parents[1]
 
 
 _NAP_US = 500
-"""Pause between two reads of the load generator in us. At 600,000/s, the inotify queue (16,384) fills in 27 ms."""
+"""Pause between two reads by the load generator in us. At 600,000/s, the inotify queue fills in 27 ms."""
 
 _QUIET_MS = 1000
-"""A run ends when no notification has arrived for this many ms; the missing ones count as lost."""
+"""A run ends after this many ms without an arrival. Notifications that are still missing count as lost."""
 
 _REPEATS = 3
-"""Maximum number of attempts at a run if the load generator cannot count all arrivals."""
+"""Maximum number of times that a run is started if the load generator cannot count all arrivals."""
 
 
 class BenchError(Exception):
@@ -113,7 +113,7 @@ SCRIPT = Program("script", reports_drops=False)
 
 
 def another(checkout: Path) -> Program:
-    """Return the inco-trio of `checkout`, labelled with its commit if known. Raise `BenchError` if there is none."""
+    """Return `checkout` as a program, labelled with its commit if known. Raise `BenchError` if there is none."""
     checkout = checkout.resolve()
     found = subprocess.run(
         [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
@@ -176,7 +176,7 @@ class Load:
 
 @attrs.define
 class Running:
-    """A program that runs on a link, with its directory and signal table; `dropped` is known once it has ended."""
+    """A program that runs on a link, with its directory and signal table. `dropped` is set once the program ends."""
 
     lab: Lab
     cores: Cores
@@ -276,7 +276,7 @@ class Lab:
 
     @contextlib.contextmanager
     def running(self, program: Program, count: int, cores: Cores | None = None) -> Iterator[Running]:
-        """Run `program` with a table of `count` signals on the link of `cores` (default: of the lab); yield when ready.
+        """Run `program` with a table of `count` signals on the link of `cores` (default: the lab's); yield when ready.
 
         Raise `BenchError` if the program does not become ready or does not exit with 0.
         """

@@ -14,7 +14,7 @@ RESOLUTION = 1.05
 """The search ends when the upper end of the bracket is at most this multiple of its lower end."""
 
 _LOWER = 0.04
-"""First reduction of the rate after a full-length run with losses. Each further reduction is larger by 4 %."""
+"""Reduction of the rate after the first full-length run with losses. The next reductions are 8 %, 12 %, ..."""
 
 _FIRST_STEP = 1.1
 _LAST_STEP = 2.0
@@ -58,7 +58,7 @@ class Found:
 
 
 def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tried], start: float) -> Found | None:
-    """Return the highest rate without loss, to about 5 %, or None if there is none.
+    """Return the highest rate without loss, accurate to about 5 %, or None if every rate loses notifications.
 
     Short runs (`probe`) widen a bracket around `start` and then halve it. Full-length runs (`confirm`) then test the
     rate, reduced by 4 %, 8 %, ... until nothing is lost. The result is the rate that the generator actually reached.

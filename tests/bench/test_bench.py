@@ -141,7 +141,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
     before = [switches(process.pid) for process in (waits, ticks)]
     calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
     assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-    # Without strace, no time has passed: wait for ten ticks. The first read may return several earlier ticks.
+    # Wait for ten ticks, because without strace no time has passed. The first read may return several ticks.
     assert ticks.stdout is not None
     for _ in range(10):
         os.read(ticks.stdout.fileno(), 65536)
@@ -152,7 +152,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
 
 
 def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:
-    """Return a model: the program handles `capacity` per second, and its generator sends at most `generator`."""
+    """Return a model of a program that handles `capacity` per second. Its generator sends at most `generator`."""
 
     def attempt(rate: float) -> Tried:
         offered = min(rate, generator)

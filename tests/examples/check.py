@@ -33,9 +33,9 @@ class Fault:
     missing: str
     """The signal that does not arrive because of the fault."""
     wait: str
-    """The test's wait for this signal."""
+    """The code with which the test waits for this signal."""
     short: str
-    """The same wait with a short deadline. The deadline always expires, because the signal never arrives."""
+    """The same code with a short deadline. The deadline always expires, because the signal never arrives."""
 
 
 FAULTS = {
@@ -47,7 +47,7 @@ FAULTS = {
         *("watchdog.c", "link_send(signal);", "(void)signal;", "ihub_hwwd_irq"),
         *('expect("ihub_hwwd_irq")', 'expect("ihub_hwwd_irq", timeout=2)'),
     ),
-    # The page shows "0" before the signal is sent. Only the wait for another number never ends.
+    # Shorten only the wait for a number other than "0": the page already shows "0" before the signal is sent.
     "web": Fault(
         *("signals_page.py", 'row["count"] += 1', 'row["count"] += 0', "ihub_hwwd_irq"),
         *("WebDriverWait(browser, HANG)", 'WebDriverWait(browser, HANG if text == "0" else 2)'),
@@ -67,7 +67,7 @@ def example(request: pytest.FixtureRequest) -> str:
     """Create the example's environment and return the example's name."""
     name: str = request.param
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
-    # Tests in other processes use the same environment.
+    # Take a lock, because tests in other processes use the same environment.
     with (ENVIRONMENTS / f"{name}.lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)

@@ -1,8 +1,8 @@
 """The applications of core 0: they write triggers, read state registers, and replace, move or remove the files.
 
-Directories and files are replaced, so a state register's path may lead to several files in turn. A notification counts
-as delivered only if an application could find it: in a file that was at the path when, or after, the notification was
-sent.
+Because directories and files are replaced, a state register's path may lead to several files in turn. A notification
+counts as delivered only if an application could find it: in a file that was at the path when the notification was sent,
+or later.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Applications(Recorder):
             (self.directory / f"{name}_trig").write_bytes(b"1\n")
 
     def trigger_by_rename(self, name: str) -> None:
-        """Replace a trigger by a rename."""
+        """Replace a trigger file by renaming a new file to its path."""
         with self._paths:
             new = self.directory / f".{name}.new"
             new.write_bytes(b"1\n")
@@ -252,14 +252,14 @@ class Applications(Recorder):
             self._adopt()
 
     def replace_state(self, name: str) -> None:
-        """Replace a state register by a rename."""
+        """Replace a state register by renaming a new file to its path."""
         with self._paths:
             new = self.directory / f".{name}.new"
             new.touch()
             self._retire(name, lambda path: new.rename(path))
 
     def block_state(self, name: str, kind: str) -> Path:
-        """Put a directory, FIFO or symlink in the place of a state register, and return its path."""
+        """Replace a state register with a directory, FIFO or symlink, and return the path."""
 
         def block(path: Path) -> None:
             blocker = self._beside(path)
@@ -278,7 +278,7 @@ class Applications(Recorder):
         return self.directory / f"{name}_state"
 
     def unblock_state(self, path: Path) -> None:
-        """Remove what `block_state` created, if it still exists."""
+        """Remove the directory, FIFO or symlink that `block_state` created, if it still exists."""
         with self._paths, contextlib.suppress(FileNotFoundError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()

@@ -68,7 +68,7 @@ def board_config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start_board(cores: Cores, core1: Peer, proxy: StartProxy, board_config: Path) -> Iterator[Callable[..., Board]]:
-    """Start the proxy, the applications and core 1: `start_board(*arguments, before_ready=None)`."""
+    """Return a function that starts a board: `start_board(*arguments, before_ready=None)`."""
     with ExitStack() as stack:
 
         def start(*arguments: str, before_ready: Callable[[Proxy], None] | None = None) -> Board:
@@ -93,7 +93,7 @@ def board(start_board: Callable[..., Board]) -> Board:
 
 @pytest.fixture
 def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Start the proxy through another program: `python_runs_under("prlimit", "--nofile=9")`."""
+    """Return a function that runs the proxy under another program: `python_runs_under("prlimit", "--nofile=9")`."""
 
     def choose(*words: str) -> None:
         script = tmp_path / "python"

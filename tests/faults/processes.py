@@ -68,7 +68,7 @@ def wait_stopped(pid: int) -> None:
 
 @contextmanager
 def injected(pid: int, fault: str) -> Iterator[None]:
-    """Make system calls of the process fail with strace: `injected(pid, "readv:error=ENOMEM:when=1")`."""
+    """Use strace to make system calls of the process fail: `injected(pid, "readv:error=ENOMEM:when=1")`."""
     call = fault.partition(":")[0]
     command = ["strace", "-f", "-q", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:

@@ -1,8 +1,8 @@
 """The storm: send every signal once in both directions, while faults hit the proxy under a real s6-svscan.
 
-A notification is lost if it has not arrived within a generous time after the faults have stopped. It counts as sent
-only if the proxy could notice it. An inbound frame counts once core 0's kernel has queued it for the link, where a
-witness socket sees it. A trigger counts once an application has closed it in the current IRQ directory.
+A notification is lost if it has not arrived within a generous time after the faults have stopped. A notification counts
+as sent only if the proxy could notice it. An inbound frame counts once core 0's kernel has queued it for the link,
+where a witness socket sees it. A trigger counts once an application has closed it in the current IRQ directory.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Storm:
                 self.inject(self.random.choice(list(faults)))
 
     def _settle(self) -> None:
-        """Wait for all notifications in flight, and count the lost and the duplicate ones."""
+        """Wait for all notifications in flight, and count lost and duplicate ones."""
         self.service.wait("U")
         lost_inbound = self._wait_all(self.inbound, self.applications, self._arrived_inbound)
         lost_outbound = self._wait_all(self.outbound, self.wire, lambda name: self.wire.seen[name] > 0)
@@ -251,7 +251,7 @@ class Storm:
 
     @property
     def service_pid(self) -> int | None:
-        """Return the PID of the service's process if it is inco-trio already, else None."""
+        """Return the PID of the service's process, or None if the process is not inco-trio yet."""
         pid = main_process(self.service.directory)
         return pid if pid > 0 and is_proxy(pid) else None
 
@@ -271,7 +271,7 @@ class Storm:
 
     @contextmanager
     def paused(self, *ways: str) -> Iterator[None]:
-        """Pause the sending in the directions `ways` while the block runs."""
+        """Pause sending in the directions `ways` while the block runs."""
         with ExitStack() as stack:
             for way in ways:
                 stack.enter_context(self._gates[way])

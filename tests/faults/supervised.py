@@ -38,7 +38,7 @@ def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None
 
 
 def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
-    """Wait until `path` exists, or until `ready()` is true. Check again after each change around the path."""
+    """Wait until `path` exists, or until `ready()` is true. Check again after each change to it or its parents."""
     ready = ready or path.exists
     changes = Inotify()
     deadline = time.monotonic() + HANG

@@ -58,7 +58,7 @@ def test_a_new_directory_that_contains_triggers_counts_as_written(board: Board) 
 
 def test_a_directory_that_appears_without_an_event_counts_as_written(board: Board, tmp_path: Path) -> None:
     parent = board.directory.parent
-    # Suspend the proxy, so that none of its timeouts expires between the two steps.
+    # Suspend the proxy, so that none of its timeouts expires between the rename and the symlink.
     wait_stopped(board.proxy.pid)
     parent.rename(tmp_path / "old")
     parent.symlink_to("nowhere")
@@ -70,7 +70,7 @@ def test_a_directory_that_appears_without_an_event_counts_as_written(board: Boar
     (tmp_path / "link").symlink_to(prepared.parent)
     (tmp_path / "link").rename(parent)
     board.wire.wait_seen("out_a")
-    # Wait until the proxy has created the file: if an application creates and writes it, this may count twice.
+    # Wait until the proxy has created the file. If an application creates and writes it, the proxy may send two frames.
     wait_path(board.directory / "out_b_trig")
     board.applications.trigger("out_b")
     board.wire.wait_seen("out_b")

@@ -95,7 +95,7 @@ class World:
         try:
             self.core1.sendto(encode(name.encode(), MAC), f"{self.home}/core0")
         except OSError:
-            time.sleep(0.01)  # Limit the rate of the retries: no event reports room in the other queue.
+            time.sleep(0.01)  # Limit the rate of the retries: no event reports that core 0's queue has room.
             return False
         self.sent[name] += 1
         return True
@@ -113,7 +113,7 @@ class World:
         self.sent[name] += 1
 
     def _take(self) -> None:
-        """Read frames as core 1 until the test has read everything."""
+        """Read and discard frames as core 1 until `_done` is set."""
         while not self._done.is_set():
             if select.select([self.core1], [], [], 0.1)[0]:  # Check `_done` at least every 0.1 s.
                 self.core1.recv(2048)

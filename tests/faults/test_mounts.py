@@ -35,7 +35,7 @@ def unmount(mounted: list[Path]) -> None:
 
 
 def uncover(board: Board, mounted: list[Path]) -> None:
-    """Unmount. Wait for a frame of each uncovered trigger: they count as written, as in a replaced directory."""
+    """Unmount, and wait for one frame per uncovered trigger: the proxy treats uncovered triggers as written."""
     seen = len(board.wire.order)
     unmount(mounted)
     board.wire.wait(lambda: len(board.wire.order) >= seen + 3, "the uncovered directory has not been noticed")
@@ -45,7 +45,7 @@ def passes(board: Board) -> None:
     """Assert that one trigger sends one frame, and that one frame writes the state file."""
     sent = board.wire.seen["out_b"]
     wait_path(board.directory / "out_b_trig")
-    # The proxy must not need an inbound notification to see the trigger.
+    # The proxy must notice the trigger even without an inbound notification.
     board.applications.trigger("out_b")
     board.wire.wait(lambda: board.wire.seen["out_b"] > sent, "out_b has not been sent")
     (board.directory / "in_b_state").write_text("")
@@ -91,7 +91,7 @@ def test_a_mount_over_a_trigger_is_noticed(board: Board, mounted: list[Path], tm
     trigger = board.directory / "out_b_trig"
     (tmp_path / "other").touch()
     mount(mounted, trigger, "mount", "--bind", tmp_path / "other")
-    board.wire.wait_seen("out_b")  # A replaced trigger counts as written.
+    board.wire.wait_seen("out_b")  # The proxy treats a replaced trigger as written.
     passes(board)
     unmount(mounted)
     board.wire.wait(lambda: board.wire.seen["out_b"] == 3, "the file below the mount has not been noticed")
@@ -107,7 +107,7 @@ def test_a_mount_of_another_filesystem_over_a_trigger_is_refused(
     mount(mounted, elsewhere, *TMPFS)
     (elsewhere / "file").touch()
     mount(mounted, trigger, "mount", "--bind", elsewhere / "file")
-    board.proxy.wait_log("out_b_trig: cannot watch: not on the filesystem of its directory")
+    board.proxy.wait_log("out_b_trig: cannot watch: not on the same filesystem as its directory")
     unmount(mounted)
     board.proxy.wait_log("out_b_trig: works again")
     passes(board)

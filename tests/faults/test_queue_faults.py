@@ -38,7 +38,7 @@ def test_an_inotify_queue_overflow_sends_each_trigger(board: Board) -> None:
 def test_frames_dropped_by_the_kernel_are_counted(
     only_net_raw: None, proxy: StartProxy, core1: Peer, irq_dir: Path, watch: Callable[[Path], Consumer]
 ) -> None:
-    # Without CAP_NET_ADMIN, the receive queue is short.
+    # Without CAP_NET_ADMIN, the proxy cannot enlarge its receive queue.
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
     sent = 20_000
@@ -143,7 +143,7 @@ def test_a_task_that_fails_is_restarted(board: Board, fault: str, task: str) -> 
         board.applications.trigger("out_a")
         board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
         board.wire.wait_seen("out_a")
-        board.proxy.wait_log(f"{task}: Cannot allocate memory; restarted")
+        board.proxy.wait_log(f"{task}: Cannot allocate memory; restarting the task")
         board.proxy.wait_log(f"{task}: works again")
     board.works()
     assert board.proxy.log.count("Cannot allocate memory") == 1

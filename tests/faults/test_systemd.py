@@ -1,4 +1,4 @@
-"""Tests of the unit that `inco-trio s6 --systemd` prints, in a real systemd user manager, which needs no boot."""
+"""Tests that run the unit printed by `inco-trio s6 --systemd` in a real systemd user manager."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ until find "$cgroup" -depth -type d -exec rmdir {} + 2> /dev/null; do sleep 0.02
 
 
 class Unit:
-    """The unit of `link`, and the systemd that runs it in `namespace`; all its files are below `directory`."""
+    """The unit of `link` and the systemd that runs the unit in `namespace`. All files are below `directory`."""
 
     def __init__(self, namespace: Namespace, directory: Path, link: str, config: Path) -> None:
         self.name = f"inco-trio-{link}.service"
@@ -170,7 +170,7 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
         board.all_arrived()
         assert unit.property("NFileDescriptorStore") == "3"
     pids.append(int(unit.property("MainPID")))
-    # The kill and the restart each lead to a new process; the reload keeps the process.
+    # The kill and the restart each start a new process. The reload keeps the process.
     assert len(set(pids)) == 3
     unit.wait_log("reloaded")
 

@@ -1,7 +1,7 @@
 """Run the fuzz targets, two at a time, and print a table: `python -m tests.fuzz [TARGET...] --minutes 30`.
 
-The time is divided among the targets. The directory `--corpus` keeps the inputs that reach new code, and the next run
-starts with them. An input that makes a target fail is kept as well. A printed command repeats the failure.
+The targets share the time equally. The directory `--corpus` keeps the inputs that reach new code, and the next run
+starts with them. If a target fails, the program also keeps the input and prints a command that reproduces the failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import attrs
 from tests.fuzz.targets import TARGETS
 
 TOGETHER = 2
-"""How many targets run at the same time."""
+"""Number of targets that run at the same time."""
 INPUT_MAX = 4096
 """Maximum size of a generated input in bytes. Seeds may be larger."""
 FOUND = re.compile(r"^Test unit written to (.*)$", re.MULTILINE)
@@ -32,14 +32,14 @@ class Outcome:
     inputs: int
     seconds: float
     corpus: int
-    """Number of inputs that reach different code."""
+    """Number of inputs in the corpus, each of which reaches different code."""
     found: str | None
-    """The file with the input that failed, or None."""
+    """The file with the input that made the target fail, or None."""
     output: str
 
 
 def fuzz(target: str, corpus: Path, seconds: float, runs: int | None) -> Outcome:
-    """Fuzz one target for `seconds`, or with `runs` inputs."""
+    """Fuzz one target for `seconds` seconds, or with `runs` inputs if `runs` is not None."""
     place = corpus / target
     place.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[target].seeds):

@@ -45,7 +45,7 @@ WORK = Path(tempfile.gettempdir())
 
 @attrs.frozen
 class Target:
-    """A fuzz target and its seeds, the inputs to start from."""
+    """A fuzz target and its initial inputs (seeds)."""
 
     run: Callable[[bytes], None]
     seeds: Sequence[bytes]
@@ -70,7 +70,7 @@ def events(data: bytes) -> None:
 
 
 def udrv(data: bytes) -> None:
-    """Parse a udrv.json."""
+    """Parse a udrv.json file."""
     with contextlib.suppress(IncoError):
         for signal in parse_board(data, "udrv.json").signals:
             assert encode(signal.name.encode("ascii"), MAC)
@@ -87,7 +87,7 @@ def boards(data: bytes) -> None:
 
 
 def addresses(data: bytes) -> None:
-    """Parse the address of a link, and the URL of a broker."""
+    """Parse a link address and a broker URL."""
     text = os.fsdecode(data)
     with contextlib.suppress(IncoError):
         address = parse_address(text)
@@ -127,7 +127,7 @@ def replies(data: bytes) -> None:
 
 
 def recordings(data: bytes) -> None:
-    """Read a recording in the format pcapng or pcap."""
+    """Read a recording in pcapng or pcap format."""
     with contextlib.suppress(IncoError):
         reader = Reader(io.BytesIO(data), "file")
         for packet in reader:
@@ -136,7 +136,7 @@ def recordings(data: bytes) -> None:
 
 
 def bundles(data: bytes) -> None:
-    """Take over a bundle of descriptors whose queue contains the input. A descriptor is attached to the first half."""
+    """Open a bundle of descriptors whose queue contains the input, with a descriptor attached to its first half."""
     entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with entry, queue:
         entry.setblocking(False)
@@ -154,7 +154,7 @@ def bundles(data: bytes) -> None:
 
 
 def bridges(data: bytes) -> None:
-    """Decode the payloads that the other end of a bridge sends."""
+    """Decode the payloads that the other side of a bridge sends."""
     with contextlib.suppress(ValueError):
         batch = bridge_codec.Batch.decode(data)
         assert bridge_codec.Batch.decode(batch.encode()) == batch
@@ -167,7 +167,7 @@ def bridges(data: bytes) -> None:
 
 
 def gateways(data: bytes) -> None:
-    """Read the configuration file of a gateway."""
+    """Read a gateway's configuration file."""
     file = WORK / f"inco-trio-fuzz-{os.getpid()}.json"
     file.write_bytes(data)
     with contextlib.suppress(IncoError):
@@ -175,7 +175,7 @@ def gateways(data: bytes) -> None:
 
 
 def memory(data: bytes) -> None:
-    """Use a stored in-flight buffer in which the bytes that `_mutation` selects were changed."""
+    """Use a stored in-flight buffer that `_mutation` has changed."""
     from tests.test_mutated_memory import changed, use
 
     found = Inflight.open(changed(_mutation(data)))
@@ -184,7 +184,7 @@ def memory(data: bytes) -> None:
 
 
 def proxies(data: bytes) -> None:
-    """Run a proxy with a stored in-flight buffer in which the bytes that `_mutation` selects were changed."""
+    """Run a proxy that inherits an in-flight buffer that `_mutation` has changed."""
     import trio
 
     from tests.support_proxy import Cupboard
@@ -199,7 +199,7 @@ def proxies(data: bytes) -> None:
 
 
 def _mutation(data: bytes) -> Callable[[mmap.mmap, dict[str, int]], None]:
-    """Return a function that changes bytes: 4 bytes of input select each place, and the next 8 bytes are written."""
+    """Return a function that patches memory: of every 12 input bytes, 4 select a place and 8 are written there."""
 
     def write(whole: mmap.mmap, at: dict[str, int]) -> None:
         places = sorted(at.values())

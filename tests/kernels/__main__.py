@@ -1,7 +1,7 @@
 """Run the checks of tests/kernels/checks on distribution kernels: `python -m tests.kernels [KERNEL...]`, as root.
 
 mmdebstrap builds a Debian system for each kernel, with the built wheel and the tests. QEMU boots the system without a
-network. QEMU emulates the processor (TCG), so the checks judge loss, order and messages, and never time.
+network and emulates the processor (TCG), so the checks examine loss, order and messages, but never timing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/kernels"
 COPIED = ("tests", "netns", "pyproject.toml")
 NO_LOGIN = "systemd.mask=serial-getty@ttyS0.service"
-"""Kernel parameter: a login prompt would hang up the terminal to which the checks write (vhangup(2))."""
+"""Kernel parameter that disables the login prompt, which would hang up the terminal of the checks (vhangup(2))."""
 
 TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
 
@@ -36,12 +36,12 @@ PACKAGES = (
 
 @attrs.frozen
 class System:
-    """A Debian release, and the package of the kernel that it boots."""
+    """A Debian release and its kernel package."""
 
     suite: str
     kernel: str = "linux-image-amd64"
     kernel_suite: str | None = None
-    """The older release from which the kernel comes; by default the system's own."""
+    """The older release that provides the kernel; None means the same release."""
 
 
 SYSTEMS = {
@@ -53,14 +53,14 @@ SYSTEMS = {
 
 @attrs.frozen
 class Boot:
-    """One start of a virtual machine, and the checks that run inside."""
+    """One boot of a virtual machine and the checks that run in it."""
 
     name: str
     checks: tuple[str, ...]
     memory: int = 1024
     """MiB."""
     append: str = ""
-    """Additional parameters of the kernel command line."""
+    """Additional kernel command-line parameters."""
 
 
 CHECKS = "tests/kernels/checks"
@@ -72,7 +72,7 @@ BOOTS = (
 
 
 def build_tree(name: str, system: System) -> Path:
-    """Install Debian in a directory, unless an earlier run did."""
+    """Install Debian in a directory, unless an earlier run has already done so."""
     tree = WORK / f"{name}.tree"
     if tree.exists():
         return tree
@@ -83,7 +83,7 @@ def build_tree(name: str, system: System) -> Path:
     if system.kernel_suite is None:
         include += f",{system.kernel}"
     else:
-        # apt prefers the newer kernel, so the older release serves the kernel only.
+        # apt prefers newer packages, so only the explicitly requested kernel comes from the older release.
         sources.append(f"deb {mirror} {system.kernel_suite} main")
         hooks.append(f"--customize-hook=chroot $1 apt-get install --yes {system.kernel}/{system.kernel_suite}")
     partial = tree.with_suffix(".partial")
@@ -108,7 +108,7 @@ def install(tree: Path) -> None:
     dist = WORK / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", dist, ROOT], check=True)
-    # The system in the machine has no network, so uv installs from here, for the machine's version of Python.
+    # The virtual machine has no network, so uv on the host installs the packages for the machine's Python version.
     target = (
         "--target",
         environment / f"lib/{python}/site-packages",
@@ -125,12 +125,12 @@ def install(tree: Path) -> None:
 
 
 def console_of(name: str, start: Boot) -> Path:
-    """Return the path of the file with the output of the machine's console."""
+    """Return the path of the file that receives the machine's console output."""
     return WORK / f"{name}-{start.name}.console"
 
 
 def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator[dict[str, str]]:
-    """Boot the system, run the checks inside, and yield the result of each."""
+    """Boot the system, run the checks in it, and yield the result of each check."""
     image, report = WORK / f"{name}.ext4", WORK / f"{name}-{start.name}.report"
     arguments = [f"{CHECKS}/{check}" for check in start.checks]
     (tree / "opt/checks").write_text("\n".join(arguments if expression is None else [*arguments, f"-k={expression}"]))

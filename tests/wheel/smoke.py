@@ -25,7 +25,7 @@ SAMPLE = HERE.parent / "data/udrv.json"
 
 
 def run(cwd: Path, *command: str | Path) -> str:
-    """Run a command with the environment's programs first on PATH; return its output, and require exit code 0."""
+    """Run a command with the environment's programs first on PATH; return its output. The exit code must be 0."""
     done = subprocess.run(
         command,
         cwd=cwd,

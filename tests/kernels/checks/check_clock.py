@@ -1,4 +1,4 @@
-"""Jumps of the wall clock, and suspend."""
+"""Checks that wall-clock jumps and suspend-to-RAM do not disturb a proxy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_jump_of_the_wall_clock_disturbs_nothing(board: Board, cores: Cores, y
     time.clock_settime(time.CLOCK_REALTIME, time.time() + years * YEAR)
     board.exchange()
     status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json"))["boards"][0]
-    # The board was started before this check, less than the time since boot ago.
+    # An uptime computed from the wall clock would be negative or years too long.
     assert 0 <= status["uptime"] <= started + HOUR
 
 

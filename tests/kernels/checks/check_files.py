@@ -1,4 +1,4 @@
-"""File systems that hold the IRQ directory of real boards and simulations."""
+"""Checks with the file systems that hold the IRQ directory on real boards and in simulations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
 
 
 def shell(command: str) -> None:
-    """Run shell commands. A failure fails the check with the error output."""
+    """Run shell commands. If they fail, the check fails with their error output."""
     done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
 
@@ -36,7 +36,7 @@ MOUNTS = {
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Return a function that mounts a file system with shell commands in `tmp_path` and returns `mounted/irq`."""
+    """Return a function that runs mount commands in `tmp_path` and returns the path of `mounted/irq`."""
     with ExitStack() as stack:
 
         def make(commands: str) -> Path:
@@ -53,7 +53,7 @@ StartBoard = Callable[[Path], tuple[Board, Proxy]]
 
 @pytest.fixture
 def start_in(proxy: StartProxy, core1: Peer, tmp_path: Path) -> Iterator[StartBoard]:
-    """Return a function that starts a board with this IRQ directory."""
+    """Return a function that starts a board with a given IRQ directory."""
     with ExitStack() as stack:
 
         def start(directory: Path) -> tuple[Board, Proxy]:

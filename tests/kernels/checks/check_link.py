@@ -1,4 +1,4 @@
-"""VLAN interfaces, tags, changes of the link, masters and queues that real boards have."""
+"""Checks of VLAN links: tags, link changes, masters such as bridges, and the queues of slow links."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIRST, SECOND, THIRD = INBOUND
 
 
 def tagged(core: Namespace, *tags: int, protocol: int = 0x8100, to: bytes = BROADCAST) -> bytes:
-    """Return a frame of core 1 with VLAN tags inside of the frame, for the parent interface."""
+    """Return a frame from core 1 with these VLAN tags in its header, to be sent on the parent interface."""
     header = to + mac_of(core, "eth_rpmsg")
     for tag in tags:
         header += protocol.to_bytes(2, "big") + tag.to_bytes(2, "big")
@@ -95,7 +95,7 @@ def test_a_name_of_one_character_is_warned_about_on_a_vlan(
 
 
 class Change:
-    """A change of the link that a board survives: `away` takes the link away, `back` restores it."""
+    """A link change that a board must survive: `away` makes the link unusable, and `back` restores it."""
 
     def __init__(self, away: Callable[[Cores], None], back: Callable[[Cores, Peer], None]) -> None:
         self.away = away
@@ -109,7 +109,7 @@ def on_core0(*commands: str) -> Callable[..., None]:
 def recreate_parent(cores: Cores, core1: Peer) -> None:
     Cores(cores.core0, cores.core1, "eth_rpmsg").make_link()
     add_vlan(cores.core1)
-    # Core 1 listens before the proxy can send, because an interface keeps no frames for a later listener.
+    # Core 1 must listen before the proxy can send: an interface does not keep frames for later listeners.
     core1.rebind()
     add_vlan(cores.core0)
 

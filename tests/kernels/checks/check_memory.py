@@ -1,4 +1,4 @@
-"""A board with 128 MiB of memory and one CPU."""
+"""Check of a board on a machine with 128 MiB of memory and one CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_proxy_survives_a_process_that_takes_all_memory(
     assert isinstance(board, Board)
     board.exchange()
     hog = subprocess.run([sys.executable, "-c", HOG], check=False, capture_output=True, text=True)
-    # The kernel kills the process with the most memory (SIGKILL), or refuses it more memory (MemoryError).
+    # The kernel either kills the process that uses the most memory (SIGKILL) or refuses it more (MemoryError).
     assert hog.returncode == -9 or "MemoryError" in hog.stderr
     board.exchange()
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))

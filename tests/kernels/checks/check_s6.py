@@ -1,4 +1,4 @@
-"""A proxy below an s6-svscan that is process 1."""
+"""Checks of a proxy under an s6-svscan that runs as process 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def s6(*command: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def board() -> Iterator[Board]:
-    """Start the service below process 1."""
+    """Start the proxy as a service of the s6-svscan that runs as process 1."""
     assert Path("/proc/1/comm").read_text() == "s6-svscan\n"
     with ExitStack() as stack:
         machine = stack.enter_context(Namespace(os.open("/proc/self/ns/net", os.O_RDONLY)))

@@ -1,4 +1,4 @@
-"""The unit that `inco-trio service systemd` prints, under a systemd that is process 1."""
+"""Checks of the unit that `inco-trio service systemd` prints, under a systemd that runs as process 1."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEFORE_254 = "the store of a stopped unit is emptied before systemd 254"
 
 
 def systemctl(*words: str, check: bool = True) -> str:
-    """Run systemctl and return its output. A failure fails the check, unless `check` is false."""
+    """Run systemctl and return its output. If systemctl fails, the check fails, unless `check` is false."""
     done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0 or not check, done.stderr + journal()
     return done.stdout.strip()
@@ -61,7 +61,7 @@ def main_pid() -> int:
 
 @pytest.fixture
 def core1() -> Iterator[Peer]:
-    """Create the board's link: VLAN 4000 on `eth_rpmsg`, between the machine and core 1, a network namespace."""
+    """Create the board's link (VLAN 4000 on `eth_rpmsg`) from the machine to core 1 in a network namespace."""
     with ExitStack() as stack:
         machine = stack.enter_context(Namespace(os.open("/proc/self/ns/net", os.O_RDONLY)))
         other = stack.enter_context(Namespace())
@@ -155,7 +155,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "freeze and thaw": freeze_and_thaw,
 }
 NEEDS_THE_PROXY = ("reload", "freeze and thaw")
-"""Actions that end only if the proxy runs."""
+"""Actions that complete only while the proxy is running."""
 
 
 @pytest.mark.parametrize("action", list(ACTIONS))

@@ -1,4 +1,4 @@
-"""Fixtures for the checks inside a virtual machine: the link of the boards, VLAN 4000 on `eth_rpmsg`."""
+"""Fixtures for the checks in a virtual machine. The boards' link is VLAN 4000 on `eth_rpmsg`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from netns.hang import HANG
 from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
 
 REPORT = "INCO_TRIO_REPORT"
-"""Environment variable: the file, or the serial port, to which the results go as lines of JSON."""
+"""Environment variable with the path of the file or serial port that receives the results as JSON lines."""
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write the result of each check to the host at once, so that a crash of the machine does not lose it."""
+    """Report each result to the host immediately, so that it is not lost if the machine crashes."""
     if report.when == "call" or report.outcome != "passed":
         text = "" if report.passed else report.longreprtext
         line = json.dumps({"check": report.nodeid, "when": report.when, "outcome": report.outcome, "text": text})
@@ -43,7 +43,7 @@ def ip(namespace: Namespace, *commands: str) -> None:
 
 
 def run(namespace: Namespace, command: str) -> str:
-    """Run a command in a network namespace and return its output. A failure fails the check with the error output."""
+    """Run a command in a network namespace and return its output. If it fails, the check fails with its stderr."""
     start = functools.partial(subprocess.run, shlex.split(command), capture_output=True, text=True, check=False)
     done: subprocess.CompletedProcess[str] = namespace.run(start)
     assert done.returncode == 0, f"{command}: {done.stderr}"
@@ -52,14 +52,14 @@ def run(namespace: Namespace, command: str) -> str:
 
 @pytest.fixture
 def parents() -> Iterator[Cores]:
-    """Create two cores, joined by the interface below the VLAN, `eth_rpmsg`."""
+    """Create two cores that are connected by `eth_rpmsg`, the parent interface of the VLAN."""
     with two_cores("eth_rpmsg") as made:
         yield made
 
 
 @pytest.fixture
 def cores(parents: Cores) -> Cores:
-    """Add VLAN 4000, the interface `rpmsg4000`, to both cores. Replaces the plain link of the other tests."""
+    """Add the interface `rpmsg4000` (VLAN 4000) to both cores. It replaces the plain link of the other tests."""
     made = Cores(parents.core0, parents.core1, "rpmsg4000")
     for core in (made.core0, made.core1):
         add_vlan(core)
@@ -77,7 +77,7 @@ def add_vlan(core: Namespace, *options: str) -> None:
 
 
 class Applications(contextlib.AbstractContextManager["Applications"]):
-    """The applications on core 0, which see the notifications of several signals in order."""
+    """Applications on core 0 that record the notifications of several signals in order."""
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
         self.seen: list[str] = []
@@ -100,7 +100,7 @@ class Applications(contextlib.AbstractContextManager["Applications"]):
 
 
 class Board:
-    """A running proxy with both of its cores."""
+    """A running proxy with its core 1 and with the applications on core 0."""
 
     def __init__(self, core1: Peer, directory: Path, applications: Applications) -> None:
         self.core1 = core1
@@ -108,7 +108,7 @@ class Board:
         self.applications = applications
 
     def exchange(self, count: int = 90) -> None:
-        """Send `count` notifications each way, one signal after the other, and check that all arrive in order."""
+        """Send `count` notifications of alternating signals in each direction, and check that all arrive in order."""
         self.inbound(count)
         self.outbound(count)
 
@@ -127,17 +127,17 @@ class Board:
         assert [self.next_frame() for _ in names] == names
 
     def next_frame(self) -> str:
-        """Return the signal of the next frame that core 1 receives."""
+        """Return the signal name in the next frame that core 1 receives."""
         return self.core1.receive(HANG)[14:].rstrip(b"\0").decode()
 
     def recovers(self, cores: Cores) -> None:
-        """Bring the link up, and check that the trigger written without it is sent, and that notifications pass."""
+        """Bring the link up. Check that the trigger written before is sent, and that notifications pass again."""
         cores.link_up()
         assert self.next_frame() == "redun_notify_irq"
         self.exchange()
 
     def only(self, name: str) -> None:
-        """Send the signal `name`, and check that it is the only one that has arrived."""
+        """Send the signal `name` from core 1, and check that no other signal has arrived."""
         self.core1.send(name.encode())
         self.applications.wait_for(lambda: name in self.applications.seen)
         assert self.applications.seen == [name]
@@ -152,7 +152,7 @@ def udrv(tmp_path: Path, irq_dir: Path) -> Path:
 
 @pytest.fixture
 def make_board(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> Iterator[Callable[..., Board]]:
-    """Return a function that starts a proxy, `make_board(*options)`, with the applications and core 1 of the board."""
+    """Return a function `make_board(*options)` that starts a proxy with its core 1 and its applications."""
     with ExitStack() as stack:
 
         def make(*options: str) -> Board:
