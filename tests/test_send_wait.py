@@ -468,7 +468,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
-        "--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'",
+        "--send requires LINK and --as core1; without them, use --after 'inco-trio send SIGNAL'",
     )
 
 

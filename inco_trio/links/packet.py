@@ -255,7 +255,7 @@ class PacketLink:
             # If this call has read frames, they may be older than the filter.
             self._sampled = self._sampled or not lengths
         except OSError as error:
-            # Return the frames that were read. A persistent error occurs again in the next call.
+            # Return the frames that were read before the error. If the error persists, the next call handles it.
             if not lengths:
                 self._not_down(error)
         return lengths

@@ -1,7 +1,7 @@
-"""Publishes the queue of a board on one connection to the broker.
+"""Publish a board's queue on one connection to the broker.
 
-`Publisher.push` sends packets from the task that has received a notification or an acknowledgement. Another task would
-have to be woken for each notification, which takes longer than everything that the gateway does with it.
+`Publisher.push` sends packets from the task that has received a notification or an acknowledgement. Waking another
+task for each notification would take longer than all other work of the gateway for it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class _Flight:
     generation: int
     """The value of `Board.generation` when the notification was sent."""
     counts: bool
-    """Whether the notification is no duplicate, so that `Board.published` includes it."""
+    """Whether `Board.published` includes the notification. It does not include duplicates."""
     is_done: bool = False
 
 
 class Publisher:
-    """Publishes the queue of `board`, and acknowledges notifications to the proxy once the broker has done so."""
+    """Publishes the queue of `board` and acknowledges notifications to the proxy once the broker has done so."""
 
     heard = False
     """Notifications without subscribers do not count as refused; see `Receipts.heard`."""

@@ -89,7 +89,7 @@ class Bank:
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the sequence number of the next batch. Call this method before reading into the bank."""
+        """Store the sequence number of the next batch. Call this method before reading the batch."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
@@ -191,9 +191,9 @@ class Inflight:
 
 
 def frames_in(bank: Bank) -> list[bytes]:
-    """Return the frames in a bank, without NUL padding, in order of arrival."""
+    """Return the frames of a batch in the in-flight buffer, without NUL padding, in order of arrival."""
     if bytes(bank.view) == bank.blank:
-        return []  # Usually the bank is empty. Skipping the scan saves time when many boards start.
+        return []  # Usually there are no frames. Skipping the scan saves time when many boards start.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])

@@ -96,7 +96,7 @@ class _Plan:
     now: dict[str, Config]
     """Boards to open or reload immediately."""
     later: dict[str, Config]
-    """Boards to open once those in `removed` and `moved` have stopped and have released their links and directories."""
+    """Boards to open once the boards in `removed` and `moved` have stopped and released their links and directories."""
     staying: Collection[str]
 
 

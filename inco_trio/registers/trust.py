@@ -125,7 +125,7 @@ class _Walk:
         """Create a directory that untrusted users cannot change."""
         place = Path(self._place, name)
         if self._below is not None:
-            what = f"{place} is missing below a directory of {user_name(self._below)}"
+            what = f"{place} is missing below a directory that {user_name(self._below)} owns"
             raise self._untrusted(what, f"let that user create {self._path}")
         trust = self._trust
         shared = not self._names and (trust.owner, trust.group) != (None, None)
@@ -147,8 +147,9 @@ class _Walk:
             what = f"{self._place} belongs to uid {uid}, which stands for all unmapped users"
             raise self._untrusted(what, "use a directory that belongs to root or to a dedicated system user")
         if self._below is not None and uid != self._below:
-            what = f"{self._place} belongs to {user_name(uid)}, but is reached through {user_name(self._below)}"
-            raise self._untrusted(what, f"use a path whose lower directories all belong to {user_name(self._below)}")
+            owner = user_name(self._below)
+            what = f"{self._place} belongs to {user_name(uid)}, but {owner} owns an earlier part of the path"
+            raise self._untrusted(what, f"use a path on which {owner} owns all further directories")
         if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
         elif uid not in (0, self._trust.user):

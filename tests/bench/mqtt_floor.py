@@ -36,7 +36,7 @@ async def main(port: int, count: int, pause: float) -> None:
         nursery.start_soon(receive)
         for sequence in range(1, count + 1):
             if pause:
-                await trio.sleep(pause)  # Limit the rate of the messages.
+                await trio.sleep(pause)  # Limit the message rate.
             await window.acquire()
             body = (
                 f'{{"sequence": {sequence}, "boot": "{0:016x}", "time": {time.time()!r}, '
