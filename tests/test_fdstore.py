@@ -388,7 +388,7 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64 if sys.argv[1] == "hard" else hard))
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs the others."""
+"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs a command."""
 
 
 def limited(limit: str) -> list[str]:

@@ -63,7 +63,7 @@ class Connection:
 
 
 class Source:
-    """Stands for a connection to a proxy."""
+    """A stand-in for a connection to a proxy."""
 
     def __init__(self) -> None:
         self.acknowledged: list[int] = []

@@ -132,7 +132,7 @@ class _Waiting:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Return whether the `--after` command failed, and print its exit code if it did. Call this after its end."""
+        """Return whether the `--after` command, which must have ended, has failed. If so, print its exit code."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:

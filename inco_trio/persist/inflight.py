@@ -9,8 +9,9 @@ left the kernel's queue is therefore complete in this memory. The proxy stores n
 storing it. Unused memory is blank (zeros), which shows where the data ends. Each slot for a frame ends with 8 random
 bytes (the mark). Only a frame that is too long for a slot overwrites the mark.
 
-Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder (`recorder`).
+Layout: a header page; room for two batches of frames and two batches of inotify events; two tables (`tables`); a queue
+of events for processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder
+(`recorder`).
 """
 
 from __future__ import annotations

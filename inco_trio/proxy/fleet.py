@@ -188,7 +188,7 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def configs(self) -> Mapping[str, Config]:
-        """The current configuration of each board, including those that are not open."""
+        """The current configuration of each board, including boards that are not open."""
         return {name: board.config for name, board in self._boards.items()}
 
     @property

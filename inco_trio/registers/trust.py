@@ -1,8 +1,8 @@
 """Open an IRQ directory so that no untrusted user can redirect its path to another directory.
 
 This module opens each component of the path in turn and resolves symlinks itself (path_resolution(7)). Each directory
-and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory of
-the configured owner must also belong to that owner. No other user may be able to rename a component.
+and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory
+that the configured owner owns must also belong to that owner. No other user may be able to rename a component.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Walk:
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
         self._symlinks = 0
         self._below: int | None = None
-        """The configured owner, once the path has passed through a directory or symlink of this owner."""
+        """The configured owner, once the path has passed through a directory or symlink that this owner owns."""
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)

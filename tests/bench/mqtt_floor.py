@@ -2,8 +2,8 @@
 
 usage: mqtt_floor.py PORT COUNT PAUSE
 
-The program publishes COUNT messages at QoS 1, waits PAUSE seconds before each, and prints the CPU time in seconds. It
-obeys Receive Maximum, but gives none of the gateway's guarantees: no checks, no reconnects, no pings.
+The program publishes COUNT messages at QoS 1, waits PAUSE seconds before each message, and prints the CPU time in
+seconds. It obeys Receive Maximum, but gives none of the gateway's guarantees: no checks, no reconnects, no pings.
 """
 
 import sys

@@ -113,7 +113,7 @@ SCRIPT = Program("script", reports_drops=False)
 
 
 def another(checkout: Path) -> Program:
-    """Return `checkout` as a program, labelled with its commit if known. Raise `BenchError` if there is none."""
+    """Return `checkout` as a program, labelled with its commit if known. Raise `BenchError` if it is unusable."""
     checkout = checkout.resolve()
     found = subprocess.run(
         [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
