@@ -7,6 +7,7 @@ cattrs. The server uses the rules in `_KEYS` instead, because importing cattrs w
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -425,7 +426,7 @@ class Notifications:
     """The identifier of the history that contains the notifications."""
     sequence: int
     """The sequence number of the first notification."""
-    signals: Sequence[tuple[Direction, str]]
+    signals: tuple[tuple[Direction, str], ...]
     items: Sequence[tuple[int, float, int]]
     """For each notification: its index in `signals`, its time in seconds since 1970, and in CLOCK_MONOTONIC ns."""
 
@@ -434,15 +435,28 @@ Reply = Event | Response | Notifications
 
 
 def encode_notifications(batch: Notifications) -> str:
-    signals = [(direction.value, name) for direction, name in batch.signals]
-    return json.dumps({"event": "notifications"} | vars(batch) | {"signals": signals}) + "\n"
+    # Formatting takes a quarter of the time of json.dumps().
+    items = ", ".join([f"[{index}, {time!r}, {number}]" for index, time, number in batch.items])
+    head, signals = _encode_history(batch.board, batch.boot), _encode_signals(batch.signals)
+    return f'{head}, "sequence": {batch.sequence}, "signals": {signals}, "items": [{items}]}}\n'
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_history(board: str, boot: str) -> str:
+    """Return the beginning of the event `notifications`."""
+    return json.dumps({"event": "notifications", "board": board, "boot": boot})[:-1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_signals(signals: tuple[tuple[Direction, str], ...]) -> str:
+    return json.dumps([(direction.value, name) for direction, name in signals])
 
 
 def _notifications(message: dict[str, Any]) -> Notifications:
     """Decode the event `notifications` without cattrs, which would take most of a client's CPU time."""
     try:
         board, boot = (RULES[str](message.get(key)) for key in ("board", "boot"))
-        signals = [(RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"]]
+        signals = tuple((RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"])
         items = [(index, time, number) for index, time, number in message["items"]]
         for index, time, number in items:
             if not (type(index) is type(number) is int and type(time) is float):

@@ -107,7 +107,7 @@ class Inflight:
     pending: NumberTable
     """The number of pending inbound notifications per signal, keyed by wire name."""
     watches: NumberTable
-    """Watch descriptors, keyed by the watched path (see `registers.directory.watch_key`)."""
+    """Watch descriptors, keyed by the watched path (see `registers.directory.watch_key`), or by `Trigger.made_key`."""
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview

@@ -16,6 +16,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import attrs
 
@@ -110,6 +111,8 @@ class Recorder:
         self._ring, self._events = view[_RING:_EVENTS], view[_EVENTS:]
         self._names: list[str] = []
         self._ids: dict[str, int] = {}
+        self._unused: list[int] = []
+        """The indexes of names that no record contains. `_ids` does not have these names."""
         self._recent: dict[tuple[object, ...], int] = {}
         self._clock = WallClock()
         self.inherited = False
@@ -141,7 +144,8 @@ class Recorder:
         numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
         numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, max(EVENTS_MIN, kept // EVENTS_SHARE)
         numbers[_WRITTEN] = numbers[_NOTED] = numbers[_NAMES] = 0
-        self._names, self._ids, self._written, self._noted = [], {}, 0, 0
+        self._names, self._ids, self._unused, self._recent = [], {}, [], {}
+        self._written = self._noted = 0
         self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
         for each in before[-kept:]:
             self._put(
@@ -163,9 +167,8 @@ class Recorder:
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
-            if not is_wire_name(name):
-                raise ValueError("invalid signal name")
-            self._add(name.decode("ascii"))
+            # A process may have been killed while it replaced a name that no record contains.
+            self._add(name.decode("ascii") if is_wire_name(name) else "")
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
         for earlier, later in itertools.pairwise(before):
@@ -227,14 +230,26 @@ class Recorder:
         self._written = self._numbers[_WRITTEN] = written + 1
 
     def _new_name(self, name: str) -> int:
-        if len(self._names) == NAMES_MAX:
-            # After many reloads, the table of names is full. Delete all records to make room for new names.
-            self._reset(self._kept, (), ())
-        index = len(self._names)
+        if len(self._names) == NAMES_MAX and not self._unused:
+            self._find_unused_names()
+        index = self._unused.pop() if self._unused else len(self._names)
         self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME] = name.encode("ascii").ljust(NAME, b"\0")
-        self._numbers[_NAMES] = index + 1
-        self._add(name)
+        if index == len(self._names):
+            self._numbers[_NAMES] = index + 1
+            self._add(name)
+        else:
+            self._names[index], self._ids[name] = name, index
         return index
+
+    def _find_unused_names(self) -> None:
+        """Make room in the table of names, which is full after many reloads. Keep the records."""
+        records = itertools.chain(self._raw_notifications(), self._raw_notes())
+        used = {record[4] & ~_OUTBOUND for record in records}
+        self._unused = [index for index in range(NAMES_MAX) if index not in used]
+        self._ids = {name: index for index, name in enumerate(self._names) if index in used}
+        if not self._unused:
+            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than fit.
+            self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 
     def _add(self, name: str) -> None:
         self._ids[name] = len(self._names)
@@ -314,22 +329,22 @@ class Recorder:
 
     def notifications(self) -> Iterator[Recorded]:
         """Yield the recorded notifications, oldest first. Raises ValueError if the memory is invalid."""
-        for number in range(max(0, self._written - self._kept), self._written):
-            place = number % (self._kept + 1) * _RECORD.size
-            wall, monotonic, sequence, count, signal, delay = _RECORD.unpack_from(self._ring, place)
+        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications():
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
             yield Recorded(wall, monotonic, sequence, count, direction, self._name(signal & ~_OUTBOUND), delay)
 
+    def _raw_notifications(self) -> Iterator[tuple[Any, ...]]:
+        for number in range(max(0, self._written - self._kept), self._written):
+            yield _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
+
     def _name(self, number: int) -> str:
-        if number >= len(self._names):
+        if number >= len(self._names) or not self._names[number]:
             raise ValueError("unknown signal number")
         return self._names[number]
 
     def notes(self) -> Iterator[Note]:
         """Yield the recorded events, oldest first. Raises ValueError if the memory is invalid."""
-        for number in range(max(0, self._noted - self._events_kept), self._noted):
-            place = number % (self._events_kept + 1) * _EVENT.size
-            wall, first, last, count, signal, kind, state, text = _EVENT.unpack_from(self._events, place)
+        for wall, first, last, count, signal, kind, state, text in self._raw_notes():
             if kind >= len(KINDS):
                 raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
@@ -338,3 +353,7 @@ class Recorder:
                 KINDS[kind], wall, first, last, count, None if name is None else direction, name, state,
                 text.rstrip(b"\0").decode("utf-8", "replace"),
             )  # fmt: skip
+
+    def _raw_notes(self) -> Iterator[tuple[Any, ...]]:
+        for number in range(max(0, self._noted - self._events_kept), self._noted):
+            yield _EVENT.unpack_from(self._events, number % (self._events_kept + 1) * _EVENT.size)

@@ -143,9 +143,15 @@ class SharedInotify:
         return watch.number
 
     def _narrow(self, wd: int, path: str, flags: int) -> None:
-        """Reduce the watch `wd` to the events that its boards need."""
+        """Reduce the watch `wd` to the events that its boards need.
+
+        Do nothing while a board has not watched an inherited `wd` again: its mask is unknown, and a guess would add
+        events. A board takes a close event of an unknown watch for a notification, and sends all of its triggers.
+        """
         wanted = 0
         for watch in self._watches[wd].values():
+            if watch.mask is None:
+                return
             wanted |= watch.wanted
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:

@@ -309,7 +309,7 @@ class Directories:
     def look_at_all(self) -> None:
         """Schedule a check of all directories and files, because events may have been lost."""
         for directory in self.by_path.values():
-            directory.making_in = 0
+            directory.making_in = directory.any_making_in = 0
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:

@@ -18,7 +18,7 @@ from inco_trio.linux.files import kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
 from inco_trio.registers.refusals import UnfitFileError
 
-__all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
+__all__ = ["EMPTIED", "PATIENCE", "TEMPORARY", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
 PATIENCE = 0.03
 """Seconds to wait before recreating a deleted file, because another process may be about to replace it."""
@@ -26,6 +26,7 @@ EMPTIED = 1.0
 """Seconds to wait before recreating a deleted file in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 TEMPORARY = ".inco-trio."
+"""The start of the temporary names of all proxies."""
 KIND = stat.S_IFMT(0xFFFF)
 """The bits of `st_mode` that contain the type of the file."""
 FILE_MODE = 0o666 | stat.S_IFREG
@@ -74,6 +75,8 @@ class Directory:
     """When a name in the directory was last deleted or moved away."""
     making_in: int = 0
     """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
+    any_making_in: int = 0
+    """The same for the temporary name of any proxy, such as a predecessor that was killed."""
     retry_at: float = math.inf
     troubled_again: bool = False
     """Whether another operation in the directory failed during the last retry."""

@@ -28,7 +28,7 @@ from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories
-from inco_trio.registers.directory import Directory, temporary_name, watch_key
+from inco_trio.registers.directory import TEMPORARY, Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
 
@@ -57,14 +57,19 @@ class Trigger:
     missing_since: float | None = None
     made_in: int = 0
     """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
+    inherited_made_in: int = 0
+    """The same for the file that an earlier process created."""
     replaced: deque[int] = attrs.Factory(deque)
     """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
     path: Path = attrs.field(init=False)
     key: bytes = attrs.field(init=False)
+    made_key: bytes = attrs.field(init=False)
+    """The key under which `Inflight.watches` stores `made_in`. No watch has this key."""
 
     def __attrs_post_init__(self) -> None:
         self.path = self.directory.path / self.register
         self.key = watch_key(self.path)
+        self.made_key = b"+" + self.key[1:]
 
 
 @attrs.define
@@ -102,7 +107,7 @@ class Triggers:
         self._counters = counters
         # Watches of replaced and removed triggers stay in this dict until IN_IGNORED is read.
         self._by_wd: dict[int, Trigger] = {}
-        self._temporary = temporary_name().encode()
+        self._temporary, self._temporaries = temporary_name().encode(), TEMPORARY.encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
         # For each directory, the logged reasons why triggers cannot be watched, each with the path of one trigger.
@@ -111,12 +116,14 @@ class Triggers:
     def add(self, directory: Directory, register: str) -> Trigger:
         """Add a trigger without a signal. Its events are handled but cause no notification."""
         trigger = Trigger(directory, register)
+        trigger.inherited_made_in = self._noted[trigger.made_key]
         self.by_path[trigger.path] = trigger
         self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
         return trigger
 
     def keys(self) -> set[bytes]:
-        return {trigger.key for trigger in self.by_path.values()}
+        """Return the keys of all entries in `Inflight.watches` that the triggers use."""
+        return {key for trigger in self.by_path.values() for key in (trigger.key, trigger.made_key)}
 
     def drop(self, trigger: Trigger) -> None:
         """Remove a trigger from the table. Its events that are already queued have no effect."""
@@ -129,7 +136,7 @@ class Triggers:
             del self._in[trigger.directory]
             for reason in self._reasons.pop(trigger.directory, ()):
                 self._problems.forget((trigger.directory, reason))
-        self._noted[trigger.key] = 0
+        self._noted[trigger.key] = self._noted[trigger.made_key] = 0
         if trigger.wd:
             self._retire(trigger.wd)
 
@@ -156,7 +163,8 @@ class Triggers:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if wd := directory.make_trigger(register, self._inotify, note):
                 made = True
-                trigger.made_in = directory.wd
+                # Store this after link(2): if another process has created the file, a successor must count IN_CREATE.
+                trigger.made_in = self._noted[trigger.made_key] = directory.wd
                 break
             note(before)
         self._set_watch(trigger, wd)
@@ -261,7 +269,7 @@ class Triggers:
         report(logger, logging.WARNING, text, "overflow")
         self._notify_all(triggered)
         for trigger in self.by_path.values():
-            trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.
+            self._forget_made(trigger, triggered)  # The IN_CREATE of this trigger may be lost.
             # Check the file now: if it was renamed to this path, it is not watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
@@ -286,9 +294,19 @@ class Triggers:
             return
         trigger = self._in.get(directory, {}).get(name)
         if trigger is not None:
+            made = trigger.made_in or trigger.inherited_made_in
             self._follow_trigger(trigger, wd, mask, triggered)
-        elif name == self._temporary:
-            directory.making_in = wd if mask & ino.IN_CREATE else 0
+            if made and not (trigger.made_in or trigger.inherited_made_in):
+                self._forget_made(trigger, triggered)
+        elif name.startswith(self._temporaries):
+            directory.any_making_in = wd if mask & ino.IN_CREATE else 0
+            if name == self._temporary:
+                directory.making_in = directory.any_making_in
+
+    @staticmethod
+    def _forget_made(trigger: Trigger, triggered: Triggered) -> None:
+        trigger.made_in = trigger.inherited_made_in = 0
+        triggered.watches[trigger.made_key] = 0
 
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
         """Handle an event of an unknown watch, which an earlier process added to a directory."""
@@ -303,7 +321,10 @@ class Triggers:
         directory = trigger.directory
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd
-        if wd != directory.wd:
+        inherited = created and trigger.inherited_made_in == wd
+        if inherited and directory.any_making_in == wd:
+            trigger.inherited_made_in = 0
+        elif wd != directory.wd:
             # `wd` watches the directory that was at this path before. A scheduled retry checks the current directory.
             if ours:
                 trigger.made_in = 0
@@ -316,7 +337,9 @@ class Triggers:
         elif not vanished:
             trigger.made_in = 0
             if not ours:
-                self._look_again(trigger, mask, triggered, always=not created)
+                # Another process may have created and deleted this file before an earlier process created the trigger.
+                earlier = inherited and not mask & ino.IN_ISDIR
+                self._look_again(trigger, mask, triggered, always=bool(earlier or not created))
         elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
             # Check the path later: if it already has a new file, another queued event reports that file.
             trigger.made_in = 0

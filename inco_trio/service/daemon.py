@@ -25,6 +25,7 @@ from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.registers.diagnose import diagnose
 from inco_trio.service.log import log_statistics
+from inco_trio.service.privileges import raise_descriptor_limit
 from inco_trio.service.runner import Runner
 from inco_trio.signals import Signal
 
@@ -122,6 +123,7 @@ class Daemon:
         self._control_path: Path | None = None
 
     async def run(self, runner: Runner) -> None:
+        raise_descriptor_limit()
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
             # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
             is_ready = threading.Event()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-import resource
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,7 +40,6 @@ class ManyBoards:
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        _raise_descriptor_limit()
         gc.disable()
         self._log_problems(self._boards, self._boards.refused, "refused")
         async with open_fleet(self._with_history(self._boards), fd_store, self._boards.refused, listener) as proxies:
@@ -95,9 +93,3 @@ class ManyBoards:
 
     def not_open(self) -> Mapping[str, str]:
         return {} if self._proxies is None else self._proxies.not_open
-
-
-def _raise_descriptor_limit() -> None:
-    """Raise the limit of open descriptors to its maximum, because each board uses four or five descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""The privileges of a running daemon: its capabilities and its locked memory."""
+"""The privileges of a running daemon: its capabilities, its locked memory and its limit of descriptors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from inco_trio.links.address import InterfaceAddress
 from inco_trio.linux import capabilities as cap
 from inco_trio.linux.process import lock_memory
 
-__all__ = ["OF_NAMESPACES", "OF_OWNERS", "drop_capabilities", "keep_in_memory", "needed_capabilities"]
+__all__ = [
+    "OF_NAMESPACES",
+    "OF_OWNERS",
+    "drop_capabilities",
+    "keep_in_memory",
+    "needed_capabilities",
+    "raise_descriptor_limit",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,3 +82,13 @@ def keep_in_memory() -> None:
     except OSError as error:
         remedy = "start without --lock-memory"
         raise ResourceError("--lock-memory", f"cannot lock memory ({error.strerror}): {remedy}") from error
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open descriptors to the hard limit.
+
+    Each board uses four or five descriptors. The limit also applies to the descriptors in transit in Unix sockets, of
+    all processes of a user together (unix(7), ETOOMANYREFS). The stored descriptors of many boards are in transit.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -72,13 +72,18 @@ def take() -> list[int]:
 
 @contextmanager
 def listening(tell: Callable[[], object]) -> Iterator[None]:
-    """Call `tell` whenever a signal arrives, and once at the start for signals that arrived earlier."""
+    """Call `tell` whenever a signal arrives, and once at the start for signals that arrived earlier.
+
+    At the end, also reset the wakeup fd of the event loop. Trio closes this descriptor before it resets the wakeup fd
+    itself, and Python prints a traceback if a signal arrives in between.
+    """
     _held.tell = tell
     try:
         tell()
         yield
     finally:
         _held.tell = None
+        signal.set_wakeup_fd(-1)
 
 
 @contextmanager
