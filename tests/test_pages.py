@@ -175,7 +175,8 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_the_parser_accepts_every_command_line(words: list[str]) -> None:
-    parse(words)
+    # The application's user on a page does not exist on this machine.
+    parse(["root" if before == "--irq-owner" else word for before, word in itertools.pairwise(["", *words])])
 
 
 def test_every_command_appears_on_a_page() -> None:
