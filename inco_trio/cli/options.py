@@ -34,7 +34,7 @@ LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
-LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=PEER"
+LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:

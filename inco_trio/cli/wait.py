@@ -35,7 +35,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it arrived, 1 it did not arrive in time, 4 COMMAND failed"
+        "exit codes: 0 the notification arrived, 1 it did not arrive in time, 4 COMMAND failed"
     )
     signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to wait for (default: 1)")
