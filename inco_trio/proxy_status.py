@@ -138,6 +138,12 @@ class Status:
     """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""
+    mac: str | None = None
+    """The MAC address of the link, or None while an interface has never existed."""
+    receive_buffer: int | None = None
+    """The size of the receive buffer of an interface in bytes, or None for a `unix:` link."""
+    peer: str | None = None
+    """The path of the peer's socket, or None for an interface."""
     netns: str | None = None
     """The path of the network namespace of the link, or None: the namespace of the process."""
     owner: int | None = None

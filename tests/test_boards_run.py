@@ -228,7 +228,7 @@ def test_check_lists_boards_and_refused_files(boards: Boards) -> None:
     refused = f"{boards.directory}/c.json: the directory /x/b is already used by the board b"
     assert (done.returncode, done.stderr) == (78, f"inco-trio: error: {refused}\n")
     said = json.loads(done.stdout)
-    assert [board["name"] for board in said["boards"]] == ["a", "b"]
+    assert [board["board"] for board in said["boards"]] == ["a", "b"]
     assert said["refused"] == {"c": [refused]}
 
 

@@ -103,7 +103,8 @@ def test_send_through_the_proxy(board: Board) -> None:
     done = run("send", "redun_notify_irq", "--control", board.path, "--count", "3", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
-    assert (said["signal"], said["sent"], said["where"]) == ("redun_notify_irq", 3, f"through {board.home}/core0")
+    assert (said["signal"], said["count"], said["sent"]) == ("redun_notify_irq", 3, 3)
+    assert (said["board"], said["register"], said["link"]) == (f"{board.home}/core0", None, None)
     assert received(peer, 3) == [b"redun_notify_irq"] * 3
     assert run("send", "redun_notify_irq", "--control", board.path, "-q").stdout == ""
     done = run("send", "redun_notify_irq", "--control", board.path)
@@ -503,7 +504,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     )
     assert result.returncode == 1
     said = json.loads(result.stdout)
-    assert (said["version"], said["where"]) == (1, "timeout")
+    assert (said["version"], said["count"]) == (1, 100000)
     assert said["sent"] < 100000
     assert result.stderr.endswith(f"redun_notify_irq: {said['sent']} of 100000 were sent\n")
     # When `send` acts as an application or as core 1, --rate makes it wait.

@@ -672,3 +672,15 @@ def test_a_delayed_frame_arrives_although_a_test_has_frozen_time(tmp_path: Path)
         board.faults.frames(delay=0.001)
         board.core1.send(HWWD)
         board.core0.expect(HWWD, HANG)
+
+
+def test_a_proxy_retries_although_a_test_has_frozen_time(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with freezegun.freeze_time("2026-01-01"), open_board(tmp_path / "board", in_process=True) as board:
+        # The proxy refuses a file with two names. No event reports that the other name is removed.
+        os.link(board.core0.register(HWWD), other)
+        board.core1.send(HWWD)
+        while "cannot write" not in board.proxy.log:
+            time.sleep(0.01)  # No event reports a line of the log.
+        other.unlink()
+        board.core0.expect(HWWD, HANG)

@@ -11,13 +11,13 @@ import functools
 import json
 import math
 import re
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction
 from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
@@ -412,8 +412,9 @@ class Event:
     """The line from which the event was decoded, or an empty string."""
 
     def json(self) -> str:
-        """Return the line from which the event was decoded. If there is none, encode the event with its frame."""
-        return self.text or encode_event(self, frames=True).rstrip("\n")
+        """Return the event as a line of a command's output, with `version`. Keep the keys of a received line."""
+        line = self.text.strip() or encode_event(self, frames=True).rstrip("\n")
+        return f'{{"version": {PROTOCOL}, {line[1:]}'
 
 
 @attrs.frozen(slots=False)
@@ -468,7 +469,7 @@ def _notifications(message: dict[str, Any]) -> Notifications:
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:
-    return Event(event, board, time.time(), time.monotonic_ns(), **fields)
+    return Event(event, board, real_clock.time_ns() / 1e9, real_clock.monotonic_ns(), **fields)
 
 
 _REQUIRED = {

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import mmap
 import os
 
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
 from inco_trio.persist.followed import HISTORY, History
-from inco_trio.persist.memory import check_memory, new_memory
+from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.queue import EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
@@ -120,7 +119,6 @@ class Inflight:
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
-    _map: mmap.mmap
 
     @classmethod
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
@@ -149,11 +147,10 @@ class Inflight:
     def _map_memory(cls, fd: int, at_once: int, *, inherited: bool) -> Inflight:
         """Map the memory. Raises ValueError if the content is invalid, or OSError after closing `fd`."""
         try:
-            memory = mmap.mmap(fd, SIZE)
+            view = map_memory(fd, SIZE)
         except BaseException:
             os.close(fd)
             raise
-        view = memoryview(memory)
         mark = len(MAGIC % at_once)
         no_frames = _no_frames(bytes(view[mark : mark + MARK]), at_once)
         banks = []
@@ -182,13 +179,11 @@ class Inflight:
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,
-            map=memory,
         )
 
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
-        # Python unmaps the memory when the last view is deleted. Closing the map earlier would raise BufferError.
 
 
 def frames_in(bank: Bank) -> list[bytes]:

@@ -14,13 +14,13 @@ import itertools
 import logging
 import os
 import struct
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.frame import is_wire_name
 from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
@@ -89,7 +89,7 @@ class Note:
     time_ns: int
     monotonic_ns: int
     last_ns: int
-    """When the event last occurred (time.monotonic_ns())."""
+    """When the event last occurred (real_clock.monotonic_ns())."""
     count: int
     direction: Direction | None
     signal: str | None
@@ -200,7 +200,7 @@ class Recorder:
 
         `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
         """
-        wall, monotonic = time.time_ns(), time.monotonic_ns()
+        wall, monotonic = real_clock.time_ns(), real_clock.monotonic_ns()
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
@@ -261,7 +261,7 @@ class Recorder:
 
     def check_clock(self) -> None:
         """Record a `clock` event if the wall clock has been changed."""
-        self._note_step(time.time_ns(), time.monotonic_ns())
+        self._note_step(real_clock.time_ns(), real_clock.monotonic_ns())
 
     def note(
         self,
@@ -274,7 +274,7 @@ class Recorder:
         state: int = 0,
     ) -> None:
         """Record an event. If it equals one of the last RECENT events, increase the count of that event instead."""
-        monotonic = time.monotonic_ns()
+        monotonic = real_clock.monotonic_ns()
         key = kind, text, signal, direction, state
         number = self._recent.get(key, -1)
         if kind != "link" and number >= max(0, self._noted - RECENT):
@@ -286,7 +286,7 @@ class Recorder:
         self._recent[key] = self._noted
         if len(self._recent) > 2 * RECENT:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
-        self._write_note(Note(kind, time.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
+        self._write_note(Note(kind, real_clock.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
 
     def _write_note(self, note: Note) -> None:
         number = _NO_SIGNAL

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import trio
 
+from inco_trio import real_clock
 from inco_trio.links.link import Link
 from inco_trio.proxy.supervise import Health
 
@@ -31,7 +30,7 @@ class Flood:
         self._ignored += frames
         if self._ignored <= FLOOD or self._restricted.is_set():
             return
-        now = time.monotonic()
+        now = real_clock.monotonic()
         if now >= self._counted_until:
             self._ignored, self._counted_until = frames, now + 1
         elif self._link.restrict(True):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
 import trio
 
+from inco_trio import real_clock
 from inco_trio.backoff import Backoff
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
@@ -197,7 +197,7 @@ class Outbound:
 
     def _report_pending(self, batch: Batch[Signal]) -> None:
         if not batch.pending_since:
-            batch.pending_since = time.monotonic_ns()
+            batch.pending_since = real_clock.monotonic_ns()
             self._events.pending(batch.items, self._delay, ())
 
     async def _send(self, signal: Signal, health: Health) -> bool:

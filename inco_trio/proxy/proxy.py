@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -16,8 +15,10 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
+from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
@@ -86,9 +87,9 @@ class Proxy:
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
         self._clock = WallClock()
-        self._since = self._table_since = time.monotonic_ns()
+        self._since = self._table_since = real_clock.monotonic_ns()
         self._down_at = 0
-        """When the link last went down (time.monotonic_ns()), or 0."""
+        """When the link last went down (real_clock.monotonic_ns()), or 0."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -111,7 +112,7 @@ class Proxy:
             link=self.config.link,
             since=self._clock.seconds(self._since),
             table_since=self._clock.seconds(self._table_since),
-            uptime=(time.monotonic_ns() - self._since) / 1e9,
+            uptime=(real_clock.monotonic_ns() - self._since) / 1e9,
             running=self._link.running and not self._closed,
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
@@ -124,6 +125,9 @@ class Proxy:
                 for name, health in self._health.items()
             ),
             capabilities=tuple(names_of(held_capabilities())),
+            mac=self._link.mac.hex(":") or None,
+            receive_buffer=self._link.granted,
+            peer=address.peer if isinstance(address := self.config.address, UnixAddress) else None,
             netns=None if self.config.netns is None else str(self.config.netns),
             owner=self.config.owner,
             group=self.config.group,
@@ -218,7 +222,7 @@ class Proxy:
                 table = self._registers.table
                 self._link.expect(table.inbound, table.outbound)
             self.config = config
-            self._table_since = time.monotonic_ns()
+            self._table_since = real_clock.monotonic_ns()
             self._parts.events.note("reloaded", f"reloaded: {len(config.signals)} signals", logging.INFO)
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
@@ -301,7 +305,7 @@ class Proxy:
         """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
         running: bool | None = None
-        since, downs = time.monotonic_ns(), link.downs
+        since, downs = real_clock.monotonic_ns(), link.downs
         while True:
             stored = link.fd
             if link.refresh():
@@ -312,7 +316,7 @@ class Proxy:
             before, running = running, link.running
             if running is not before or (running and link.downs > downs):
                 self._note_link(before, running, max(1, link.downs - downs), since)
-                since = time.monotonic_ns()
+                since = real_clock.monotonic_ns()
             downs = link.downs
             if link.fd != stored:
                 try:
@@ -332,10 +336,10 @@ class Proxy:
         `before` is the previous state, or None at the start. If `before` and `running` are both true, the link went
         down and came up again `count` times between two checks.
         """
-        seconds = (time.monotonic_ns() - since) / 1e9
+        seconds = (real_clock.monotonic_ns() - since) / 1e9
         if before:
             self._counters.link_downs += count
-            self._down_at = time.monotonic_ns()
+            self._down_at = real_clock.monotonic_ns()
         if before and running:
             text = f"the link went down and came up again at once ({times(count)})"
         elif before:
@@ -355,7 +359,7 @@ class Proxy:
         registers = self._registers
         async with trio.open_nursery() as nursery:
             while True:
-                pause = max(0.0, registers.next_restore() - time.monotonic())
+                pause = max(0.0, registers.next_restore() - real_clock.monotonic())
                 with trio.move_on_after(pause) if pause < math.inf else trio.CancelScope():
                     await registers.troubled.wait()
                 registers.troubled = trio.Event()

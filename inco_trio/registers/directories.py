@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.tables import NumberTable
@@ -195,7 +195,7 @@ class Directories:
     def lose(self, directory: Directory) -> None:
         """Close a directory that is no longer at its path, and schedule an attempt to open the path again."""
         if directory.missing_since is None:
-            directory.missing_since = time.monotonic()
+            directory.missing_since = real_clock.monotonic()
         directory.release()
         former, directory.wd, directory.identity = directory.wd, 0, (0, 0)
         if former:
@@ -258,7 +258,7 @@ class Directories:
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
         if mask & VANISHED and directory is not None and directory.wd == wd:
-            directory.vanished_at = time.monotonic()
+            directory.vanished_at = real_clock.monotonic()
             if os.fsdecode(name) in directory.states:
                 self.miss_states(directory)
         return directory
@@ -324,15 +324,15 @@ class Directories:
     def miss_states(self, directory: Directory) -> None:
         """Schedule a check for missing state files."""
         if directory.states and directory.states_missing_since is None:
-            directory.states_missing_since = time.monotonic()
+            directory.states_missing_since = real_clock.monotonic()
         self.trouble(directory)
 
     def restore(self, directory: Directory) -> float | None:
         """Try to open a directory and to create its missing state files.
 
-        Return the earliest time of the next retry (time.monotonic()), or None if nothing is left to do.
+        Return the earliest time of the next retry (real_clock.monotonic()), or None if nothing is left to do.
         """
-        now = time.monotonic()
+        now = real_clock.monotonic()
         abandoned = math.inf if directory.missing_since is None else directory.missing_since + ABANDONED
         self.look(directory, make=now >= abandoned)
         if directory.fd < 0:

@@ -69,7 +69,7 @@ class Directory:
     awaited_in: int = 0
     """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
     missing_since: float | None = None
-    """When the path was first found missing or could not be opened (time.monotonic())."""
+    """When the path was first found missing or could not be opened (real_clock.monotonic())."""
     states_missing_since: float | None = None
     vanished_at: float = -math.inf
     """When a name in the directory was last deleted or moved away."""

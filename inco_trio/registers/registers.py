@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator
 from pathlib import Path
 
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.errors import ConfigError
 from inco_trio.linux.inotify import Watcher
 from inco_trio.nurseries import in_turns
@@ -165,19 +165,19 @@ class Registers:
             yield from self._look_again()
         self.triggers.expire()
         for directory in self.directories.retries.due():
-            started = time.monotonic()
+            started = real_clock.monotonic()
             earliest = [self.directories.restore(directory)]
             for again in self.triggers.restore(directory):
                 earliest.append(again)
                 yield
             for well in self.states.write_pending(directory):
-                earliest.append(None if well else time.monotonic())
+                earliest.append(None if well else real_clock.monotonic())
                 yield
             left = [again for again in earliest if again is not None]
-            self.directories.retries.retried(directory, min(left, default=None), time.monotonic() - started)
+            self.directories.retries.retried(directory, min(left, default=None), real_clock.monotonic() - started)
 
     def next_restore(self) -> float:
-        """Return when to call `restore` next (time.monotonic()), or infinity."""
+        """Return when to call `restore` next (real_clock.monotonic()), or infinity."""
         return min(self.directories.retries.next(), self.triggers.next_expiry(), math.inf)
 
     def close(self) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
@@ -43,12 +43,12 @@ class StateFile:
     """A descriptor kept open after a failed write (disk full), because closing the file would notify its watchers."""
     count: int = 0
     last: int = 0
-    """Time of the last write (time.monotonic_ns())."""
+    """Time of the last write (real_clock.monotonic_ns())."""
     failures: int = 0
     reason: str = "older notifications are pending"
     """Why the last write failed."""
     runs: deque[list[int]] = attrs.Factory(deque)
-    """Pairs of a time (time.monotonic_ns()) and how many notifications became pending then, oldest first."""
+    """Pairs of a time (real_clock.monotonic_ns()) and how many notifications became pending then, oldest first."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -89,7 +89,7 @@ class StateFile:
 
     def pend(self) -> None:
         """Record that a notification becomes pending now."""
-        now = time.monotonic_ns()
+        now = real_clock.monotonic_ns()
         if self.runs and (self.runs[-1][0] == now or len(self.runs) == RUNS):
             self.runs[-1][1] += 1
         else:
@@ -119,7 +119,7 @@ class StateFile:
 
     def count_written(self, number: int) -> None:
         self.count += number
-        self.last = time.monotonic_ns()
+        self.last = real_clock.monotonic_ns()
 
     def close(self) -> None:
         if self.fd >= 0:

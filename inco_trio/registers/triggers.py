@@ -15,13 +15,13 @@ import logging
 import math
 import os
 import struct
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.tables import NumberTable
@@ -199,13 +199,13 @@ class Triggers:
         trigger.wd, trigger.looked_in, trigger.missing_since = wd, trigger.directory.wd, None
 
     def _retire(self, wd: int) -> None:
-        self._retired[wd] = time.monotonic() + RETIREMENT
+        self._retired[wd] = real_clock.monotonic() + RETIREMENT
         self._directories.retries.announce()
 
     def _miss(self, trigger: Trigger) -> None:
         """Mark a trigger as missing, and schedule a retry."""
         if trigger.missing_since is None:
-            trigger.missing_since = time.monotonic()
+            trigger.missing_since = real_clock.monotonic()
             self._directories.trouble(trigger.directory)
 
     def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
@@ -371,12 +371,12 @@ class Triggers:
     def restore(self, directory: Directory) -> Iterator[float | None]:
         """Watch or create the missing triggers of a directory.
 
-        After each trigger, yield the earliest time of its next retry (time.monotonic()), or None if it is now watched.
+        After each trigger, yield when to retry it (real_clock.monotonic()), or None if it is now watched.
         """
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
         for trigger in tuple(self._in.get(directory, {}).values()):
-            now = time.monotonic()
+            now = real_clock.monotonic()
             if trigger.missing_since is None:
                 if trigger.looked_in == directory.wd:
                     continue
@@ -407,7 +407,7 @@ class Triggers:
 
     def expire(self) -> None:
         """End the watches of files that were replaced at least `RETIREMENT` seconds ago."""
-        now = time.monotonic()
+        now = real_clock.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
@@ -416,7 +416,7 @@ class Triggers:
                 self._inotify.unwatch(wd)
 
     def next_expiry(self) -> float:
-        """Return when to call `expire` next (time.monotonic()), or infinity."""
+        """Return when to call `expire` next (real_clock.monotonic()), or infinity."""
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:

@@ -16,10 +16,10 @@ import signal
 import site
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from inco_trio import real_clock
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.netns import set_network
 from inco_trio.linux.process import end_with_parent
@@ -123,7 +123,7 @@ class Launched:
 
         Return the first such line, or None if the process exits first or after `timeout` seconds.
         """
-        deadline = time.monotonic() + timeout
+        deadline = real_clock.monotonic() + timeout
         with contextlib.closing(Inotify()) as changes:
             changes.watch(str(self._log), IN_MODIFY)
             while True:
@@ -131,7 +131,7 @@ class Launched:
                 for line in self.log[after:].splitlines(keepends=True):
                     if text in line and line.endswith("\n"):
                         return line.rstrip("\n")
-                left = max(0.0, deadline - time.monotonic())
+                left = max(0.0, deadline - real_clock.monotonic())
                 if ended or not select.select([changes.fd, self.end_fd], [], [], left)[0]:
                     return None
                 changes.read_into(memoryview(bytearray(4096)))

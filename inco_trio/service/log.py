@@ -18,6 +18,7 @@ import stat
 import threading
 import time
 
+from inco_trio import real_clock
 from inco_trio.problems import board_name
 from inco_trio.service import throttle
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
@@ -78,7 +79,7 @@ class _Lines(logging.Handler):
         self._lost = 0
         self._torn = False
         self._complained = fd == STANDARD_ERROR
-        self._throttle = throttle.Throttle(time.monotonic)
+        self._throttle = throttle.Throttle(real_clock.monotonic)
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
