@@ -61,7 +61,6 @@ class Help(Directive):
     """A directive that shows the output of `--help` for each command."""
 
     def run(self) -> list[nodes.Node]:
-        """Return a section for each command."""
         sections: list[nodes.Node] = []
         commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         for each in (*(commands[name] for name in COMMANDS), drop_in_parser()):  # type: ignore[index]
@@ -91,7 +90,6 @@ class Keys(Directive):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        """Return a table with a row for each key."""
         cls = KEYS[self.arguments[0]]
         prefix = "" if cls in (BoardFile, GatewayConfig) else f"{self.arguments[0]}."
         return _parsed(self, table(cls, prefix), cls.__module__)

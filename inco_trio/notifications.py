@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Protocol
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.persist.followed import History
 from inco_trio.persist.recorder import Recorder
 from inco_trio.proxy_status import Counters
@@ -126,7 +126,7 @@ class Events:
     def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> Times:
         """Report notifications that were delivered or sent. Return the reported time."""
         recorder = self.recorder
-        at = (time.time_ns(), time.monotonic_ns()) if recorder is None else recorder.append(signals, since)
+        at = (real_clock.time_ns(), real_clock.monotonic_ns()) if recorder is None else recorder.append(signals, since)
         if self.history.keeping:
             self.history.append(signals, at)
         self.listener.carried(signals, self._sequence + 1, frames, at, since)

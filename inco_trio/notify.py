@@ -9,9 +9,9 @@ import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Sequence
 
+from inco_trio import real_clock
 from inco_trio.errors import InvalidArgumentError
 
 __all__ = [
@@ -55,7 +55,7 @@ def notify_ready(notification_fd: int | None) -> None:
 
 def notify_reloading() -> None:
     """Report to systemd that a reload begins. A unit with Type=notify-reload waits for `notify_reloaded`."""
-    _tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    _tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={real_clock.monotonic_ns() // 1000}")
 
 
 def notify_reloaded(problem: str | None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 
 import trio
 
+from inco_trio import real_clock
 from inco_trio.errors import IncoError, unwrapped
 
 __all__ = ["in_turns", "plain_nursery", "starting_and_stopping"]
@@ -19,11 +19,11 @@ TURN = 0.004
 async def in_turns(steps: Generator[object, None, None]) -> None:
     """Run all `steps`, and let other tasks run every few milliseconds."""
     with contextlib.closing(steps):
-        end = time.monotonic() + TURN
+        end = real_clock.monotonic() + TURN
         for _ in steps:
-            if time.monotonic() >= end:
+            if real_clock.monotonic() >= end:
                 await trio.lowlevel.checkpoint()
-                end = time.monotonic() + TURN
+                end = real_clock.monotonic() + TURN
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""The current problems, which are logged when they change, and the board to which a log line belongs."""
+"""The current problems, which are logged only when they change, and the board name that log lines contain."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Problems", "board_name", "noted_by", "noting", "report", "times", "w
 logger = logging.getLogger(__name__)
 
 board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
-"""The board that the current task serves, if the process serves several boards. Log lines name it."""
+"""The name of the board that the current task serves, or "" if the process has only one. Log lines contain it."""
 
 noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = contextvars.ContextVar(
     "inco_trio.noting", default=None
 )
-"""Records an event of the proxy that the current task serves: its kind, its text, and the level of its log line."""
+"""The function that records events of the current task's proxy. It takes a kind, a text and a log level."""
 
 
 def times(count: int) -> str:
@@ -32,7 +32,7 @@ def report(
 
     The log is limited by `cause` (default: the text). Set it if the text varies, for example in a duration or a path.
     """
-    # Record first: a monitor must not report an event with an earlier time than the history has.
+    # Record first: otherwise, a monitor could report an event before the history contains it.
     if (note := noting.get()) is not None:
         note(kind, text, level)
     fields = {"fields": {"count": count}} if count else {}
@@ -41,7 +41,7 @@ def report(
 
 @contextlib.contextmanager
 def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
-    """Let `report` record events with `note` while the block runs."""
+    """Make `report` record events by calling `note` while the block runs."""
     token = noting.set(note)
     try:
         yield
@@ -51,7 +51,7 @@ def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working_for(board: str) -> Iterator[None]:
-    """Add the name `board` to log lines while the block runs."""
+    """Add the board name `board` to log lines while the block runs."""
     token = board_name.set(board)
     try:
         yield
@@ -68,7 +68,7 @@ class Problems:
     def failed(
         self, key: object, problem: str, what: object = None, event: str = "problem", cause: object = None
     ) -> None:
-        """Set the problem of `key`. If it has changed, log it with the prefix `what` (default: the key).
+        """Set the current problem of `key`. If it has changed, log it with the prefix `what` (default: the key).
 
         `cause` limits the log lines, see `report` (default: the key).
         """

@@ -22,9 +22,9 @@ class Counters:
     sent: int = 0
     """Frames that the link accepted."""
     unknown: int = 0
-    """Well-formed frames whose name is not an inbound signal of the table. Estimated by a sample during a flood."""
+    """Well-formed frames whose name is not an inbound signal of the table. Estimated from a sample during a flood."""
     malformed: int = 0
-    """Frames without a valid wire name. Estimated by a sample during a flood."""
+    """Frames without a valid wire name. Estimated from a sample during a flood."""
     foreign: int = 0
     """Datagrams that a process other than the peer sent to a `unix:` link. They also count as malformed."""
     dropped: int = 0
@@ -54,7 +54,7 @@ class Counters:
 
 @attrs.frozen
 class Stats(Counters):
-    """A snapshot of the counters, see `Counters`."""
+    """A snapshot of `Counters`."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
@@ -138,3 +138,15 @@ class Status:
     """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""
+    mac: str | None = None
+    """The MAC address of the link, or None while an interface has never existed."""
+    receive_buffer: int | None = None
+    """The size of the receive buffer of an interface in bytes, or None for a `unix:` link."""
+    peer: str | None = None
+    """The path of the peer's socket, or None for an interface."""
+    netns: str | None = None
+    """The path of the network namespace of the link, or None: the namespace of the process."""
+    owner: int | None = None
+    """The user ID that may own IRQ directories, besides root and the user of the process, or None."""
+    group: int | None = None
+    """The group ID that may write to IRQ directories, or None."""

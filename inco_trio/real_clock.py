@@ -1,30 +1,17 @@
-"""A clock that tests do not replace.
+"""Clocks that keep running while a test has frozen time. They have the names of those in the module `time`.
 
 Libraries that freeze time for tests, such as freezegun and time-machine, replace the functions of the module `time`,
-even where other modules have imported them. They do not replace CLOCK_MONOTONIC of clock_gettime(2).
+even where other modules have imported them. They do not replace CLOCK_MONOTONIC of clock_gettime(2), and freezegun does
+not replace CLOCK_REALTIME.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 
-import trio
+__all__ = ["monotonic", "monotonic_ns", "time_ns"]
 
-__all__ = ["RealClock", "now"]
-
-
-def now() -> float:
-    """Return the seconds of CLOCK_MONOTONIC."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)
-
-
-class RealClock(trio.abc.Clock):
-    """A clock for trio.run that works like Trio's own clock, even while a test has frozen time."""
-
-    def start_clock(self) -> None: ...
-
-    def current_time(self) -> float:
-        return now()
-
-    def deadline_to_sleep_time(self, deadline: float) -> float:
-        return deadline - now()
+monotonic = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+monotonic_ns = functools.partial(time.clock_gettime_ns, time.CLOCK_MONOTONIC)
+time_ns = functools.partial(time.clock_gettime_ns, time.CLOCK_REALTIME)

@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Direction(enum.Enum):
-    """The direction of a signal, as core 0 sees it."""
+    """The direction of a signal from core 0's point of view."""
 
     INBOUND = "inbound"
     """Core 1 to core 0: the proxy writes the state file for each frame."""
@@ -41,7 +41,7 @@ def direction_of(direction: Direction | str) -> Direction:
     try:
         return Direction(direction)
     except ValueError:
-        raise InvalidArgumentError(f"direction={direction!r}: neither 'inbound' nor 'outbound'") from None
+        raise InvalidArgumentError(f"direction={direction!r}: expected 'inbound' or 'outbound'") from None
 
 
 def name_fault(name: str) -> str | None:
@@ -118,7 +118,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is in the table twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, because POSIX allows a special meaning for them. On Linux, they have none.
+        # normpath keeps two leading slashes, to which POSIX permits a special meaning. Linux gives them none.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from inco_trio import real_clock
 
 __all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
 
@@ -16,10 +16,10 @@ def step_text(step_ns: int) -> str:
 
 
 class WallClock:
-    """The difference between the wall clock (time.time_ns()) and the monotonic clock (time.monotonic_ns())."""
+    """The difference between the wall clock and the monotonic clock, in nanoseconds."""
 
     def __init__(self) -> None:
-        self.offset = time.time_ns() - time.monotonic_ns()
+        self.offset = real_clock.time_ns() - real_clock.monotonic_ns()
 
     def step(self, time_ns: int, monotonic_ns: int) -> int:
         """Return by how many nanoseconds the wall clock was set since the last call (negative: back; 0: not set)."""
@@ -31,7 +31,7 @@ class WallClock:
 
     def refresh(self) -> None:
         """Update the difference if the wall clock was set."""
-        self.step(time.time_ns(), time.monotonic_ns())
+        self.step(real_clock.time_ns(), real_clock.monotonic_ns())
 
     def seconds(self, monotonic_ns: int) -> float:
         """Convert a monotonic time to seconds since 1970, according to the current wall clock."""

@@ -37,17 +37,25 @@ def _closed_to_others(path: Path) -> Path | None:
     return next((part for part in reversed(path.parents) if not part.stat().st_mode & 0o001), None)
 
 
-def uncover(paths: list[Path]) -> None:
-    """Make all `paths` accessible to every user, but only in this process and its children."""
+def uncover(paths: list[Path], *, private: Path | None = None) -> None:
+    """Make all `paths` accessible to every user, but only in this process and its children.
+
+    These processes get an empty directory `private`, such as /tmp, that contains only those of `paths` below it.
+    """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
     opened = {path: os.open(path, os.O_PATH) for path in paths}
-    while closed := {path: above for path in paths if (above := _closed_to_others(path))}:
-        above = min(closed.values())
-        _mount("none", above, "tmpfs", 0, "mode=755")
+
+    def cover(above: Path, mode: str) -> None:
+        _mount("none", above, "tmpfs", 0, f"mode={mode}")
         for path in sorted(path for path in paths if path.is_relative_to(above)):
             path.mkdir(parents=True, exist_ok=True)
             _mount(f"/proc/self/fd/{opened[path]}", path, "none", MS_BIND | MS_REC, "")
+
+    if private is not None:
+        cover(private, "1777")
+    while closed := {path: above for path in paths if (above := _closed_to_others(path))}:
+        cover(min(closed.values()), "755")
 
 
 def cover_run() -> None:

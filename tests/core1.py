@@ -18,7 +18,7 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.simulation.guest import Guest
 from inco_trio.simulation.world import Namespace
 from netns.fixtures import Consumer
-from tests.faults.processes import wait_stopped
+from tests.faults.processes import wait_idle, wait_stopped
 from tests.faults.supervised import Service, is_proxy, main_process, wait_path, write_scandir
 from tests.support_proxy import trigger, write_udrv
 
@@ -169,6 +169,8 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
     for starts in range(1, 4):
         board.guest.kill()
         board.trigger(4, 50)
+        if not board.link_knows_its_peer:
+            wait_idle(board.pid)  # A slow proxy would send the frames to the new guest.
         board.guest.start()
         board.guest.wait_ready()
         board.first.wait(1 + starts)

@@ -25,7 +25,7 @@ __all__ = ["Clock", "World"]
 
 
 class Clock:
-    """A replacement for the module `time` whose clock the test advances."""
+    """A replacement for the module `real_clock` whose clock the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -40,9 +40,9 @@ class Clock:
         return round(self.now * 1e9)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replace the module `time` in the modules of `inco_trio.registers`."""
+        """Replace the module `real_clock` in the modules of `inco_trio.registers`."""
         for module in ("directories", "directory", "registers", "retries", "states", "triggers"):
-            monkeypatch.setattr(f"inco_trio.registers.{module}.time", self, raising=False)
+            monkeypatch.setattr(f"inco_trio.registers.{module}.real_clock", self, raising=False)
 
 
 class BoardShare(Share):

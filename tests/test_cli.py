@@ -260,7 +260,9 @@ def test_check_explains_a_link(say: Say, link: str, explanation: str, option: tu
     assert (code, err) == (0, "")
     assert f"link: {explanation}" in out.splitlines()
     _, out, _ = say("check", "--config", SAMPLE, *option, link, "--json")
-    assert json.loads(out)["link"] == explanation
+    found = json.loads(out)
+    mac = "02:00:00:00:00:01" if link.startswith("unix:") else None
+    assert (found["link"], found["mac"], found["peer"]) == (link, mac, mac and "/x/b")
 
 
 def test_check_refuses_an_invalid_link(say: Say) -> None:

@@ -427,7 +427,7 @@ def test_an_unusable_socket_path_is_logged_and_the_proxy_runs(board: Board, what
         board.core1()
         proxy = board.start(control=str(path))
         proxy.wait_ready()
-        assert "no control socket: " in proxy.wait_log("no control socket")
+        assert "None" not in proxy.wait_log("control socket: cannot open ")
         board.trigger()
         assert proxy.stop() == 0
     if what == "file":
@@ -478,6 +478,72 @@ def test_a_user_without_a_runtime_directory_has_a_private_one(monkeypatch: pytes
     assert place.runtime_directories() == [Path("/run/inco-trio"), Path("/run/user/1000/inco-trio")]
 
 
+IN_TMP = """
+import contextlib, os, subprocess, sys
+from pathlib import Path
+home, project, setup = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+sys.path.insert(0, project)
+from inco_trio.service.launch import Launched
+from netns.hang import HANG
+from netns.unprivileged import ORDINARY, drop, uncover
+uncover([Path(path).resolve() for path in (project, sys.prefix, sys.base_prefix, home)], private=Path("/tmp"))
+user = ORDINARY if os.geteuid() == 0 else os.geteuid()
+os.chown(home, user, -1)
+private = f"/tmp/inco-trio-{user}"
+subprocess.run(["sh", "-ec", setup, "sh", private, str(user)], check=True)
+drop()
+os.environ.pop("XDG_RUNTIME_DIR", None)
+proxy = Launched("run", f"unix:{home}/a,peer={home}/b", "--irq-dir", home / "irq", log=home / "log")
+with contextlib.closing(proxy):
+    assert proxy.wait_ready(HANG), proxy.log
+    status = subprocess.run([sys.executable, "-m", "inco_trio", "status"], capture_output=True, text=True)
+    made = os.lstat(private)
+    print(status.returncode, f"{made.st_mode & 0o7777:o}", made.st_uid == user)
+    print(status.stdout, status.stderr, "".join(line for line in proxy.log.splitlines(True) if "warning" in line))
+"""
+"""A program that runs a shell command with an empty /tmp, then a proxy and `status` as a user without a runtime
+directory. It prints the exit code, the mode of the private directory, and the output."""
+
+
+def in_tmp(home: Path, setup: str) -> tuple[list[str], str]:
+    command = [sys.executable, "-c", IN_TMP, str(home), str(Path(__file__).parents[1]), setup]
+    out = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True).stdout
+    first, _, rest = out.partition("\n")
+    return first.split(), rest
+
+
+@pytest.mark.netns
+def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Path) -> None:
+    result, said = in_tmp(tmp_path, "")
+    assert result == ["0", "700", "True"]
+    assert f"{tmp_path}/a: down, " in said
+    # A directory that this user has left there is used again.
+    result, said = in_tmp(tmp_path, 'mkdir -m 700 "$1"; chown "$2" "$1"')
+    assert result == ["0", "700", "True"]
+    assert "warning" not in said
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    "setup",
+    [
+        # A user namespace may have no other user. /usr belongs to one outside of it.
+        'mkdir -m 700 "$1"; chown 12 "$1" || mount --bind /usr "$1"',
+        'mkdir -m 777 "$1"; chown "$2" "$1"; chmod 777 "$1"',
+        'mkdir -m 710 "$1"; chown "$2" "$1"',
+        'mkdir -m 700 /tmp/other; chown "$2" /tmp/other; ln -s other "$1"; chown -h "$2" "$1"',
+        'touch "$1"; chmod 600 "$1"; chown "$2" "$1"',
+    ],
+    ids=["of another user", "open to all", "open to the group", "symlink", "file"],
+)
+def test_a_directory_that_another_user_may_use_is_not_used(tmp_path: Path, setup: str) -> None:
+    (code, _, _), said = in_tmp(tmp_path, setup)
+    # The proxy runs without a control socket, and the tools do not look into the directory.
+    assert code == "69"
+    assert "inco-trio: error: no running proxy answers in /run/inco-trio: " in said
+    assert re.search("warning: .*control socket.*/tmp/inco-trio-", said)
+
+
 def _open_to_others(path: Path) -> None:
     path.mkdir()
     path.chmod(0o770)
@@ -520,7 +586,7 @@ def test_a_full_connection_queue_counts_as_a_listener(tmp_path: Path) -> None:
 def test_the_status_says_that_the_link_does_not_exist_yet(board: Board) -> None:
     board.link = "nothere0"
     proxy = board.start("--wait-link")
-    proxy.wait_log("waiting for it")
+    proxy.wait_log("waiting for the link")
     status = board.status()
     assert (status["open"], status["problem"]) == (False, "the link does not exist yet")
     proxy.process.terminate()

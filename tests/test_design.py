@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(inco_trio.__file__).parent
 PAGE = (ROOT / "docs/design.md").read_text()
 LAYERS = (
-    ("linux",),
-    ("backoff", "errors", "frame", "problems", "real_clock", "wall_clock"),
+    ("linux", "real_clock"),
+    ("backoff", "errors", "frame", "problems", "trio_clock", "wall_clock"),
     ("notify", "nurseries", "signals"),
     ("proxy_status", "validation"),
     ("links", "persist"),

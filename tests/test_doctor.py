@@ -13,22 +13,26 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 
+from inco_trio.board_files import Boards
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
+from inco_trio.config import Config
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.examination import trust_of
-from inco_trio.doctor.result import Level, Result, hidden, permit
+from inco_trio.doctor.result import Level, Result, hidden, permit, refused
+from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
+from inco_trio.proxy_status import SignalStatus, Stats, Status
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
@@ -756,21 +760,21 @@ def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, 
             False,
             "warn",
             "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost",
-            "inco-trio s6 /run/service --iface l0",
+            "inco-trio service s6 /run/service l0 --config udrv.json",
         ),
         (
-            Users((process(3, "inco-trio run l0 --config u.json"),), (), (), 0),
+            Users((process(3, "inco-trio run l0 --config u.json --irq-owner app"),), (), (), 0),
             False,
             "warn",
             "no fd store keeps its socket",
-            "inco-trio s6 /run/service --iface l0 --config u.json",
+            "inco-trio service s6 /run/service l0 --config u.json --irq-owner app",
         ),
         (
-            Users((process(3, "inco-trio run l0 --config=u.json"),), (), (), 0),
+            Users((process(3, "inco-trio run --boards=b"),), (), (), 0),
             False,
             "warn",
             "no fd store keeps its socket",
-            "inco-trio s6 /run/service --iface l0 --config u.json",
+            "inco-trio service s6 /run/service --boards b",
         ),
         (
             Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
@@ -863,19 +867,61 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
 
 
-def test_a_configuration_newer_than_the_proxy_is_a_warning(tmp_path: Path) -> None:
-    path = tmp_path / "u.json"
-    assert list(proxies.configuration(path, PROXY)) == []
-    path.touch()
-    os.utime(path, (100, 100))
-    text = f"{path}: process 3 has read the current version"
-    assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
-    level, _, fix = only(proxies.configuration(path, process(3, started=99)))
-    assert (level, fix) == ("warn", "kill -HUP 3")
-    # `read_at` is the time at which the proxy read the file, as reported by the proxy.
-    assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
-    level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
-    assert (level, text) == ("warn", f"{path}: changed after process 3 read it")
+def status_of(link: str, signals: Iterable[Signal], **more: Any) -> Status:
+    """Return the status that a proxy with this link and these signals reports."""
+    table = tuple(SignalStatus(s.name, s.direction, str(s.path), 0, None, 0, 0, None) for s in signals)
+    return Status(link, 1.0, 1.0, True, "", None, Stats(), table, (), **more)
+
+
+IN_RUN, ELSEWHERE = builtin_signals(Path("/run/irq")), builtin_signals(Path("/run/other"))
+IN_TWO = (*IN_RUN[:2], ELSEWHERE[2])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "more", "changed"),
+    [
+        (IN_RUN, {}, ""),
+        (IN_RUN[::-1], {"netns": "/run/netns/b2", "owner": 12}, ""),
+        (IN_TWO, {}, "redun_notify_irq"),
+        (IN_RUN[:2], {}, "redun_notify_irq"),
+        (ELSEWHERE, {}, "ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq"),
+        (Config("l0", IN_RUN), {}, ""),
+        (Config("l1", IN_TWO), {}, "link, redun_notify_irq"),
+        (Config("l0", IN_RUN, netns=Path("/run/netns/b2")), {"netns": "/run/netns/b2"}, ""),
+        (Config("l0", IN_RUN, netns=Path("/run/netns/b2")), {}, "netns"),
+        (Config("l0", IN_RUN, owner=12, group=13), {"owner": 12, "group": 13}, ""),
+        (Config("l0", IN_RUN, owner=12, group=13), {"owner": 12}, "irq_owner"),
+    ],
+)
+def test_a_proxy_must_use_the_current_content_of_its_file(
+    wanted: Config | Sequence[Signal], more: dict[str, Any], changed: str
+) -> None:
+    # Times do not matter: a file may be newer than the proxy, and the clock may have been set.
+    found = only(proxies.configuration(Path("/b.json"), wanted, PROXY, status_of("l0", IN_RUN, **more)))
+    if changed:
+        text = f"/b.json: process 30 does not use the current version, which differs in {changed}"
+        assert found == ("warn", text, "kill -HUP 30")
+    else:
+        assert found == ("ok", "/b.json: process 30 uses the current version", None)
+
+
+def test_a_proxy_must_serve_the_boards_in_its_directory() -> None:
+    boards = Boards({"a": Config("l0", ()), "b": Config("l1", ())}, {"c": ConfigError("invalid")}, {})
+    # The proxy keeps a board whose file has become invalid.
+    assert list(proxies.board_files(Path("/boards"), boards, ["a", "b", "c"], PROXY)) == []
+    assert [str(result) for result in proxies.board_files(Path("/boards"), boards, ["b", "d"], PROXY)] == [
+        "/boards/a.json: process 30 has not read this file: it does not serve the board: run: kill -HUP 30",
+        "/boards/d.json: was removed, but process 30 still serves the board: run: kill -HUP 30",
+    ]
+
+
+def test_an_unreadable_configuration_is_reported_as_hidden() -> None:
+    denied = PermissionDeniedError("/u.json", "cannot be read: Permission denied")
+    assert refused(Path("/u.json"), denied) == [hidden("the configuration /u.json")]
+    assert [str(each) for each in refused(Path("/u.json"), ConfigError("/u.json", ["a: b", "c: d"]))] == [
+        "/u.json: a: b",
+        "/u.json: c: d",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -1093,12 +1139,13 @@ def test_the_doctor_changes_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "trust"),
     [
-        ("", Trust(7)),
-        ("--irq-owner 12:13", Trust(12, 13)),
-        ("--irq-owner=:13", Trust(7, 13)),
-        ("--irq-owner no-such-user", Trust(7)),  # The user was removed after the start of the proxy.
+        ("", Trust(user=7)),
+        ("--irq-owner 12:13", Trust(12, 13, 7)),
+        ("--irq-owner=:13", Trust(None, 13, 7)),
+        ("--irq-owner no-such-user", Trust(user=7)),  # The user was removed after the proxy had started.
     ],
 )
-def test_whom_a_proxy_trusts_is_read_from_its_command_line(option: str, trust: Trust) -> None:
-    assert trust_of(process(1, f"inco-trio run l0 {option}", uid=7)) == trust
-    assert trust_of(None) == Trust()
+def test_whom_a_proxy_trusts_is_read_from_its_status_or_command_line(option: str, trust: Trust) -> None:
+    proxy = process(1, f"inco-trio run l0 {option}", uid=7)
+    assert trust_of(proxy, None) == trust
+    assert trust_of(proxy, status_of("l0", (), owner=3, group=4)) == Trust(3, 4, 7)

@@ -370,12 +370,14 @@ def test_the_fix_ends_the_second_proxy_of_a_directory(
 
 def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "one")
-    os.utime(udrv, (1, 1))
     running = proxy("--config", udrv)
+    # The file seems to be newer than the proxy, as after the clock was set back.
+    os.utime(udrv, (1 << 32, 1 << 32))
     found = doctor(cores.core0, cores.link, "--config", udrv)
     assert of(found, "reload")["level"] == "ok"
     assert of(found, "watched")["level"] == "ok"
     write_udrv(udrv, tmp_path / "two")
+    os.utime(udrv, (1, 1))
     (tmp_path / "two").mkdir()
     for name in ("message_0_trig", "message_1_trig", "message_6_trig"):
         (tmp_path / "two" / name).touch()
@@ -495,7 +497,7 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
     silent = of(found, "control")
     assert (silent["level"], silent["found"]) == (
         "warn",
-        "the process does not answer on a control socket: its counters are unknown",
+        "the process does not answer on a control socket: its counters and its configuration are unknown",
     )
     assert {each["subject"] for each in found if each["check"] == "counters"} == {link, f"{tmp_path}/one.0", "b1", "b2"}
     # The doctor finds the boards' files through the proxy's command line.
@@ -504,6 +506,37 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
         f"{boards}/b2.json",
     }
     assert [level for level, _ in groupby(levels(found))] == ["fail", "warn", "ok"]
+
+
+def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    for name in ("b1", "b2", "b3"):
+        board = {"link": unix_link(tmp_path, name), "irq_dir": str(tmp_path / name)}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    udrv, same = (write_udrv(tmp_path / f"{name}.json", tmp_path / name) for name in ("u", "same"))
+    setup = f"""
+        sed -i s,/b1,/elsewhere, {boards}/b1.json
+        echo nonsense > {boards}/b2.json
+        mv {boards}/b3.json {boards}/b4.json
+        echo nonsense > {udrv}
+        touch -d 2100-01-01 {same}
+    """
+    _, found = survey(
+        cores.core0,
+        tmp_path,
+        ("--boards", boards),
+        (unix_link(tmp_path, "one"), "--config", udrv),
+        (unix_link(tmp_path, "two"), "--config", same),
+        setup=setup,
+    )
+    reload = {each["subject"]: each["level"] for each in found if each["check"] == "reload"}
+    assert reload == {
+        **dict.fromkeys((f"{boards}/{name}.json" for name in ("b1", "b3", "b4")), "warn"),
+        str(same): "ok",
+    }
+    wrong = {each["subject"]: each["level"] for each in found if each["check"] == "configuration"}
+    assert wrong == {f"{boards}/b2.json": "fail", str(udrv): "fail"}
 
 
 def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:
@@ -560,9 +593,47 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
 
 
+def test_a_proxy_of_another_user_does_not_serve_a_socket_of_this_user(nobody: list[str]) -> None:
+    """The link of the other user's proxy has the same path, in a network namespace that this user cannot inspect."""
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o777)  # Other users may not enter pytest's directories.
+        link = f"unix:{home}/core1,peer={home}/core0"
+        other = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", link]
+        program = f"""
+import socket
+from inco_trio.links.address import parse_address
+from inco_trio.service.rivals import serving
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+    own.bind("{home}/core1")
+    print(serving(parse_address({link!r})))
+"""
+        with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            command = [*nobody, sys.executable, "-c", program]
+            done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+            process.communicate("\n")
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("named", ["12:13", ":13"])
 def test_the_owner_that_a_proxy_trusts_is_trusted(cores: Cores, proxy: StartProxy, irq_dir: Path, named: str) -> None:
     irq_dir.parent.chmod(0o755)
     proxy("--irq-dir", irq_dir, "--irq-owner", named)
     assert irq_dir.stat().st_gid == 13
     assert of(doctor(cores.core0, cores.link, "--irq-dir", irq_dir), "trusted")["level"] == "ok"
+
+
+def test_the_owner_in_the_file_of_a_board_is_trusted(cores: Cores, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    irq, boards = tmp_path / "irq", tmp_path / "boards"
+    boards.mkdir()
+    irq.mkdir()
+    os.chown(irq, 12, 12)
+    board = {"link": unix_link(tmp_path, "b"), "irq_dir": str(irq)}
+    for owner, level in (({}, "warn"), ({"irq_owner": "12"}, "ok")):
+        (boards / "b.json").write_text(json.dumps(board | owner))
+        assert of(doctor(cores.core0, "--boards", boards), "trusted")["level"] == level
+    # A running proxy reports the owner.
+    _, found = survey(cores.core0, tmp_path, ("--boards", boards))
+    assert of(found, "trusted")["level"] == "ok"

@@ -9,16 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inco_trio.errors import InvalidArgumentError, ResourceError
-from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
+from inco_trio.persist.fdstore import IN_TRANSIT, NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
 from inco_trio.service.descriptions import link_service
 from inco_trio.service.scandir import write_scandir
+from netns.fixtures import Proxy
 from netns.hang import HANG
 
 PREFIX = "inco-trio/a/"
@@ -378,6 +380,94 @@ class TestSystemd:
         systemd.close()
         with pytest.raises(ResourceError, match=r"^cannot reach systemd's fd store at [^\n]*refused$"):
             holder.store("link", fds["one"])
+
+
+LIMITED = """
+import os, resource, sys
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64 if sys.argv[1] == "hard" else hard))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs the others."""
+
+
+def limited(limit: str) -> list[str]:
+    """Return a prefix that limits the descriptors of a program, and removes the capability to exceed the limit."""
+    return ["setpriv", "--bounding-set=-all", sys.executable, "-c", LIMITED, limit]
+
+
+class TestDescriptorsInTransit:
+    """All processes of a user together have more descriptors in transit in Unix sockets than the limit of the proxy."""
+
+    @pytest.fixture(autouse=True)
+    def in_transit(self) -> Iterator[None]:
+        ends = socket.socketpair()
+        for _ in range(2):
+            socket.send_fds(ends[0], [b"x"], [0] * 50)
+        yield
+        for end in ends:
+            end.close()
+
+    @pytest.fixture
+    def start(self, systemd: socket.socket, tmp_path: Path) -> Iterator[Callable[[str], Proxy]]:
+        """Start a proxy of systemd with a limit of descriptors."""
+        environment = {"NOTIFY_SOCKET": systemd.getsockname(), "FDSTORE": "8"}
+        arguments: list[str | Path] = [f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", tmp_path / "irq"]
+        with ExitStack() as stack:
+
+            def start(limit: str) -> Proxy:
+                proxy = Proxy(None, arguments, environment, tmp_path / "log", limited(limit))
+                stack.callback(proxy.close)
+                return proxy
+
+            yield start
+
+    def test_a_low_soft_limit_is_raised(self, systemd: socket.socket, start: Callable[[str], Proxy]) -> None:
+        proxy = start("soft")
+        proxy.wait_ready()
+        stored = [systemd.recv(1000).split(b"\n")[1] for _ in range(3)]
+        assert stored == [b"FDNAME=inflight.1", b"FDNAME=inotify.1", b"FDNAME=link.1"]
+        assert proxy.stop() == 0
+
+    def test_a_low_hard_limit_is_one_error_line(self, start: Callable[[str], Proxy]) -> None:
+        proxy = start("hard")
+        assert proxy.process.wait(HANG) == os.EX_OSERR
+        assert proxy.log.endswith(f"error: cannot store a descriptor in systemd's fd store: {IN_TRANSIT}\n")
+        assert proxy.log.count("\n") == 1
+
+    @pytest.mark.s6
+    def test_the_error_of_s6_is_explained(self, daemon: Daemon) -> None:
+        code = f"""
+import os
+from inco_trio.errors import ResourceError
+from inco_trio.persist.fdstore import S6FdStore
+
+os.environ["S6_FD#"] = "0"
+try:
+    S6FdStore({daemon.socket!r}, {PREFIX!r}).store("link", 0)
+except ResourceError as error:
+    print(error)
+"""
+        command = [*limited("hard"), sys.executable, "-c", code]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"cannot store {PREFIX}link.1 in {daemon.socket}: {IN_TRANSIT}\n", "")
+
+    def test_the_error_of_a_bundle_is_explained(self) -> None:
+        code = """
+from inco_trio.errors import ResourceError
+from inco_trio.persist.bundle import Bundle
+from tests.support_proxy import Cupboard
+
+bundle = Bundle(Cupboard())
+try:
+    bundle.store("b1/link", 0)
+except ResourceError as error:
+    print(error)
+"""
+        command = [*limited("hard"), sys.executable, "-c", code]
+        project = Path(__file__).parents[1]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=project)
+        assert (done.stdout, done.stderr) == (f"cannot store descriptors: {IN_TRANSIT}\n", "")
 
 
 @pytest.mark.parametrize(

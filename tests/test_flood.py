@@ -67,7 +67,7 @@ def test_a_flood_restricts_the_link_until_it_has_ended() -> None:
 
 def test_few_ignored_frames_per_second_do_not_restrict_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("inco_trio.real_clock.monotonic", lambda: now)
     link = Restrictable()
     flood = Flood(link)
     for _ in range(20 * FLOOD):

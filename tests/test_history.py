@@ -127,8 +127,6 @@ class Walk(RuleBasedStateMachine):
     def acknowledge(self, number: int) -> None:
         assert self.follower is not None
         done, self.unacknowledged = self.unacknowledged[:number], self.unacknowledged[number:]
-        while done and self.unacknowledged and self.unacknowledged[0].event == "merged":
-            done.append(self.unacknowledged.pop(0))  # Successive merged events are acknowledged together.
         for event in done:
             name = str(event.signal)
             if event.event == "merged":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pty
+import re
 import shutil
 import subprocess
 import tomllib
@@ -15,7 +16,7 @@ import pytest
 
 from docs.manual.generated import COMPLETION, MAN, MAN5, ROOT, generate, stale
 from docs.manual.page import drop_in_page
-from inco_trio.cli.parser import COMMANDS
+from inco_trio.cli.parser import COMMANDS, GROUPS
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
 from tests.support_pages import parts
@@ -63,6 +64,21 @@ def test_the_page_of_the_configuration_has_each_key() -> None:
     text = (ROOT / MAN5 / "udrv.json.5").read_text()
     assert ".B file.DEVICE.path\n" in text
     assert ".B misc.inco_proxy.signals.SIGNAL.direction\n" in text
+
+
+def test_the_page_of_all_commands_lists_each_command_once_and_by_purpose() -> None:
+    text = (ROOT / MAN / "inco-trio.1").read_text()
+    listed = re.findall(r"^\.BR inco-trio-(\S+) \(1\)$", text.replace("\\-", "-"), re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    assert [line[4:] for line in text.splitlines() if line.startswith(".SS ")] == [*GROUPS, "other"]
+    description = text.partition(".SH DESCRIPTION\n")[2].partition(".SH ")[0]
+    assert [each for each in COMMANDS.values() if each in " ".join(description.split())] == []
+
+
+def test_a_page_names_only_the_variables_and_files_that_its_command_uses() -> None:
+    text = (ROOT / MAN / "inco-trio-help.1").read_text()
+    assert ".SH ENVIRONMENT" not in text
+    assert ".SH FILES" not in text
 
 
 def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:

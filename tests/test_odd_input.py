@@ -203,7 +203,9 @@ def scan(directory: Path, *words: str) -> Done:
     return code, out.replace(b"%b/" % os.fsencode(directory), b""), err.replace(b"%b/" % os.fsencode(directory), b"")
 
 
-PASSED_OVER = b"warning: inco-trio-x/data/uid: not written by `inco-trio s6`, so its service may not use the fd store\n"
+PASSED_OVER = (
+    b"warning: inco-trio-x/data/uid: not written by `inco-trio service s6`, so its service may not use the fd store\n"
+)
 
 
 @pytest.mark.parametrize(

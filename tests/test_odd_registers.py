@@ -80,7 +80,7 @@ odd = pytest.mark.parametrize(
     [
         ("has 2 names (hard links)", hard_link),
         ("not a regular file but a FIFO", fifo_with_reader),
-        pytest.param("not on the filesystem of its directory", bind_mount, marks=pytest.mark.netns),
+        pytest.param("not on the same filesystem as its directory", bind_mount, marks=pytest.mark.netns),
     ],
     ids=["hard link", "FIFO", "mount"],
 )

@@ -366,6 +366,8 @@ def test_a_failed_picture_leaves_no_file(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
     # Turn off the coverage tool: its data file would also exceed the file size limit.
     env = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
+    # Under this limit, Python would leave truncated .pyc files, which it cannot import later.
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=env)
     picture = night.with_suffix(".svg")
     assert done.stderr == f"inco-trio: error: {picture}: cannot be written: File too large\n"

@@ -166,7 +166,7 @@ def test_a_leaked_board_is_reported(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("marker", "said"),
     [
-        ("signals={'x': 'up'}", "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
+        ("signals={'x': 'up'}", "signals: x: direction='up': expected 'inbound' or 'outbound'"),
         ("config='/nowhere'", "/nowhere: cannot be read: No such file or directory"),
         ("link='pigeon'", "link='pigeon': expected 'unix' or 'interface'"),
         ("'unix'", "marker inco_trio: expected only the arguments config=, signals= and link="),

@@ -18,7 +18,6 @@ import pytest
 import trio
 
 from inco_trio.config import Config
-from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import proxies
 from inco_trio.errors import ResourceError
 from inco_trio.linux import capabilities as cap
@@ -34,7 +33,7 @@ from tests.faults.supervised import wait_path
 from tests.support_control import COMMAND, Board
 from tests.support_doctor import process
 
-LOCKED = "--lock-memory: cannot lock memory (its size is limited): set `ulimit -l unlimited`"
+LOCKED = "--lock-memory: cannot lock memory (RLIMIT_MEMLOCK is finite): set `ulimit -l unlimited`"
 
 
 def status_of(pid: int, task: str = "") -> dict[str, str]:
@@ -153,11 +152,9 @@ def test_the_doctor_reports_capabilities(mode: str, level: str, text: str, tmp_p
 )
 def test_the_doctor_knows_what_a_proxy_needs(command: str, netns: str | None, levels: list[str]) -> None:
     held = ("CAP_NET_RAW", "CAP_SYS_ADMIN")
-    status = Status("a", 0, 0, True, "", None, Stats(), (), (), capabilities=held)
-    board = BoardStatus("a", status=status)
-    found = proxies.capabilities(process(1, command), board, None if netns is None else Path(netns))
+    status = Status("a", 0, 0, True, "", None, Stats(), (), (), capabilities=held, netns=netns)
+    found = proxies.capabilities(process(1, command), status)
     assert [result.level.name.lower() for result in found] == levels
-    assert not [*proxies.capabilities(process(1, command), BoardStatus("a", "not open"), None)]
 
 
 def test_an_escape_keeps_all_capabilities(tmp_path: Path) -> None:
@@ -173,7 +170,7 @@ def test_a_proxy_that_waits_for_its_link_has_already_dropped_capabilities(cores:
     words = ["missing0", "--irq-dir", str(tmp_path / "irq"), "--control", "none", "--wait-link"]
     proxy = Proxy(cores.core0, words, {}, tmp_path / "log")
     try:
-        proxy.wait_log("waiting for it")
+        proxy.wait_log("waiting for the link")
         kept = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}
         assert effective(proxy.pid) == OURS & bits(*kept)
         status = status_of(proxy.pid)

@@ -53,6 +53,25 @@ sys.exit(main(sys.argv[3:]))
 """
 """A program that runs inco-trio and sends signals to itself when a given function is called."""
 
+AT_THE_WAKEUP_FD = """
+import os, signal, sys
+from inco_trio.cli import main
+
+set_wakeup_fd, numbers = signal.set_wakeup_fd, [signal.SIGTERM]
+
+def setting(*arguments, **named):
+    os.kill(os.getpid(), numbers.pop(0))
+    numbers.append(int(sys.argv[2]))
+    return set_wakeup_fd(*arguments, **named)
+
+signal.set_wakeup_fd = setting
+sys.exit(main(sys.argv[3:]))
+"""
+"""A program that runs inco-trio and sends signals to itself before each change of the signal wakeup fd.
+
+The first signal is SIGTERM.
+"""
+
 AT_THE_END = """
 import os, signal, sys
 from inco_trio.cli import main
@@ -121,6 +140,15 @@ def test_signals_while_the_interpreter_shuts_down_are_ignored(number: signal.Sig
     assert (code, said) == (
         78,
         f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n",
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=str)
+def test_a_signal_while_the_event_loop_closes(number: signal.Signals, tmp_path: Path) -> None:
+    # Trio closes its wakeup fd before it resets it. Python prints a traceback if a signal arrives in between.
+    assert run(AT_THE_WAKEUP_FD, "", [number], "none0", "--irq-dir", tmp_path / "irq") == (
+        0,
+        "inco-trio: info: none0: stopped before it was ready\n",
     )
 
 
@@ -205,7 +233,7 @@ def test_a_reload_requested_while_waiting_for_the_link_runs_later(
     running = proxy("--config", udrv, "--wait-link", ready=False)
     running.wait_log("no such interface yet")
     running.process.send_signal(signal.SIGUSR1)
-    running.wait_log("not ready yet: there are no counters")
+    running.wait_log("not ready yet: no counters to log")
     write_udrv(udrv, irq_dir, {}, {})
     running.process.send_signal(signal.SIGHUP)
     running.wait_log("not ready yet: the configuration will be reloaded once the service is ready")

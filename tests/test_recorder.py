@@ -7,6 +7,7 @@ import mmap
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
 def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(memory)
     real, shifts = time.time_ns, [0]
-    monkeypatch.setattr("time.time_ns", lambda: real() + shifts[-1])
+    monkeypatch.setattr("inco_trio.real_clock.time_ns", lambda: real() + shifts[-1])
     for shift in (0, 10**8, 3600 * 10**9, 0):
         shifts.append(shift)
         recorder.append([IN])
@@ -161,6 +162,62 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
     ]
     monotonic = [each.monotonic_ns for each in recorder.notifications()]
     assert monotonic == sorted(monotonic)
+
+
+def record_many(recorder: Recorder, names: Iterable[int]) -> None:
+    """Record a notification and an event of each of these signals."""
+    for number in names:
+        signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
+        recorder.append([signal])
+        recorder.note("pending", "no space", f"n{number}_irq", Direction.INBOUND)
+
+
+def names_of(recorder: Recorder) -> tuple[list[str], list[str | None]]:
+    return [each.signal for each in recorder.notifications()], [note.signal for note in recorder.notes()]
+
+
+@pytest.fixture
+def few_names(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Limit the table of names to this number."""
+    monkeypatch.setattr("inco_trio.persist.recorder.NAMES_MAX", 50)
+    return 50
+
+
+def test_a_full_table_of_names_keeps_the_records(memory: memoryview, few_names: int) -> None:
+    recorder = Recorder(memory, kept=16)
+    for number in range(4 * few_names):
+        record_many(recorder, [number])
+        newest = range(max(0, number - 15), number + 1)
+        assert names_of(recorder) == ([f"s{n}_irq" for n in newest], [f"n{n}_irq" for n in newest])
+        if number % 7 == 0:
+            recorder = Recorder(memory)
+            assert recorder.inherited
+    assert len(recorder._names) == few_names
+
+
+def test_more_recorded_names_than_fit_keep_the_newest_records(memory: memoryview, few_names: int) -> None:
+    recorder = Recorder(memory, kept=few_names)
+    recorder.note("problem", "a problem")
+    for number in range(4 * few_names):
+        record_many(recorder, [number])
+        signals, noted = names_of(recorder)
+        assert len(signals) >= min(number + 1, few_names // 4)
+        assert signals == [f"s{n}_irq" for n in range(number + 1 - len(signals), number + 1)]
+        assert noted[-1] == f"n{number}_irq"
+    recorder.note("problem", "a problem")
+    assert list(recorder.notes())[-1].count == 1
+    assert recorder.boot == Recorder(memory).boot
+
+
+def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memoryview, few_names: int) -> None:
+    recorder = Recorder(memory, kept=16)
+    record_many(recorder, range(few_names))
+    unused = recorder._unused[-1]
+    memory[256 + unused * 64 : 256 + unused * 64 + 3] = b"x\0\0"
+    again = Recorder(memory)
+    assert names_of(again) == names_of(recorder)
+    record_many(again, range(few_names))
+    assert names_of(again)[0] == [f"s{n}_irq" for n in range(few_names - 16, few_names)]
 
 
 def test_an_incomplete_record_is_not_read(memory: memoryview) -> None:

@@ -1103,6 +1103,72 @@ def test_a_trigger_created_in_a_directory_that_was_then_replaced_counts(
     assert successor.open() == [notify.name]
 
 
+@pytest.mark.parametrize("pid", ["1", str(os.getpid())], ids=["another PID", "the same PID"])
+@pytest.mark.parametrize("then", ["kept", "directory moved", "directory removed", "trigger removed"])
+def test_triggers_that_a_killed_process_created_trigger_nothing(
+    start: StartWorld, irq: Path, notify: Signal, uart: Signal, pid: str, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = start(notify, uart, opened=False)
+    with monkeypatch.context() as before:
+        before.setattr("inco_trio.registers.directory.temporary_name", lambda: f".inco-trio.{pid}")
+        world.registers.open(world.table)
+    # The process is killed before it reads the events of the files that it created.
+    successor = world.again()
+    if then == "directory moved":
+        irq.rename(irq.with_name("away"))
+    elif then == "directory removed":
+        shutil.rmtree(irq)
+    elif then == "trigger removed":
+        notify.path.unlink()
+    assert successor.open() + successor.later() == []
+    write(notify.path)
+    assert successor.triggered() == [notify.name]
+    third = successor.again()
+    assert third.open() == []
+    # The next creation is that of an application, so it counts.
+    irq.rename(irq.with_name("away again"))
+    irq.mkdir()
+    write(uart.path)
+    assert third.triggered() + third.later() == [uart.name]
+
+
+def test_a_trigger_that_an_application_created_at_the_same_time_counts_after_a_crash(
+    start: StartWorld, irq: Path, notify: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    assert world.triggered() == []
+    link = os.link
+
+    def link_too_late(*names: str, **directories: Any) -> None:
+        write(notify.path)
+        link(*names, **directories)
+
+    world.clock.now += EMPTIED
+    with monkeypatch.context() as application:
+        application.setattr(os, "link", link_too_late)
+        assert world.restore() == []
+    successor = world.again()
+    irq.rename(irq.with_name("away"))
+    irq.mkdir()
+    assert successor.open() == [notify.name]
+
+
+def test_a_trigger_created_and_removed_before_the_killed_process_created_it_counts(
+    start: StartWorld, notify: Signal
+) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    assert world.triggered() == []
+    write(notify.path)
+    notify.path.unlink()
+    world.clock.now += EMPTIED
+    assert world.restore() == []
+    assert notify.path.exists()
+    successor = world.again()
+    assert successor.open() + successor.later() == [notify.name]
+
+
 def test_watches_of_an_earlier_configuration_are_removed(start: StartWorld, notify: Signal, uart: Signal) -> None:
     successor = start(notify, uart).again([notify])
     assert successor.open() == []

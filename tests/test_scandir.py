@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import pwd
@@ -111,11 +112,11 @@ class Tree:
             program=program or [sys.executable, "-c", STANDIN],
         )
 
-    def start(self, namespace: Namespace | None = None) -> None:
+    def start(self, namespace: Namespace | None = None, prefix: Sequence[str] = ()) -> None:
         def start() -> subprocess.Popen[bytes]:
             with self._log.open("wb") as log:
                 return subprocess.Popen(
-                    ["s6-svscan", str(self.scandir)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    [*prefix, "s6-svscan", str(self.scandir)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
 
         self._process = namespace.run(start) if namespace else start()
@@ -327,6 +328,47 @@ def test_a_real_proxy_delivers_notifications_that_arrive_while_it_is_down(
     state.wait(3)
     assert [core1.receive()[14:] for _ in range(3)] == [b"redun_notify_irq"] * 3
     assert tree.held() == [f"inco-trio/{cores.link}/{name}.1" for name in ("inflight", "inotify", "link")]
+
+
+UNCOVERED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from netns.unprivileged import uncover
+uncover([Path(path).resolve() for path in (sys.argv[1], sys.prefix, sys.base_prefix)])
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""A program that lets every user read Python and the project, and then runs its arguments."""
+APPLICATION = 12
+"""The user ID of an application."""
+
+
+@pytest.mark.s6
+@pytest.mark.netns
+def test_a_service_can_use_a_directory_of_the_application(
+    tree: Tree, cores: Cores, core1: Peer, watch: Callable[[Path], Consumer]
+) -> None:
+    """The user of the service may write by its group, and `--irq-owner` names the application and this group."""
+    irq = tree.home / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    user, group = ("daemon", "daemon") if another_user() else ("root", str(os.getegid()))
+    owner = str(APPLICATION if another_user() else os.getuid())
+    for path in (irq, irq / "message_6_trig"):
+        os.chown(path, int(owner), grp.getgrnam(group).gr_gid if another_user() else -1)
+    irq.chmod(0o2775)
+    tree.config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(irq)}}}))
+    command = [sys.executable, "-m", "inco_trio", "service", "s6", str(tree.scandir), cores.link]
+    command += ["--config", str(tree.config), "--user", user, "--irq-owner", f"{owner}:{group}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with tree.becoming_ready(cores.link):
+        tree.start(cores.core0, [sys.executable, "-c", UNCOVERED, str(Path(__file__).parents[1])])
+    state = watch(irq / "message_4_state")
+    core1.send(b"ihub_reset_irq")
+    state.wait(1)
+    (irq / "message_6_trig").write_text("1")
+    assert core1.receive()[14:] == b"redun_notify_irq"
+    assert (irq / "message_4_state").stat().st_uid == (pwd.getpwnam(user).pw_uid)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -572,6 +614,14 @@ def test_a_unit_of_root_names_no_account() -> None:
     unit = systemd_unit(service=SERVICES["boards"], user="inco-trio", program=["/usr/bin/inco-trio"])
     assert "\nUser=inco-trio\n" in unit
     assert "\n#   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin inco-trio\n" in unit
+
+
+def test_a_unit_names_the_owner_of_the_directories() -> None:
+    options = ["--config", "/u.json", "--user", "root"]
+    for words in (["systemd", "rpmsg4000"], ["systemd", "unix:/run/a,peer=/run/b"]):
+        command = [sys.executable, "-m", "inco_trio", "service", *words, *options, "--irq-owner", "12:13"]
+        unit = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert re.search("^ExecStart=.* --irq-owner 12:13 ", unit, re.MULTILINE)
 
 
 def test_memory_is_locked_only_on_request(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from inco_trio.cli import send as send_command
 from inco_trio.cli.send import _Schedule
 from inco_trio.cli.signalling import alone
+from inco_trio.cores.peer import Peer
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
@@ -102,7 +103,8 @@ def test_send_through_the_proxy(board: Board) -> None:
     done = run("send", "redun_notify_irq", "--control", board.path, "--count", "3", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
-    assert (said["signal"], said["sent"], said["where"]) == ("redun_notify_irq", 3, f"through {board.home}/core0")
+    assert (said["signal"], said["count"], said["sent"]) == ("redun_notify_irq", 3, 3)
+    assert (said["board"], said["register"], said["link"]) == (f"{board.home}/core0", None, None)
     assert received(peer, 3) == [b"redun_notify_irq"] * 3
     assert run("send", "redun_notify_irq", "--control", board.path, "-q").stdout == ""
     done = run("send", "redun_notify_irq", "--control", board.path)
@@ -255,24 +257,23 @@ def test_send_and_wait_choose_a_board(board: Board) -> None:
 
 
 @pytest.mark.netns
-def test_other_users_may_wait_if_the_group_allows_it_but_not_send(
-    board: Board, nobody: list[str], tmp_path: Path
-) -> None:
-    board.core1()
-    board.running()
-    temporary = Path(tempfile.gettempdir())
-    for path in (board.path.parent, *board.path.parents):
-        if temporary in path.parents:
+def test_other_users_may_wait_if_the_group_allows_it_but_not_send(nobody: list[str]) -> None:
+    # Other users may not enter pytest's directories.
+    with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
+        board = Board(Path(home), stack)
+        for path in (board.home, board.path.parent):
             path.chmod(0o755)
+        board.core1()
+        board.running()
 
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
-        return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
+        def ask(*words: str) -> subprocess.CompletedProcess[str]:
+            whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
+            return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
-    assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
-    board.path.chmod(0o666)
-    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
-    assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
+        assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
+        board.path.chmod(0o666)
+        assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
+        assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 
 def test_a_missing_proxy_is_an_error(tmp_path: Path) -> None:
@@ -503,7 +504,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     )
     assert result.returncode == 1
     said = json.loads(result.stdout)
-    assert (said["version"], said["where"]) == (1, "timeout")
+    assert (said["version"], said["count"]) == (1, 100000)
     assert said["sent"] < 100000
     assert result.stderr.endswith(f"redun_notify_irq: {said['sent']} of 100000 were sent\n")
     # When `send` acts as an application or as core 1, --rate makes it wait.
@@ -550,6 +551,19 @@ def test_the_interface_of_core0_is_refused_for_core1(
             assert complaint.endswith(f" serves it, and receives only frames from core 1: use {use}")
     finally:
         near.close()
+
+
+@pytest.mark.netns
+def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Peer) -> None:
+    """A proxy for a link of the same name in another namespace is starting, and another program listens on the link."""
+    starting = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", cores.link]
+    with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        send = functools.partial(run, "send", "ihub_hwwd_irq", "--as", "core1", cores.link)
+        sent = cores.core1.run(send)
+        process.communicate("\n")
+    assert (sent.returncode, sent.stderr) == (0, "")
 
 
 @pytest.mark.netns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -130,12 +131,27 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt", "mqtt://h", "--config", "/x"], "--config applies only to proxies"),
         (["--exporter", "nowhere"], "ADDRESS:PORT"),
         (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
+        (["--mqtt", "mqtt://h", "--irq-owner", "12"], "--irq-owner applies only to proxies"),
+        (["--boards", "/x", "--irq-owner", "12"], "--boards and --irq-owner are mutually exclusive"),
     ],
 )
 def test_invalid_options_are_refused(words: list[str], text: str) -> None:
     done = s6("--systemd", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert text in done.stderr
+
+
+def test_no_text_names_the_former_command() -> None:
+    root = Path(__file__).parents[1]
+    former = {root / f"inco_trio/cli/{name}.py" for name in ("s6", "parser")}
+    texts = [*(root / "inco_trio").rglob("*"), *(root / "docs").glob("*.md"), root / "README.md"]
+    naming = [
+        path
+        for path in texts
+        if path.is_file() and path.suffix != ".pyc" and path not in former
+        if re.search(rb"inco-trio s6\b|`s6 --systemd", path.read_bytes())
+    ]
+    assert naming == []
 
 
 def test_an_invalid_gateway_configuration_is_a_warning(tmp_path: Path) -> None:

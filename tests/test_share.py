@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -101,10 +101,18 @@ def test_a_lone_event_is_finished_in_place_or_stays_queued() -> None:
 
 
 class Boards:
-    def __init__(self, stack: ExitStack) -> None:
-        self.shared = SharedInotify(None, Inflight.open().events[0])
+    """Two boards with one inotify descriptor."""
+
+    def __init__(self, stack: ExitStack, held: int | None = None, memories: Sequence[Inflight] = ()) -> None:
+        self._stack = stack
+        self.shared = SharedInotify(held, Inflight.open().events[0])
         stack.callback(self.shared.inotify.close)
-        self.shares = [self.shared.share(Inflight.open()) for _ in range(2)]
+        self.memories = memories or [Inflight.open() for _ in range(2)]
+        self.shares = [self.shared.share(memory) for memory in self.memories]
+
+    def successor(self) -> Boards:
+        """Return the boards of a process that inherits all descriptors."""
+        return Boards(self._stack, os.dup(self.shared.inotify.fd), self.memories)
 
     def received(self, share: Share) -> list[Event]:
         self.shared.drain()
@@ -152,6 +160,24 @@ def test_a_replaced_mask_causes_no_events(boards: Boards, tmp_path: Path) -> Non
     other.watch(str(tmp_path / ".."), ino.IN_CREATE)
     (tmp_path / "a").touch()
     assert boards.shared.inotify.queued == 0
+
+
+def test_a_successor_watches_only_what_its_predecessor_watched(boards: Boards, tmp_path: Path) -> None:
+    for share, inflight in zip(boards.shares, boards.memories, strict=True):
+        inflight.watches[b"directory"] = share.watch(str(tmp_path), ino.IN_DELETE)
+    successor = boards.successor()
+    one, other = successor.shares
+    # The second board is not open yet, so only the kernel knows which events it has requested.
+    wd = one.watch(str(tmp_path), ino.IN_CREATE)
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "a").unlink()
+    assert successor.received(one) == [Event(wd, ino.IN_CREATE, b"a")]
+    assert {event.mask for event in successor.received(other)} == {ino.IN_CREATE, ino.IN_DELETE}
+    other.watch(str(tmp_path), ino.IN_CREATE)
+    (tmp_path / "b").touch()
+    (tmp_path / "b").unlink()
+    assert [event.mask for event in successor.received(other)] == [ino.IN_CREATE]
+    assert successor.received(one) == [Event(wd, ino.IN_CREATE, b"b")]
 
 
 def test_a_watch_can_be_narrowed_although_its_path_changed(boards: Boards, tmp_path: Path) -> None:

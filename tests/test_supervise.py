@@ -77,10 +77,10 @@ def test_each_problem_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     stats, _ = run(task)
     assert stats.restarts == 5
     assert messages(caplog) == [
-        ("WARNING", "rpmsg4000: receive: Cannot allocate memory; restarted"),
-        ("WARNING", "rpmsg4000: receive: Too many open files; restarted"),
+        ("WARNING", "rpmsg4000: receive: Cannot allocate memory; restarting the task"),
+        ("WARNING", "rpmsg4000: receive: Too many open files; restarting the task"),
         ("INFO", "rpmsg4000: receive: works again"),
-        ("WARNING", "rpmsg4000: receive: Too many open files; restarted"),
+        ("WARNING", "rpmsg4000: receive: Too many open files; restarting the task"),
     ]
 
 

@@ -198,7 +198,7 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "signals", "said"),
     [
-        (None, {"x": "up"}, "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
+        (None, {"x": "up"}, "signals: x: direction='up': expected 'inbound' or 'outbound'"),
         (None, {"two words": "inbound"}, "signals: misc.inco_proxy.signals"),
         ({"file": []}, None, "file: expected an object"),
         ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
@@ -437,7 +437,7 @@ def test_frame_faults_apply_by_direction(board: Board) -> None:
     board.core0.trigger(NOTIFY)
     board.core1.expect(NOTIFY)
     assert [each.name for each in board.history if each.what == "dropped on the link"][-1] == HWWD
-    with pytest.raises(InvalidArgumentError, match="direction='in': neither 'inbound' nor 'outbound'"):
+    with pytest.raises(InvalidArgumentError, match="direction='in': expected 'inbound' or 'outbound'"):
         board.faults.frames(direction="in")
 
 
@@ -671,4 +671,16 @@ def test_a_delayed_frame_arrives_although_a_test_has_frozen_time(tmp_path: Path)
     with freezegun.freeze_time("2026-01-01"), open_board(tmp_path / "board") as board:
         board.faults.frames(delay=0.001)
         board.core1.send(HWWD)
+        board.core0.expect(HWWD, HANG)
+
+
+def test_a_proxy_retries_although_a_test_has_frozen_time(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with freezegun.freeze_time("2026-01-01"), open_board(tmp_path / "board", in_process=True) as board:
+        # The proxy refuses a file with two names. No event reports that the other name is removed.
+        os.link(board.core0.register(HWWD), other)
+        board.core1.send(HWWD)
+        while "cannot write" not in board.proxy.log:
+            time.sleep(0.01)  # No event reports a line of the log.
+        other.unlink()
         board.core0.expect(HWWD, HANG)

@@ -9,6 +9,7 @@ from docs.manual.completion import complete
 from docs.manual.page import command_pages, configuration_page, drop_in_page
 from inco_trio import config
 from inco_trio.cli.parser import drop_in_parser, parser
+from inco_trio.signals import builtin_signals
 
 __all__ = ["COMPLETION", "MAN", "MAN5", "ROOT", "generate", "stale"]
 
@@ -24,7 +25,7 @@ def generate() -> dict[Path, str]:
     pages = {**command_pages(parser()), **drop_in_page(drop_in_parser())}
     return {
         **{MAN / name: text for name, text in pages.items()},
-        **{MAN5 / name: text for name, text in configuration_page(_keys(), EXAMPLE.read_text()).items()},
+        **{MAN5 / name: text for name, text in configuration_page(_keys(), _files(), EXAMPLE.read_text()).items()},
         **{COMPLETION / name: text for name, text in complete(parser()).items()},
     }
 
@@ -37,6 +38,11 @@ def _keys() -> list[tuple[str, str]]:
         "misc.inco_proxy.signals.SIGNAL": config._Entry,
     }
     return [(f"{table}.{key}", what) for table, cls in tables.items() for key, what in described(cls).items()]
+
+
+def _files() -> list[str]:
+    """Return the name, the direction and the file of each built-in signal."""
+    return [f"`{each.path.name}` for {each.name} ({each.direction.value})" for each in builtin_signals(Path("/"))]
 
 
 def stale(root: Path = ROOT) -> list[str]:

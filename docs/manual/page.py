@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from inco_trio.cli.parser import COMMANDS, EXIT_CODES
+from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS
 
 __all__ = ["command_pages", "configuration_page", "drop_in_page"]
 
@@ -33,6 +33,7 @@ FILES = (
     ("udrv.json", "--config", "the board's configuration, see udrv.json(5)"),
     ("/run/inco-trio/", "--control", "control sockets of the proxies of root and of services"),
     ("$XDG_RUNTIME_DIR/inco-trio/", "--control", "control sockets of the proxies of another user"),
+    ("/tmp/inco-trio-UID/", "--control", "the same, if XDG_RUNTIME_DIR is not set"),  # noqa: S108 - a text
 )
 """The files: path, option, meaning. The commands with this option use the file."""
 SERVICE_SIGNALS = (
@@ -41,7 +42,6 @@ SERVICE_SIGNALS = (
     ("SIGTERM, SIGINT", "finish what was read, and exit; the third signal ends the process at once"),
 )
 COMMAND_SIGNALS = (("SIGINT", "stop with exit code 130"), ("SIGTERM", "stop"))
-GENERAL = {"-h", "--help", "-V", "--version"}
 SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "inco_proxy"}
 
 
@@ -56,7 +56,7 @@ def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def drop_in_page(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Return the man page of `inco_proxy`, by file name."""
-    summary = "carry inter-core interrupts, as the old program of that name"
+    summary = "transfer inter-core interrupts, in place of the old program of that name"
     return {"inco_proxy.1": _page(parser, summary, ["inco-trio", "inco-trio-run"])}
 
 
@@ -73,7 +73,10 @@ def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
 
 def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]) -> str:
     title = parser.prog.replace(" ", "-")
-    notes = _Notes(parser.epilog or "")
+    commands = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    epilog = parser.epilog or ""
+    # The epilog of all commands begins with a list of them, which the section COMMANDS contains.
+    notes = _Notes(epilog.partition("\n\n")[2] if commands else epilog)
     words = _Words(parser)
     summary = summary[0].lower() + summary[1:].rstrip(".")
     lines = [
@@ -85,10 +88,14 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     for paragraph in notes.paragraphs:
         lines += [".PP", *words.paragraph(paragraph)]
     codes = EXIT_CODES
-    if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
+    if commands:
         lines.append(".SH COMMANDS")
-        for command, what in COMMANDS.items():
-            lines += [".TP", f".BR {_escaped(_name(command))} (1)", *words.paragraph(what)]
+        grouped = {command for names in GROUPS.values() for command in names}
+        rest = [command for command in COMMANDS if command not in grouped]
+        for purpose, names in (*GROUPS.items(), ("other", rest)):
+            lines.append(f".SS {purpose}")
+            for command in names:
+                lines += [".TP", f".BR {_escaped(_name(command))} (1)", *words.paragraph(COMMANDS[command])]
     else:
         codes = {code: what for code, what in codes.items() if code not in OF_A_COMMAND} | _codes(notes.codes)
     lines.append(".SH OPTIONS")
@@ -99,7 +106,7 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     for code, what in sorted(codes.items()):
         lines += [".TP", f".B {code}", *words.paragraph(what)]
     options = {option for action in parser._actions for option in action.option_strings}
-    has = options if len(options) > len(GENERAL) else {option for _, option, _ in (*ENVIRONMENT, *FILES)}
+    has = {option for _, option, _ in (*ENVIRONMENT, *FILES)} if commands else options
     if parser.prog == "inco_proxy":
         has = {"--config", "--control"}
     for heading, rows in (("ENVIRONMENT", ENVIRONMENT), ("FILES", FILES)):
@@ -120,17 +127,24 @@ def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) 
     return lines
 
 
-def configuration_page(keys: Sequence[tuple[str, str]], example: str) -> dict[str, str]:
-    """Return the man page of udrv.json, by file name. `keys` contains the name and the description of each key."""
+def configuration_page(keys: Sequence[tuple[str, str]], files: Sequence[str], example: str) -> dict[str, str]:
+    """Return the man page of udrv.json, by file name.
+
+    `keys` contains the name and the description of each key, and `files` a text for each built-in signal.
+    """
     words = _Words(argparse.ArgumentParser())
     about = (
         "The proxy of inco-trio reads the signals of a board from this JSON file. It ignores all keys that are not "
         "listed here, because the file describes many more devices. `inco-trio check` reports all mistakes at once."
     )
+    required = (
+        "Only `file.ihub-irq-dev.path` is required. Without further keys, the built-in signals use files in this "
+        f"directory: {', '.join(files)}."
+    )
     lines = [
         f'.TH "UDRV.JSON" 5 {DATE} "inco\\-trio" "Manual of inco\\-trio"',
         *(".SH NAME", "udrv.json \\- configuration of a board of inco\\-trio"),
-        *(".SH DESCRIPTION", *words.paragraph(about)),
+        *(".SH DESCRIPTION", *words.paragraph(about), ".PP", *words.paragraph(required)),
         *_definitions("KEYS", keys, words),
         *(".SH EXAMPLES", ".EX", *(_line(_escaped(line)) for line in example.splitlines()), ".EE"),
         *(".SH SEE ALSO", ".BR inco\\-trio\\-check (1),", ".BR inco\\-trio\\-run (1)"),

@@ -16,8 +16,8 @@ import trio
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, IncoError, ResourceError
 from inco_trio.proxy.proxy import Proxy, open_proxy
-from inco_trio.real_clock import RealClock
 from inco_trio.registers.refusals import refusal
+from inco_trio.trio_clock import RealClock
 
 __all__ = ["Beside"]
 

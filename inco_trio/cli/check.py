@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.streams import say, say_bytes
 from inco_trio.errors import ConfigError
-from inco_trio.links.address import parse_address
+from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.signals import Signal
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("iface", nargs="?", metavar="LINK", help="also check and explain this link")
     sub.add_argument("--iface", dest="former_iface", help=argparse.SUPPRESS)
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
-    sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
+    sub.add_argument("--gateway", metavar="FILE", help="check this configuration of `inco-trio mqtt`")
     sub.add_argument("--example", action="store_true", help="print a complete udrv.json as an example")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -38,23 +40,33 @@ def run(args: argparse.Namespace) -> int:
     if args.boards is not None:
         return _check_boards(options.boards_directory(args, "--config", "IFACE"), as_json=args.json)
     board = options.configured_board(args)
-    rows = [
-        {"signal": s.name, "direction": s.direction.value, "register": str(s.path)}
-        for s in sorted(board.signals, key=lambda s: s.direction.value)
-    ]
-    link = {}
+    rows = _rows(board.signals)
+    link: dict[str, str | None] = {}
+    explained = []
     if args.iface is not None:
         options.check_link(args.iface)
-        link["link"] = parse_address(args.iface).explanation
+        address = parse_address(args.iface)
+        explained = [f"link: {address.explanation}"]
+        link = {"link": args.iface, "mac": None, "peer": None}
+        if isinstance(address, UnixAddress):
+            link |= {"mac": address.mac.hex(":"), "peer": address.peer}
     if args.json:
         lines = [json.dumps({"version": 1, **link, "signals": rows, "notes": list(board.notes)}, indent=2)]
     else:
         widths = [max(len(row[key]) for row in rows) for key in ("signal", "direction")]
         lines = [f"{row['signal']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
-        lines += [f"link: {explanation}" for explanation in link.values()]
+        lines += explained
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
     return 0
+
+
+def _rows(signals: Iterable[Signal]) -> list[dict[str, str]]:
+    """Return the signals for JSON, inbound signals first."""
+    return [
+        {"signal": signal.name, "direction": signal.direction.value, "register": str(signal.path)}
+        for signal in sorted(signals, key=lambda signal: signal.direction.value)
+    ]
 
 
 def _check_gateway(args: argparse.Namespace) -> int:
@@ -84,18 +96,25 @@ def _check_boards(directory: Path, *, as_json: bool) -> int:
     from inco_trio.board_files import read_boards
 
     boards = read_boards(directory)
-    rows = [
-        {"name": name, "link": config.link, "netns": str(config.netns or ""), "signals": len(config.signals)}
-        for name, config in boards.configs.items()
-    ]
     refused = {name: str(error).splitlines() for name, error in boards.refused.items()}
     if as_json:
+        rows = [
+            {
+                "board": name,
+                "link": config.link,
+                "netns": None if config.netns is None else str(config.netns),
+                "owner": config.owner,
+                "group": config.group,
+                "signals": _rows(config.signals),
+            }
+            for name, config in boards.configs.items()
+        ]
         say(json.dumps({"version": 1, "boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
     else:
-        width = max((len(str(row["name"])) for row in rows), default=0)
-        for row in rows:
-            place = f" in {row['netns']}" if row["netns"] else ""
-            say(f"{row['name']:{width}}  {row['link']}{place}, {row['signals']} signals")
+        width = max(map(len, boards.configs), default=0)
+        for name, config in boards.configs.items():
+            place = "" if config.netns is None else f" in {config.netns}"
+            say(f"{name:{width}}  {config.link}{place}, {len(config.signals)} signals")
     if refused:
         raise ConfigError("", (line for lines in refused.values() for line in lines))
     return 0

@@ -17,7 +17,7 @@ from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.streams import say
 from inco_trio.cli.terminal import wants_color
 from inco_trio.doctor.machine import proc
-from inco_trio.doctor.result import Level, Result, fail, ok, summarize
+from inco_trio.doctor.result import Level, Result, ok, refused, summarize
 from inco_trio.errors import IncoError
 from inco_trio.linux.processes import look
 from inco_trio.service.lines import printable
@@ -115,6 +115,7 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
     if link is None and directory is None:
         yield from survey(processes, answers)
     signals: tuple[Signal, ...] = ()
+    content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"
     if directory is not None:
         signals = builtin_signals(directory)
@@ -126,16 +127,19 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
         try:
             signals = read_board(config).signals
         except IncoError as error:
-            yield from _refused(config, error)
+            yield from refused(config, error)
         else:
+            content = config, signals
             yield ok("configuration", config, f"valid, {len(signals)} signals")
-    yield from examine(link, signals, processes, answers, configuration=config, start=start)
+    yield from examine(link, signals, processes, answers, configuration=content, start=start)
 
 
 def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.board_files import read_boards
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
+    from inco_trio.doctor.proxies import board_files
+    from inco_trio.registers.trust import Trust
 
     processes = look()
     yield from proc(processes)
@@ -143,18 +147,19 @@ def _boards(directory: Path) -> Iterator[Result]:
     try:
         boards = read_boards(directory)
     except IncoError as error:
-        yield from _refused(directory, error)
+        yield from refused(directory, error)
         return
-    for refused in boards.refused.values():
-        yield from _refused(directory, refused)
+    for mistake in boards.refused.values():
+        yield from refused(directory, mistake)
+    for process in processes.all:
+        if (answer := answers.by_pid.get(process.pid)) is not None and answer.name == str(directory):
+            yield from board_files(directory, boards, [board.board for board in answer.boards], process)
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
     for name, board in boards.configs.items():
         file = directory / f"{name}.json"
         yield ok("configuration", file, f"valid, {len(board.signals)} signals")
-        places = {"netns": board.netns, "configuration": file}
-        yield from examine(board.link, board.signals, processes, answers, **places, start=start)
-
-
-def _refused(path: Path, error: IncoError) -> Iterator[Result]:
-    for problem in error.reason.splitlines():
-        yield fail("configuration", error.subject or path, problem)
+        trust = Trust(board.owner, board.group)
+        yield from examine(
+            board.link, board.signals, processes, answers,
+            netns=board.netns, configuration=(file, board), trust=trust, start=start,
+        )  # fmt: skip

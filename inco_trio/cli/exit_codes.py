@@ -16,7 +16,7 @@ EXIT_INTERNAL = 70
 
 
 class UsageError(IncoError):
-    """The command line is invalid."""
+    """The error for an invalid command line."""
 
 
 CODES: dict[type[IncoError], int] = {

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def past_of(client: Client, board: str | None, seconds: float | None) -> list[Past]:
-    """Return the recorded history of one board or of all boards: the last `seconds`, or everything if None."""
+    """Return the recorded history of one board or of all boards. `seconds` limits its age (None: no limit)."""
     after = None if seconds is None else max(0, time.monotonic_ns() - round(seconds * 1e9))
     boards = client.greeting.boards if board is None else (board,)
     answers = [client.request(HistoryRequest(each, after)).history for each in boards]

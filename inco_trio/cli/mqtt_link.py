@@ -18,7 +18,7 @@ ENDS = ("core0", "core1")
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "example: inco-trio mqtt-link mqtt://broker/lab/wire1 unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
+        "example: inco-trio mqtt-link mqtt://broker/lab/bridge1 unix:/run/b1/bridge,peer=/run/b1/core0 --end core0\n"
         "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("url", metavar="URL", help="topic prefix of the bridge: mqtt[s]://HOST[:PORT]/PREFIX")

@@ -34,7 +34,7 @@ LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
-LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=PEER"
+LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
@@ -92,7 +92,7 @@ def check_link(address: str) -> None:
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
+    sub.add_argument("--config", metavar="FILE", help="path of udrv.json (default: $UDRV_JSON_PATH)")
 
 
 def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
@@ -100,11 +100,12 @@ def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--irq-owner", metavar="OWNER", type=_irq_owner, help=help_text)
 
 
-def _irq_owner(text: str) -> tuple[int | None, int | None]:
+def _irq_owner(text: str) -> str:
     try:
-        return find_owner(text)
+        find_owner(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def config_path(args: argparse.Namespace) -> Path:
@@ -191,7 +192,10 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
 def add_clients_option(sub: argparse.ArgumentParser) -> None:
     """Add `--control` for a service that connects to several proxies."""
     sub.add_argument(
-        "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
+        "--control",
+        metavar="PATH",
+        action="append",
+        help="control socket of a proxy; repeatable (default: all proxies)",
     )
 
 

@@ -198,7 +198,7 @@ def drop_in_parser() -> _Parser:
         prog="inco_proxy",
         description="Transfer inter-core interrupts between the link IFACE and the registers in $UDRV_JSON_PATH.",
         epilog=(
-            "Like `inco-trio run IFACE`, but logs to standard output.\n"
+            "The command works like `inco-trio run IFACE`, but logs to standard output.\n"
             "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000"
         ),
     )
@@ -230,5 +230,5 @@ def _grouped() -> str:
     lines = []
     for purpose, names in GROUPS.items():
         lines += [f"{purpose}:", *(f"  {name:10} {COMMANDS[name]}" for name in names)]
-    lines += ["", "inco-trio help COMMAND explains a command, inco-trio help exit-codes lists the exit codes."]
+    lines += ["", "`inco-trio help COMMAND` explains a command. `inco-trio help exit-codes` lists the exit codes."]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
+from inco_trio.linux.users import find_owner
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
@@ -117,5 +118,5 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    owner, group = args.irq_owner or (None, None)
+    owner, group = (None, None) if args.irq_owner is None else find_owner(args.irq_owner)
     return Config(args.iface, board.signals, wait_link=args.wait_link, history=args.history, owner=owner, group=group)

@@ -18,6 +18,8 @@ AT_ONCE = 1000
 SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
+_WHERE = {"board": "through {}", "register": "by {}", "link": "as core 1 on {}"}
+"""What the notifications are sent through, as keys of the JSON, with the text for each."""
 HINT = "core 1 sends it (LINK --as core1)"
 
 
@@ -25,7 +27,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = "example: inco-trio send redun_notify_irq --count 100 --rate 50"
     signalling.add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to send (default: 1)")
     sub.add_argument(
         "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
     )
@@ -41,20 +43,21 @@ def run(args: argparse.Namespace) -> int:
     in_time = True
     try:
         if args.core1 is not None:
-            where = _send_as_core1(args, schedule)
+            _send_as_core1(args, schedule)
         elif signalling.is_application(args):
-            where = _send_as_application(args, schedule)
+            _send_as_application(args, schedule)
         else:
-            where = _send_through_proxy(args, schedule)
+            _send_through_proxy(args, schedule)
     except TimeoutError:
-        where, in_time = "timeout", False
+        in_time = False
     finally:
         if schedule.sent < args.count and (schedule.sent or not in_time):
             remark(f"{args.signal}: {schedule.sent} of {args.count} were sent")
     if args.json:
-        result = {"signal": args.signal, "sent": schedule.sent, "where": where, "seconds": schedule.seconds}
-        say(json.dumps({"version": 1, **result}))
+        result = {"signal": args.signal, "count": args.count, "sent": schedule.sent, "seconds": schedule.seconds}
+        say(json.dumps({"version": 1, **result, **dict.fromkeys(_WHERE), **schedule.where}))
     elif in_time and not args.quiet:
+        (where,) = (_WHERE[key].format(value) for key, value in schedule.where.items())
         say(f"{args.signal}: {schedule.sent} sent, {where}, in {schedule.seconds:.3f} s")
     return 0 if in_time else EXIT_NOT_SENT
 
@@ -67,6 +70,8 @@ class _Schedule:
 
     def __init__(self, count: int, rate: float | None, timeout: float | None = None) -> None:
         self.sent = 0
+        self.where: dict[str, str] = {}
+        """The board, register or link that the notifications are sent through, by its key in `_WHERE`."""
         self._count = count
         self._rate = rate
         self._timeout = math.inf if timeout is None else timeout
@@ -113,7 +118,7 @@ class _Schedule:
                 time.sleep(self.pause())
 
 
-def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
+def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> None:
     from inco_trio.control.client import connect
     from inco_trio.control.protocol import SendRequest
 
@@ -134,11 +139,11 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
                 schedule.check()  # Raise TimeoutError instead if the timeout has passed.
                 raise
 
+        schedule.where = {"board": board or client.greeting.name}
         schedule.follow(send)
-        return f"through {board or client.greeting.name}"
 
 
-def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
+def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> None:
     from inco_trio.cores.watch import trigger
 
     path = signalling.register_of(args, "outbound", WHAT, HINT).path
@@ -147,17 +152,17 @@ def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
         for _ in range(count):
             trigger(path)
 
+    schedule.where = {"register": str(path)}
     schedule.follow(send)
-    return f"by {path}"
 
 
-def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
+def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> None:
     link = signalling.link_of(args)
+    schedule.where = {"link": link}
     import trio  # Import trio lazily: the import takes longer than everything else.
 
     with signalling.alone():
         trio.run(_send_frames, link, args.signal, schedule)
-    return f"as core 1 on {link}"
 
 
 async def _send_frames(link: str, name: str, schedule: _Schedule) -> None:

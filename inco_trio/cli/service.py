@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mqtt", metavar="URL", help="write a service for the MQTT gateway to the broker at URL")
     sub.add_argument("--mqtt-link", metavar="URL", help="write a service for one side of the bridge at URL")
     sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core on this side of the bridge: core0 or core1")
-    sub.add_argument("--gateway", metavar="FILE", help="configuration of the gateway or bridge")
+    sub.add_argument("--gateway", metavar="FILE", help="configuration file of the gateway or bridge")
     sub.add_argument(
         "--exporter",
         metavar="ADDR",
@@ -45,8 +45,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help=f"write a service for the exporter at ADDR (default: {options.LISTEN})",
     )
     sub.add_argument("--user", help=f"run the service as USER (default for root: {descriptions.USER})")
+    options.irq_owner_argument(sub)
     sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
-    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox of the proxy (see `run`)")
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox mode of the proxy (see `run`)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     extra = ["--lock-memory"] if args.lock_memory else []
     if args.sandbox is not None:
         extra += ["--sandbox", args.sandbox]
+    if args.irq_owner is not None:
+        extra += ["--irq-owner", args.irq_owner]
     if extra and service.words[0] != "run":
         raise UsageError(f"{extra[0]} applies only to proxies")
     if args.supervisor == "systemd":
@@ -102,7 +105,7 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
         options.check_listen(args.exporter)
         return descriptions.exporter_service(args.exporter)
     if args.boards is not None:
-        boards = options.boards_directory(args, "IFACE", "--config")
+        boards = options.boards_directory(args, "IFACE", "--config", "--irq-owner")
         return descriptions.boards_service(boards, options.boards_label(boards))
     link = options.LINK if args.iface is None else args.iface
     options.check_link(link)

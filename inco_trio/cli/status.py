@@ -13,7 +13,7 @@ from inco_trio.cli.options import add_color, add_place, number_of_seconds
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, connect, connect_all, wait_for_end
-from inco_trio.control.protocol import BoardStatus, to_json
+from inco_trio.control.protocol import PROTOCOL, BoardStatus, to_json
 from inco_trio.errors import InvalidArgumentError
 from inco_trio.problems import times
 from inco_trio.proxy_status import Status
@@ -90,7 +90,9 @@ def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
 
 def _shown(proxies: Proxies, args: argparse.Namespace, before: tuple[float, Proxies] | None) -> Iterator[str]:
     if args.json:
-        yield json.dumps({"version": 1, "boards": [to_json(board) for boards in proxies.values() for board in boards]})
+        yield json.dumps(
+            {"version": PROTOCOL, "boards": [to_json(board) for boards in proxies.values() for board in boards]}
+        )
     elif args.openmetrics:
         from inco_trio.metrics.openmetrics import textfile
 
@@ -152,7 +154,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
 
 
 def _uptime(status: Status, now: float) -> float:
-    """Return for how many seconds the proxy has been open. Older proxies report only when they were opened."""
+    """Return for how many seconds the proxy has been open. Older versions report only when it was opened."""
     return status.uptime or now - status.since
 
 

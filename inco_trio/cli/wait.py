@@ -35,10 +35,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it arrived, 1 it did not arrive in time, 4 COMMAND failed"
+        "exit codes: 0 the notification arrived, 1 it did not arrive in time, 4 COMMAND failed"
     )
     signalling.add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to wait for (default: 1)")
     sub.add_argument("--timeout", type=seconds, metavar="TIME", help="fail (exit 1) after TIME, such as 10s")
     sub.add_argument(
         "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"

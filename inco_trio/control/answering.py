@@ -131,9 +131,9 @@ class Connection:
         self._check_board(request.board)
         found = (protocol.BoardStatus(name, problem) for name, problem in self._served.not_open().items())
         boards = [protocol.encode_board(board) for board in found if request.board in (None, board.board)]
-        for name in tuple(self._served.proxies()):
+        for name in tuple(self._served.proxies()) if request.board is None else (request.board,):
             proxy = self._served.proxies().get(name)
-            if request.board in (None, name) and proxy is not None:
+            if proxy is not None:
                 history = self._history(name, proxy._history())
                 boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
                 await trio.lowlevel.checkpoint()  # Let other tasks run, because a process may serve 1,000 boards.
@@ -203,8 +203,9 @@ class Connection:
                     "busy", f"process {other.process} already follows this board (a board can have only one follower)"
                 )
         follower = Follower(
-            boards=request.boards, batches=request.batches, process=self.peer.process, gone=lambda: self.gone
-        )
+            boards=request.boards, batches=request.batches, process=self.peer.process, gone=lambda: self.gone,
+            transmit=self._transmit,
+        )  # fmt: skip
         self._monitor = follower
         self._feed.add(follower)
         for name, proxy in self._served.proxies().items():
@@ -267,12 +268,26 @@ class Connection:
         try:
             while lines := await monitor.take():
                 await self._write(lines)
-                await monitor.pause()
                 if others := len(self._feed.monitors) - 1:
                     await trio.sleep(others * SHARE)
         finally:
             self._feed.remove(monitor)
 
+    def _transmit(self, lines: bytes) -> int:
+        """Send lines without waiting. Return how many bytes were sent."""
+        if self._writing.locked():
+            return 0
+        try:
+            return os.write(self._stream.socket.fileno(), lines)
+        except OSError:
+            return 0  # The socket is full, or the task that reads or writes ends the connection.
+
     async def _write(self, lines: bytes) -> None:
-        async with self._writing:
+        try:
+            self._writing.acquire_nowait()  # `acquire` would let other tasks run first.
+        except trio.WouldBlock:
+            await self._writing.acquire()
+        try:
             await self._stream.send_all(lines)
+        finally:
+            self._writing.release()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from inco_trio import real_clock
 from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
 from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
@@ -149,7 +150,7 @@ class Client(Channel, AbstractContextManager["Client"]):
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         super().__init__(path, is_subject=False)
         self._events: deque[Event] = deque()
-        deadline = time.monotonic() + patience
+        deadline = real_clock.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._dial(deadline)
@@ -167,7 +168,7 @@ class Client(Channel, AbstractContextManager["Client"]):
 
     def _dial(self, deadline: float) -> None:
         while not dial(self._sock, self.path):
-            if time.monotonic() >= deadline:
+            if real_clock.monotonic() >= deadline:
                 raise self._silent()
             time.sleep(AGAIN)
 
@@ -179,7 +180,7 @@ class Client(Channel, AbstractContextManager["Client"]):
 
     def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
         """Send a request, and return the response within `patience` seconds. Raises IncoError if the proxy refuses."""
-        deadline = math.inf if patience is None else time.monotonic() + patience
+        deadline = math.inf if patience is None else real_clock.monotonic() + patience
         try:
             self._sock.settimeout(patience)
             self._sock.sendall(protocol.encode_request(request))
@@ -195,12 +196,12 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
-        """Yield the events of a monitor until the proxy ends, or until no event arrives for `patience` seconds."""
+        """Yield the events of a monitor until the proxy exits, or until no event arrives for `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
             try:
-                self._read_event(math.inf if patience is None else time.monotonic() + patience)
+                self._read_event(math.inf if patience is None else real_clock.monotonic() + patience)
             except ProtocolError:
                 raise
             except ProxyNotFoundError:
@@ -211,7 +212,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self._sock.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has ended."""
+        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
         if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while self._lines:
@@ -234,7 +235,7 @@ class Client(Channel, AbstractContextManager["Client"]):
     def _await_line(self, deadline: float) -> None:
         """Wait for a complete line until the deadline. Partial data does not extend the deadline."""
         while not self._lines:
-            left = deadline - time.monotonic()
+            left = deadline - real_clock.monotonic()
             if left <= 0:
                 raise self._silent()
             if select.select([self._sock], [], [], min(UNINTERRUPTED, left))[0]:
@@ -275,8 +276,8 @@ def connect_all() -> list[Client]:
 
 
 def wait_for_end(clients: Sequence[Client], seconds: float) -> None:
-    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy ends in the meantime."""
-    deadline = time.monotonic() + seconds
+    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy exits in the meantime."""
+    deadline = real_clock.monotonic() + seconds
     for client in select.select(clients, [], [], seconds)[0]:
         client._read_event(deadline)
 

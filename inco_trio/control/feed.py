@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History
 from inco_trio.problems import board_name
@@ -50,7 +50,7 @@ class Batch:
     time_ns: int
     monotonic_ns: int
     since: int = 0
-    """When the notifications became pending (time.monotonic_ns()), or 0 if they were never pending."""
+    """When the notifications became pending (real_clock.monotonic_ns()), or 0 if they were never pending."""
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
     lines: dict[bool, list[str]] = attrs.field(factory=dict, init=False)
@@ -95,7 +95,7 @@ class Feed:
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
         if self.monitors:
-            now = time.time_ns(), time.monotonic_ns()
+            now = real_clock.time_ns(), real_clock.monotonic_ns()
             self._put(Batch(self._board, tuple(signals), 0, frames, *now, reason=reason))
 
     def _put(self, batch: Batch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,12 +16,16 @@ from inco_trio.control.protocol import AcknowledgeAllRequest, Greeting, Reply, R
 
 __all__ = ["Conversation", "converse"]
 
+DELAY = 0.02
+"""Seconds for which `send_acknowledgements` collects acknowledgements, because each request delays the proxy."""
+URGENT = 256
+"""Number of acknowledgements that are not delayed. It is less than the proxy sends without acknowledgements."""
 POSITIONS_MAX = 100
 """Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 
 
 class Conversation(Channel):
-    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy ends."""
+    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy exits."""
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
         super().__init__(path, is_subject=True)
@@ -28,7 +34,9 @@ class Conversation(Channel):
         self._ahead: list[Reply] = []
         self._positions: dict[str, tuple[str, int]] = {}
         """The history (`boot`) and the sequence number up to which to acknowledge notifications, by board."""
-        self._has_positions = trio.Event()
+        self._has_positions, self._has_many = trio.Event(), trio.Event()
+        self._number = 0
+        """How often `acknowledge` was called since the last request."""
 
     async def write(self, request: Request) -> None:
         """Send a request, without waiting for the response."""
@@ -42,16 +50,31 @@ class Conversation(Channel):
         """Let `send_acknowledgements` acknowledge the notifications of a board up to `sequence`."""
         self._positions[board] = boot, sequence
         self._has_positions.set()
+        self._number += 1
+        if self._number >= URGENT:
+            self._has_many.set()
 
     async def send_acknowledgements(self) -> None:
         """Send acknowledgements until cancelled. One request acknowledges notifications of several boards."""
         while True:
             await self._has_positions.wait()
-            self._has_positions = trio.Event()
-            positions = [(board, *position) for board, position in self._positions.items()]
-            self._positions.clear()
-            for start in range(0, len(positions), POSITIONS_MAX):
-                await self.write(AcknowledgeAllRequest(positions[start : start + POSITIONS_MAX]))
+            with trio.move_on_after(DELAY):
+                await self._has_many.wait()
+            for request in self._take_positions():
+                await self.write(request)
+
+    def _take_positions(self) -> list[AcknowledgeAllRequest]:
+        positions = [(board, *position) for board, position in self._positions.items()]
+        self._positions.clear()
+        self._has_positions, self._has_many, self._number = trio.Event(), trio.Event(), 0
+        starts = range(0, len(positions), POSITIONS_MAX)
+        return [AcknowledgeAllRequest(positions[start : start + POSITIONS_MAX]) for start in starts]
+
+    def acknowledge_at_end(self) -> None:
+        """Send acknowledgements without waiting, before the connection is closed. No other task may be writing."""
+        with contextlib.suppress(OSError):
+            for request in self._take_positions():
+                os.write(self._stream.socket.fileno(), encode_request(request))
 
     async def read(self) -> list[Reply]:
         """Wait for responses and events, and return those that have arrived."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -19,7 +20,7 @@ WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
 """Maximum number of events that are encoded at once."""
-PAUSE = 0.07
+PAUSE = 0.02
 """Maximum pause in seconds between writes to a follower. Each write wakes the follower, which delays notifications."""
 PAUSE_EACH = 0.005
 """Seconds to pause for each notification in the last write. After a single notification, the pause is short."""
@@ -41,6 +42,10 @@ class Monitor:
     """The number of events in `_waiting`, counting each notification of a batch."""
     _lost: int = 0
     _ended: bool = False
+    _rest: str = ""
+    """The rest of lines that were sent only in part."""
+    _is_idle: bool = False
+    """Whether `take` waits for events."""
     _arrived: trio.Event = attrs.Factory(trio.Event)
     _ending: trio.Event = attrs.Factory(trio.Event)
 
@@ -78,7 +83,8 @@ class Monitor:
     async def take(self) -> bytes:
         """Wait for events, and return some of them as lines. After `end`, return b"" once the queue is empty."""
         while True:
-            lines: list[str] = []
+            await self.pause()
+            lines, self._rest = [self._rest] if self._rest else [], ""
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
@@ -88,13 +94,21 @@ class Monitor:
                 self._lost = 0
             lines += self._stored()
             if lines or (self._ended and not self._waiting):
+                self._taken()
                 return "".join(lines).encode()
             if not self._waiting:
                 self._arrived = trio.Event()
-                await self._arrived.wait()
+                self._is_idle = True
+                try:
+                    await self._arrived.wait()
+                finally:
+                    self._is_idle = False
 
     async def pause(self) -> None:
-        """Wait before the next `take`."""
+        """Wait until `take` may return the next events."""
+
+    def _taken(self) -> None:
+        """Record that lines were sent."""
 
     def _stored(self) -> Iterator[str]:
         """Yield the next events from the histories of a follower, as lines. A monitor has no histories."""
@@ -175,10 +189,11 @@ class _Cursor:
         self.sent = max(self.sent, self.history.floor)
         if not self.merged and (merged := self._merged()):
             self.merged, self.merged_to = merged, self.history.floor
-            for each in merged:
+            # Only the last event has the number that acknowledges them, in case the follower has not read all of them.
+            for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
-                    sequence=self.merged_to, boot=self.history.boot,
+                    sequence=sequence, boot=self.history.boot,
                 )  # fmt: skip
 
     def _next(self, room: int) -> list[Record]:
@@ -230,11 +245,15 @@ class Follower(Monitor):
     """The PID of the client."""
     gone: Callable[[], bool] = bool
     """Returns whether the client has closed its connection."""
+    transmit: Callable[[bytes], int] | None = None
+    """A function that sends lines without waiting, and returns how many bytes it has sent."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
     _pause: float = 0.0
-    """Seconds to pause before the next write; 0 if more events may be waiting."""
+    """Seconds between the last write and the next one; 0 if more events may be waiting."""
+    _due: float = -math.inf
+    """The time of the next write."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards
@@ -256,16 +275,31 @@ class Follower(Monitor):
             if self.follows(batch.board):
                 self._put(batch, len(batch.signals))
         elif batch.board in self.cursors:
-            self._turn_of(batch.board)
+            if self._is_idle and not self._arrived.is_set() and self.transmit and trio.current_time() >= self._due:
+                # Do not wake the task that calls `take`, because that takes longer than everything else here.
+                self._behind[batch.board] = None
+                self._transmit(self.transmit)
+            else:
+                self._turn_of(batch.board)
+
+    def _transmit(self, transmit: Callable[[bytes], int]) -> None:
+        lines = "".join(self._stored())
+        self._taken()
+        self._rest = lines[transmit(lines.encode()) :]  # The lines are ASCII.
+        if self._rest or self._behind:
+            self._arrived.set()
 
     def offer(self, event: Event) -> None:
         if self.follows(event.board):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        if self._pause:
-            with trio.move_on_after(self._pause):
+        if trio.current_time() < self._due:
+            with trio.move_on_at(self._due):
                 await self._ending.wait()
+
+    def _taken(self) -> None:
+        self._due = trio.current_time() + self._pause
 
     def acknowledge(self, board: str, sequence: int) -> int:
         """Acknowledge notifications of a board up to `sequence`. Return the last acknowledged number."""

@@ -48,7 +48,7 @@ def make_directory(path: Path) -> None:
         return
     path.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(path):
-        text = "only this user may have access to this directory (remove it, or set XDG_RUNTIME_DIR)"
+        text = "only this user may have access to this directory (remove it or set XDG_RUNTIME_DIR)"
         raise PermissionError(errno.EPERM, text, str(path))
 
 

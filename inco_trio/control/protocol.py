@@ -7,16 +7,17 @@ cattrs. The server uses the rules in `_KEYS` instead, because importing cattrs w
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction
 from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
@@ -411,8 +412,9 @@ class Event:
     """The line from which the event was decoded, or an empty string."""
 
     def json(self) -> str:
-        """Return the line from which the event was decoded. If there is none, encode the event with its frame."""
-        return self.text or encode_event(self, frames=True).rstrip("\n")
+        """Return the event as a line of a command's output, with `version`. Keep the keys of a received line."""
+        line = self.text.strip() or encode_event(self, frames=True).rstrip("\n")
+        return f'{{"version": {PROTOCOL}, {line[1:]}'
 
 
 @attrs.frozen(slots=False)
@@ -424,7 +426,7 @@ class Notifications:
     """The identifier of the history that contains the notifications."""
     sequence: int
     """The sequence number of the first notification."""
-    signals: Sequence[tuple[Direction, str]]
+    signals: tuple[tuple[Direction, str], ...]
     items: Sequence[tuple[int, float, int]]
     """For each notification: its index in `signals`, its time in seconds since 1970, and in CLOCK_MONOTONIC ns."""
 
@@ -433,15 +435,28 @@ Reply = Event | Response | Notifications
 
 
 def encode_notifications(batch: Notifications) -> str:
-    signals = [(direction.value, name) for direction, name in batch.signals]
-    return json.dumps({"event": "notifications"} | vars(batch) | {"signals": signals}) + "\n"
+    # Formatting takes a quarter of the time of json.dumps().
+    items = ", ".join([f"[{index}, {time!r}, {number}]" for index, time, number in batch.items])
+    head, signals = _encode_history(batch.board, batch.boot), _encode_signals(batch.signals)
+    return f'{head}, "sequence": {batch.sequence}, "signals": {signals}, "items": [{items}]}}\n'
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_history(board: str, boot: str) -> str:
+    """Return the beginning of the event `notifications`."""
+    return json.dumps({"event": "notifications", "board": board, "boot": boot})[:-1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_signals(signals: tuple[tuple[Direction, str], ...]) -> str:
+    return json.dumps([(direction.value, name) for direction, name in signals])
 
 
 def _notifications(message: dict[str, Any]) -> Notifications:
     """Decode the event `notifications` without cattrs, which would take most of a client's CPU time."""
     try:
         board, boot = (RULES[str](message.get(key)) for key in ("board", "boot"))
-        signals = [(RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"]]
+        signals = tuple((RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"])
         items = [(index, time, number) for index, time, number in message["items"]]
         for index, time, number in items:
             if not (type(index) is type(number) is int and type(time) is float):
@@ -454,7 +469,7 @@ def _notifications(message: dict[str, Any]) -> Notifications:
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:
-    return Event(event, board, time.time(), time.monotonic_ns(), **fields)
+    return Event(event, board, real_clock.time_ns() / 1e9, real_clock.monotonic_ns(), **fields)
 
 
 _REQUIRED = {

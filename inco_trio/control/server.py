@@ -36,7 +36,7 @@ FAREWELL = 0.1
 
 @attrs.frozen(eq=False, repr=False)
 class Peer:
-    """The client process of a connection."""
+    """The process and the user of a client."""
 
     process: int
     user: int
@@ -62,7 +62,7 @@ class Control:
         self.feed = Feed(served)
         """The `notifications.Listener` to which the proxies report events."""
         self.closed = trio.Event()
-        """Set once `serve` has ended."""
+        """Set once `serve` has returned."""
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         self._boot = os.urandom(8).hex()
         self._clients: set[Connection] = set()

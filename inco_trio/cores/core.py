@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.errors import ClosedError
 from inco_trio.nurseries import starting_and_stopping
 
@@ -87,7 +87,7 @@ class Core:
 
     def _arrive(self, name: str, frame: bytes = b"") -> None:
         self._sequence += 1
-        arrival = Arrival(name, self._sequence, time.monotonic_ns(), time.time_ns(), frame)
+        arrival = Arrival(name, self._sequence, real_clock.monotonic_ns(), real_clock.time_ns(), frame)
         for stream, names in self._streams.items():
             if names is None or name in names:
                 try:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from inco_trio.config import Config
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
 from inco_trio.doctor.result import Result, fail
@@ -14,6 +15,7 @@ from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.processes import Process, Processes
 from inco_trio.linux.users import find_owner
+from inco_trio.proxy_status import Status
 from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
@@ -30,14 +32,15 @@ def examine(
     answers: Answers,
     *,
     netns: Path | None = None,
-    configuration: Path | None = None,
+    configuration: tuple[Path, Config | Sequence[Signal]] | None = None,
+    trust: Trust | None = None,
     start: str | None = None,
 ) -> Iterator[Result]:
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
-    `configuration` is the file that defines the signals. `start` is the command that starts the proxy (default:
-    `inco-trio run LINK`).
+    `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
+    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`).
     """
     users = _NO_USERS
     if link is not None:
@@ -53,16 +56,17 @@ def examine(
                 results = [fail("netns", link, error.reason)]
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
-    yield from _registers(signals, processes, users)
-    boards = answers.of(users.proxy)
+    boards = [board for board in answers.of(users.proxy) if board.status is not None and board.status.link == link]
+    status = boards[0].status if boards else None
+    if users.proxy is not None:
+        trust = trust_of(users.proxy, status)
+    yield from _registers(signals, processes, users, trust or Trust())
     for board in boards:
-        if board.status is not None and board.status.link == link:
-            yield from proxies.counters(board)
-            if users.proxy is not None:
-                yield from proxies.capabilities(users.proxy, board, netns)
-    if configuration is not None and users.proxy is not None:
-        read_at = min((board.status.table_since for board in boards if board.status is not None), default=None)
-        yield from proxies.configuration(configuration, users.proxy, read_at)
+        yield from proxies.counters(board)
+    if users.proxy is not None and status is not None:
+        yield from proxies.capabilities(users.proxy, status)
+        if configuration is not None:
+            yield from proxies.configuration(*configuration, users.proxy, status)
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
@@ -96,11 +100,11 @@ def _interface(
     return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER)], users
 
 
-def _registers(signals: Sequence[Signal], processes: Processes, users: Users) -> Iterator[Result]:
+def _registers(signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust) -> Iterator[Result]:
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory)
-        yield from register_files.trusted(directory, trust_of(users.proxy))
+        yield from register_files.trusted(directory, trust)
         yield from register_files.reported(directory)
         yield from register_files.kinds(own)
         yield from register_files.held_open(own, users.proxies)
@@ -109,13 +113,12 @@ def _registers(signals: Sequence[Signal], processes: Processes, users: Users) ->
             yield from register_files.watched(own, users.proxy)
 
 
-def trust_of(proxy: Process | None) -> Trust:
-    """Return whom a proxy trusts: the owner that its command line names, or else its own user."""
-    if proxy is None:
-        return Trust()
+def trust_of(proxy: Process, status: Status | None) -> Trust:
+    """Return whom a proxy trusts: its own user, and the owner that it reports or that its command line names."""
+    if status is not None:
+        return Trust(status.owner, status.group, proxy.uid)
     named = proxies.value_of("--irq-owner", proxy.command)
     with contextlib.suppress(ValueError):  # The user was removed after the proxy had started.
         if named is not None:
-            owner, group = find_owner(named)
-            return Trust(proxy.uid if owner is None else owner, group)
-    return Trust(proxy.uid)
+            return Trust(*find_owner(named), proxy.uid)
+    return Trust(user=proxy.uid)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from inco_trio.board_files import Boards
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
 from inco_trio.linux.capabilities import names_of
 from inco_trio.linux.processes import Process, Processes, named
+from inco_trio.proxy_status import Status
 from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
 from inco_trio.signals import Signal
 
 __all__ = [
+    "board_files",
     "capabilities",
     "configuration",
     "counters",
@@ -85,9 +88,18 @@ def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Resul
         yield fail("descriptors", link, text)
     else:
         text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
-        config = value_of("--config", proxy.command)
-        option = "" if config is None else f" --config {shlex.quote(config)}"
-        yield warn("descriptors", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
+        yield warn("descriptors", link, text, _service_of(link, proxy.command))
+
+
+def _service_of(link: str, command: Sequence[str]) -> str:
+    """Return the command that writes a service for the proxy that `command` started."""
+    words = ["inco-trio", "service", "s6", "/run/service"]
+    if (boards := value_of("--boards", command)) is not None:
+        return shlex.join([*words, "--boards", boards])
+    config, owner = value_of("--config", command), value_of("--irq-owner", command)
+    # A service reads a udrv.json. The placeholder stands for one if the command line does not name it.
+    options = ["--config", "udrv.json" if config is None else config]
+    return shlex.join([*words, link, *options, *([] if owner is None else ["--irq-owner", owner])])
 
 
 def value_of(option: str, command: Sequence[str]) -> str | None:
@@ -99,36 +111,53 @@ def value_of(option: str, command: Sequence[str]) -> str | None:
     return None
 
 
-def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
-    """Check that a proxy has read the current version of its configuration file.
+def configuration(path: Path, wanted: Config | Sequence[Signal], proxy: Process, status: Status) -> Iterator[Result]:
+    """Check that a proxy uses the current content of its configuration file.
 
-    `read_at` is the time of the last read in seconds since 1970 (default: the start of the process).
+    `wanted` is the content: the signals of a udrv.json, or the whole configuration that a board file describes. The
+    check compares contents, because the times of files and processes are misleading after the clock was set.
     """
-    try:
-        changed = path.stat().st_mtime
-    except OSError:
-        return
-    if changed > (proxy.started if read_at is None else read_at):
-        text = f"changed after process {proxy.pid} "
-        text += "started: unless reloaded since, the proxy uses the old version" if read_at is None else "read it"
+    signals = wanted.signals if isinstance(wanted, Config) else wanted
+    used = {(each.signal, each.direction, each.register) for each in status.signals}
+    current = {(each.name, each.direction, str(each.path)) for each in signals}
+    changed = sorted({name for name, _, _ in used ^ current})
+    if isinstance(wanted, Config):
+        netns = None if wanted.netns is None else str(wanted.netns)
+        keys = {
+            "link": (status.link, wanted.link),
+            "netns": (status.netns, netns),
+            "irq_owner": ((status.owner, status.group), (wanted.owner, wanted.group)),
+        }
+        changed = [*(key for key, (before, now) in keys.items() if before != now), *changed]
+    if changed:
+        text = f"process {proxy.pid} does not use the current version, which differs in {', '.join(changed)}"
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
-        yield ok("reload", path, f"process {proxy.pid} has read the current version")
+        yield ok("reload", path, f"process {proxy.pid} uses the current version")
 
 
-def capabilities(proxy: Process, board: BoardStatus, netns: Path | None) -> Iterator[Result]:
+def board_files(directory: Path, boards: Boards, served: Collection[str], proxy: Process) -> Iterator[Result]:
+    """Check that a proxy serves the boards in its directory and no others. `served` contains the boards' names."""
+    for name in sorted(boards.configs.keys() - served):
+        text = f"process {proxy.pid} has not read this file: it does not serve the board"
+        yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+    for name in sorted(set(served) - boards.configs.keys() - boards.refused.keys()):
+        text = f"was removed, but process {proxy.pid} still serves the board"
+        yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+
+
+def capabilities(proxy: Process, status: Status) -> Iterator[Result]:
     """Report a proxy's capabilities, and check that it needs them. Skip other programs, which may need more."""
-    if board.status is None or not proxy.is_proxy:
+    if not proxy.is_proxy:
         return
     words = proxy.command
-    config = Config(board.status.link, (), netns=netns)
+    netns = None if status.netns is None else Path(status.netns)
+    config = Config(status.link, (), netns=netns, owner=status.owner, group=status.group)
     several = value_of("--boards", words) is not None
     needed = set(needed_capabilities([config], grows=several, locked="--lock-memory" in words))
-    if several or value_of("--irq-owner", words) is not None:
-        needed |= OF_OWNERS
     if several:
-        needed |= OF_NAMESPACES  # Any of the boards may use a network namespace.
-    held, subject = board.status.capabilities, f"process {proxy.pid}"
+        needed |= OF_OWNERS | OF_NAMESPACES  # Any of the boards may use an owner or a network namespace.
+    held, subject = status.capabilities, f"process {proxy.pid}"
     if surplus := [name for name in held if name not in names_of(needed)]:
         text = f"has capabilities that it does not need: {' '.join(surplus)}: start it without --sandbox none"
         yield warn("capabilities", subject, text)

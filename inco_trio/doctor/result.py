@@ -10,7 +10,9 @@ from pathlib import Path
 
 import attrs
 
-__all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "summarize", "warn"]
+from inco_trio.errors import IncoError, PermissionDeniedError
+
+__all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "refused", "summarize", "warn"]
 
 
 _HIDDEN = "permission"
@@ -67,6 +69,13 @@ def fail(check: str, subject: object, found: str, fix: str | None = None) -> Res
 def hidden(what: str) -> Result:
     """Return the result of a check that this user is not permitted to make. `summarize` merges such results."""
     return warn(_HIDDEN, "", what)
+
+
+def refused(path: Path, error: IncoError) -> list[Result]:
+    """Return a result for each mistake in a configuration file, or a hidden result if this user may not read it."""
+    if isinstance(error, PermissionDeniedError):
+        return [hidden(f"the configuration {error.subject or path}")]
+    return [fail("configuration", error.subject or path, problem) for problem in error.reason.splitlines()]
 
 
 def summarize(results: Iterable[Result], again: str) -> list[Result]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
+from inco_trio.config import Config
 from inco_trio.doctor import machine
-from inco_trio.doctor.answers import Answers
+from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
-from inco_trio.doctor.proxies import counters, value_of
-from inco_trio.doctor.result import Result, fail, hidden, warn
+from inco_trio.doctor.proxies import board_files, counters, value_of
+from inco_trio.doctor.result import Result, fail, hidden, refused, warn
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
@@ -19,6 +20,9 @@ from inco_trio.linux.processes import Process, Processes, interfaces_of, is_same
 from inco_trio.signals import Signal, builtin_signals
 
 __all__ = ["survey"]
+
+_Content = tuple[Path, Config | Sequence[Signal]]
+"""A configuration file and its current content, see `proxies.configuration`."""
 
 
 def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
@@ -39,33 +43,36 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
 def _answering(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
     """Examine the boards that a proxy reports."""
     answer = answers.by_pid[process.pid]
-    configurations, networks = _files(process, answer.name)
+    contents: dict[str, _Content] = {}
+    if is_same_mount_namespace(process):
+        contents = yield from _contents(process, answer)
     for board in answer.boards:
         if board.status is None:
             yield from counters(board)
             continue
-        netns, file = networks.get(board.board), configurations.get(board.board)
         signals = tuple(
             Signal(each.signal, each.direction, Path(each.register).parent, Path(each.register).name)
             for each in board.status.signals
         )
-        yield from _examine(process, board.status.link, signals, processes, answers, netns, file)
+        netns = None if board.status.netns is None else Path(board.status.netns)
+        yield from _examine(process, board.status.link, signals, processes, answers, netns, contents.get(board.board))
 
 
 def _silent(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
     """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line."""
     subject = f"process {process.pid} ({process.name})"
-    if not process.sockets and processes.unseen:
+    if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    yield warn("control", subject, "the process does not answer on a control socket: its counters are unknown")
+    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
+    yield warn("control", subject, text)
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(_network(process), subject):
         names = interfaces_of(process)
     names += [word for word in process.command if word.startswith("unix:")]
-    signals, file = _registers(process)
+    signals = _registers(process)
     for link in names:
-        yield from _examine(process, link, signals, processes, answers, None, file)
+        yield from _examine(process, link, signals, processes, answers)
 
 
 def _examine(
@@ -74,8 +81,8 @@ def _examine(
     signals: Sequence[Signal],
     processes: Processes,
     answers: Answers,
-    netns: Path | None,
-    configuration: Path | None,
+    netns: Path | None = None,
+    configuration: _Content | None = None,
 ) -> Iterator[Result]:
     if not is_same_mount_namespace(process):
         text = f"process {process.pid} runs in another mount namespace: its registers are not examined"
@@ -91,34 +98,46 @@ def _network(process: Process) -> Path | None:
     return path if identity(path) not in (identity(None), (0, 0)) else None
 
 
-def _files(process: Process, name: str) -> tuple[dict[str, Path], dict[str, Path | None]]:
-    """Return the configuration files and the network namespaces of a process's boards, each by board name."""
+def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[str, _Content]]:
+    """Return the configuration file of each board of a process, by board name. Yield a result for each invalid file."""
     if value_of("--boards", process.command) is None:
-        file = _configuration(process)
-        return ({} if file is None else {name: file}), {}
+        if (file := _configuration(process)) is None:
+            return {}
+        from inco_trio.config import read_board
+
+        try:
+            return {answer.name: (file, read_board(file).signals)}
+        except IncoError as error:
+            yield from refused(file, error)
+            return {}
     from inco_trio.board_files import read_boards
 
+    directory = Path(answer.name)
     try:
-        boards = read_boards(Path(name)).configs
-    except IncoError:
-        return {}, {}  # The directory was removed after the proxy had started.
-    return {board: Path(name, f"{board}.json") for board in boards}, {b: boards[b].netns for b in boards}
+        boards = read_boards(directory)
+    except IncoError as error:
+        yield from refused(directory, error)
+        return {}
+    for mistake in boards.refused.values():
+        yield from refused(directory, mistake)
+    yield from board_files(directory, boards, [board.board for board in answer.boards], process)
+    return {name: (directory / f"{name}.json", config) for name, config in boards.configs.items()}
 
 
-def _registers(process: Process) -> tuple[tuple[Signal, ...], Path | None]:
-    """Return the signals that a process's command line specifies, and its configuration file or None."""
+def _registers(process: Process) -> tuple[Signal, ...]:
+    """Return the signals that a process's command line specifies, or none if they cannot be read."""
     directory = value_of("--irq-dir", process.command)
     if directory is not None:
-        return builtin_signals(_path(process, directory)), None
+        return builtin_signals(_path(process, directory))
     file = _configuration(process)
     if file is None:
-        return (), None
+        return ()
     from inco_trio.config import read_board
 
     try:
-        return read_board(file).signals, file
+        return read_board(file).signals
     except IncoError:
-        return (), file  # The file was changed after the proxy had started.
+        return ()  # The file was changed after the proxy had started.
 
 
 def _configuration(process: Process) -> Path | None:

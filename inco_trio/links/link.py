@@ -27,6 +27,14 @@ class Link(Protocol):
     """Number of frames that are not from the peer. The link makes them malformed, so that the proxy ignores them."""
 
     @property
+    def mac(self) -> bytes:
+        """The MAC address, or b"" while the link has never existed."""
+
+    @property
+    def granted(self) -> int | None:
+        """The size of the receive buffer in bytes, or None if the link does not set it."""
+
+    @property
     def running(self) -> bool:
         """Whether the link is up and has a carrier or a peer."""
 

@@ -59,6 +59,14 @@ class NamespaceLink:
         self._opened.set()
 
     @property
+    def mac(self) -> bytes:
+        return b"" if self._inner is None else self._inner.mac
+
+    @property
+    def granted(self) -> int | None:
+        return None if self._inner is None else self._inner.granted
+
+    @property
     def running(self) -> bool:
         return self._inner is not None and self._inner.running
 

@@ -58,6 +58,7 @@ class UnixLink:
         self.name = address.local
         self.fd = sock.fileno()
         self.mac = address.mac
+        self.granted = None
         self.foreign = 0
         self.downs = 0
         self.malformed = 0

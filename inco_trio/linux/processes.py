@@ -78,6 +78,8 @@ class Process:
     """The number of inotify descriptors."""
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
+    hidden: bool = False
+    """Whether this user may not inspect the descriptors of the process. `sockets` and `watches` are then empty."""
     supervised: str = ""
     """The command with which a supervisor stops the process, or an empty string if no supervisor restarts it."""
 
@@ -151,11 +153,12 @@ def look(
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
             continue
+        hidden = False
         try:
             sockets, instances, watches = _descriptors(place)
         except PermissionError:
-            # Some processes cannot be inspected even by root.
-            sockets, instances, watches, unseen = frozenset(), 0, (), os.geteuid() != 0
+            sockets, instances, watches, hidden = frozenset(), 0, (), True
+            unseen = os.geteuid() != 0  # Some processes cannot be inspected even by root.
         except OSError:
             continue
         found.append(
@@ -169,6 +172,7 @@ def look(
                 sockets=sockets,
                 instances=instances,
                 watches=watches,
+                hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
             )
         )

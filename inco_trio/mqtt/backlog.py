@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import attrs
@@ -13,10 +13,7 @@ from inco_trio.control.follower import Conversation
 from inco_trio.control.protocol import BoardStatus, Event, Notifications
 from inco_trio.signals import Direction
 
-__all__ = ["BATCH", "Board", "Entry"]
-
-BATCH = 256
-"""Maximum number of notifications that are published concurrently."""
+__all__ = ["Board", "Entry", "do_nothing"]
 
 
 class Entry(NamedTuple):
@@ -30,6 +27,10 @@ class Entry(NamedTuple):
     """How many notifications were merged, or 0 for a single notification."""
     time: float = 0.0
     monotonic_ns: int = 0
+
+
+def do_nothing() -> None:
+    """Stand for `Board.push` while the board has no connection to the broker."""
 
 
 @attrs.define(eq=False)
@@ -51,17 +52,21 @@ class Board:
     """Number of notifications that the broker has acknowledged."""
     merged: int = 0
     """How many of the `published` notifications the proxy had merged."""
-    arrived: trio.Event = attrs.Factory(trio.Event)
-    """An event that wakes `batch` when notifications arrive."""
     changed: trio.Event = attrs.Factory(trio.Event)
-    _waiting: deque[Entry] = attrs.Factory(deque)
+    waiting: deque[Entry] = attrs.Factory(deque)
+    """The queue."""
+    generation: int = 0
+    """How often the queue was cleared because another proxy repeats the notifications."""
+    push: Callable[[], None] = do_nothing
+    """Publishes the queue, without waiting; see `Publisher.push`."""
     _last: tuple[str, int] = ("", 0)
     """The history (`Event.boot`) and sequence number of the last published notification."""
 
     def follow(self, source: Conversation) -> None:
         """Take events from a new connection. The proxy repeats all unacknowledged events on it."""
         self.source, self.is_open = source, True
-        self._waiting.clear()
+        self.waiting.clear()
+        self.generation += 1
         self.change()
 
     def leave(self, source: Conversation) -> None:
@@ -79,44 +84,31 @@ class Board:
 
     def add(self, event: Event) -> None:
         """Queue a notification or merged notifications from the proxy."""
-        self._waiting.append(
+        self.waiting.append(
             Entry(
                 event.boot, event.sequence, event.direction, event.signal or "", event.count, event.time,
                 event.monotonic_ns,
             )
         )  # fmt: skip
-        self.arrived.set()
+        self.push()
 
     def add_all(self, batch: Notifications) -> None:
         """Queue several notifications from the proxy."""
         signals = batch.signals
         for sequence, (index, time, monotonic_ns) in enumerate(batch.items, batch.sequence):
-            self._waiting.append(Entry(batch.boot, sequence, *signals[index], 0, time, monotonic_ns))
-        self.arrived.set()
-
-    async def batch(self) -> tuple[Conversation | None, list[Entry]]:
-        """Wait for entries to publish; return some of them, and the connection that they came from."""
-        while not self._waiting:
-            self.arrived = trio.Event()
-            await self.arrived.wait()
-        number = min(len(self._waiting), BATCH)
-        # A single number acknowledges all merged notifications, so publish them together.
-        while number < len(self._waiting) and self._waiting[number].merged:
-            number += 1
-        return self.source, list(itertools.islice(self._waiting, number))
+            self.waiting.append(Entry(batch.boot, sequence, *signals[index], 0, time, monotonic_ns))
+        self.push()
 
     def is_duplicate(self, entry: Entry) -> bool:
         """Return whether a notification was published before."""
         boot, number = self._last
         return not entry.merged and entry.boot == boot and entry.sequence <= number
 
-    def done(self, source: Conversation | None, entries: list[Entry], new: list[Entry]) -> None:
-        """Remove `entries` from the queue if they came from `source`. Count those in `new` as published."""
-        if self.source is source:
-            for _ in entries:
-                self._waiting.popleft()
-        for entry in new:
+    def finish(self, entry: Entry, generation: int, *, counts: bool) -> None:
+        """Remove `entry`, the first of the queue of a `generation`. If it `counts`, count it as published."""
+        if generation == self.generation:
+            self.waiting.popleft()
+        if counts:
             self.published += entry.merged or 1
             self.merged += entry.merged
-        if new:
-            self._last = new[-1].boot, new[-1].sequence
+            self._last = entry.boot, entry.sequence

@@ -9,9 +9,10 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError
+from inco_trio.mqtt.backlog import do_nothing
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.session import (
     PACKET_MAX,
     RECEIVE_MAX,
+    Answered,
     BrokerLostError,
     BrokerRefusedError,
     ConnectionBrokenError,
@@ -88,10 +91,14 @@ class Connection:
         """Whether the broker publishes the last will when this connection ends normally."""
         self.ended = trio.Event()
         """An event that is set when the connection is lost."""
+        self.room_changed: Callable[[], None] = do_nothing
+        """Called when the broker may accept more messages."""
         self._broker, self._stream, self._session, self._patience = broker, stream, session, patience
         self._lost: IncoError | None = None
         self._answered = trio.Event()
         self._room = trio.Event()
+        self._waiting_for_room = 0
+        self._nursery: trio.Nursery | None = None
         self._flushing = False
         self._is_cut = False
         """Whether a packet may have been sent only partially."""
@@ -122,21 +129,48 @@ class Connection:
         session, receipts = self._session, Receipts(len(messages), [None] * len(messages), heard)
         self._expect()
         for number, message in enumerate(messages):
-            while not session.has_room:
-                await self._flush()
-                if not session.has_room:
-                    await self._wait_for_room()
+            while session.room <= 0:
+                self._send_now()
+                await self._wait_for_room()
             session.publish(message, receipts, number)
-        await self._flush()
+        self._send_now()
         if receipts.left:
             await receipts.done.wait()
             self._check()
+        else:  # No message could be sent.
+            self.room_changed()
+            await trio.lowlevel.checkpoint()
         return receipts.refusals
+
+    @property
+    def window(self) -> int:
+        """Maximum number of unacknowledged messages to the broker."""
+        return self._session.window
+
+    @property
+    def room(self) -> int:
+        """How many messages `send` may send now. It is 0 while a call of `publish` waits for room."""
+        return 0 if self._waiting_for_room else self._session.room
+
+    def send(self, receipts: Answered, messages: Sequence[tuple[int, Message]]) -> None:
+        """Publish messages, at most `room`, without waiting. `receipts` receives the answers with these numbers.
+
+        If the connection has ended, the messages are discarded and never answered.
+        """
+        if messages and self._lost is None:
+            self._expect()
+            for number, message in messages:
+                self._session.publish(message, receipts, number)
+            self._send_now()
 
     async def _wait_for_room(self) -> None:
         if self._room.is_set():  # Do not replace an event that other tasks wait for.
             self._room = trio.Event()
-        await self._room.wait()
+        self._waiting_for_room += 1
+        try:
+            await self._room.wait()
+        finally:
+            self._waiting_for_room -= 1
         self._check()
 
     async def subscribe(self, topics: Sequence[str]) -> None:
@@ -145,7 +179,7 @@ class Connection:
         receipts = Receipts(len(topics), [None] * len(topics))
         self._expect()
         self._session.subscribe(topics, receipts)
-        await self._flush()
+        self._send_now()
         await receipts.done.wait()
         self._check()
         refused = [f"{topic}: {why}" for topic, why in zip(topics, receipts.refusals, strict=True) if why is not None]
@@ -156,7 +190,7 @@ class Connection:
         """Acknowledge a message, so that the broker does not repeat it. Do nothing if the connection has ended."""
         if self._lost is None:
             self._session.acknowledge(received)
-            await self._flush()
+            await self._flush()  # Wait, so that requests do not arrive faster than the broker reads the answers.
 
     def _expect(self) -> None:
         """Start the time limit for the broker's answer, unless it is already running."""
@@ -174,6 +208,26 @@ class Connection:
         for event in (self._answered, self._room, self.ended):
             event.set()
         self._session.abandon()
+
+    def _send_now(self) -> None:
+        """Send packets without waiting, or let a task send those that the socket does not accept now."""
+        session = self._session
+        if self._flushing or not session.out:
+            return
+        if isinstance(self._stream, trio.SocketStream):
+            try:
+                sent = os.write(self._stream.socket.fileno(), session.out)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                session.out.clear()  # See `_flush`.
+                return
+            if sent:
+                del session.out[:sent]
+                self._is_cut = bool(session.out)
+                self._progress = self._last_sent = trio.current_time()
+        if session.out and self._nursery is not None:
+            self._nursery.start_soon(self._flush)
 
     async def _flush(self) -> None:
         """Send the packets of all tasks, unless another task is already sending them."""
@@ -200,6 +254,7 @@ class Connection:
     async def run(self) -> None:
         """Receive packets and send pings until the connection is lost."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._watch)
             try:
                 await self._flush()
@@ -208,6 +263,8 @@ class Connection:
                 self._lose(error)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self._lose(self._broke(error))
+            finally:
+                self._nursery = None
             nursery.cancel_scope.cancel()
 
     async def _receive(self) -> None:
@@ -215,7 +272,7 @@ class Connection:
         while self._lost is None:
             # The broker may wait for a TCP acknowledgement before it sends more.
             _transport(self._stream).setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            data = await self._stream.receive_some(CHUNK)
+            data = await self._read()
             if not data:
                 self._lose(self._hung_up())
                 return
@@ -223,6 +280,7 @@ class Connection:
                 self._progress = trio.current_time()
                 self._is_pinging = False
                 self._room.set()
+                self.room_changed()
             if session.limits is not None:
                 self._answered.set()
             while session.received:
@@ -230,6 +288,19 @@ class Connection:
             if session.dropped and not is_warned:
                 is_warned = True
                 logger.warning("%s: dropped QoS 0 messages, because %d messages are queued", self._broker, RECEIVE_MAX)
+
+    async def _read(self) -> bytes | bytearray:
+        stream = self._stream
+        if not isinstance(stream, trio.SocketStream):
+            return await stream.receive_some(CHUNK)
+        while True:  # `receive_some` would read before it waits, which is mostly in vain.
+            await trio.lowlevel.wait_readable(stream.socket)
+            try:
+                return os.read(stream.socket.fileno(), CHUNK)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise trio.BrokenResourceError from error
 
     async def _watch(self) -> None:
         """Send pings. Lose the connection if the broker does not answer for `patience` seconds."""

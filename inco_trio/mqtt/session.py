@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import mqtt5
@@ -19,6 +19,7 @@ from inco_trio.errors import PermissionDeniedError, UnavailableError
 __all__ = [
     "PUBLISH_OVERHEAD",
     "RECEIVE_MAX",
+    "Answered",
     "BrokerLostError",
     "BrokerRefusedError",
     "ConnectionBrokenError",
@@ -132,6 +133,20 @@ class Refusal:
         return self.reason
 
 
+class Answered(Protocol):
+    """Receives the answers of the broker to messages."""
+
+    @property
+    def heard(self) -> bool:
+        """Whether messages without subscribers count as refused."""
+
+    def settle(self, number: int, refusal: Refusal | None) -> None:
+        """Record the result of a message."""
+
+    def abandon(self) -> None:
+        """Handle the end of the connection."""
+
+
 @attrs.define(eq=False)
 class Receipts:
     """The acknowledgements that one call waits for."""
@@ -152,6 +167,10 @@ class Receipts:
         if not self.left:
             self.done.set()
 
+    def abandon(self) -> None:
+        """Wake the call, because the connection has ended."""
+        self.done.set()
+
 
 class Session:
     """The state of one connection. `subject` names the broker in errors."""
@@ -169,8 +188,9 @@ class Session:
         """The reason code for DISCONNECT."""
         self._subject, self._connect = subject, connect
         self._data = bytearray()
-        self._window = 0
-        self._awaited: dict[int, tuple[Receipts, int, str]] = {}
+        self.window = 0
+        """Maximum number of unacknowledged messages to the broker."""
+        self._awaited: dict[int, tuple[Answered, int, str]] = {}
         """For each packet identifier, the receipts, the index of the message in `refusals`, and the topic."""
         self._subscribing: dict[int, tuple[Receipts, Sequence[str]]] = {}
         self._last_id = 0
@@ -180,9 +200,9 @@ class Session:
         self._unacknowledged: set[int] = set()
 
     @property
-    def has_room(self) -> bool:
-        """Whether the broker accepts another message before it acknowledges one."""
-        return len(self._awaited) < self._window
+    def room(self) -> int:
+        """How many messages the broker accepts before it acknowledges one."""
+        return self.window - len(self._awaited)
 
     @property
     def is_waiting(self) -> bool:
@@ -192,12 +212,12 @@ class Session:
     def abandon(self) -> None:
         """Wake all callers that wait for acknowledgements, because the connection has ended."""
         for receipts, _, _ in self._awaited.values():
-            receipts.done.set()
-        for receipts, _ in self._subscribing.values():
-            receipts.done.set()
+            receipts.abandon()
+        for subscription, _ in self._subscribing.values():
+            subscription.abandon()
 
-    def publish(self, message: Message, receipts: Receipts, number: int) -> None:
-        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. Call this only if `has_room`."""
+    def publish(self, message: Message, receipts: Answered, number: int) -> None:
+        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. There must be `room`."""
         assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
         topic, alias = message.topic, None
         if self.limits.topic_alias_maximum:
@@ -386,7 +406,7 @@ class Session:
             packet.receive_max, packet.max_packet_size, packet.max_qos.value, packet.retain_available,
             packet.topic_alias_max, packet.wildcard_subscription_available, packet.shared_subscription_available,
         )  # fmt: skip
-        self._window = min(INFLIGHT_MAX, packet.receive_max)
+        self.window = min(INFLIGHT_MAX, packet.receive_max)
         if packet.max_qos == mqtt5.QoS.AT_MOST_ONCE:
             text = "allows only QoS 0, at which messages may be lost (allow QoS 1 in the broker's configuration)"
             raise BrokerRefusedError(self._subject, text)

@@ -15,9 +15,9 @@ import re
 import socket
 from collections.abc import Sequence
 
-from inco_trio.errors import STRERROR, from_os_error
+from inco_trio.errors import STRERROR, ResourceError, from_os_error
 from inco_trio.linux.sockets import SO_PEEK_OFF
-from inco_trio.persist.fdstore import FdStore, inherited_fd
+from inco_trio.persist.fdstore import IN_TRANSIT, FdStore, inherited_fd
 
 __all__ = ["Bundle"]
 
@@ -29,6 +29,7 @@ MESSAGE_FDS = 250
 READ_SIZE = 1 << 18
 """Bytes per read: more than any message has. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
+_REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
 STORED, REMOVED = b"+", b"-"
 _LINES = re.compile(rb"(?:[+-][^\0\n]+\n)*")
 
@@ -78,7 +79,7 @@ class Bundle:
         try:
             kept = os.dup(fd)
         except OSError as error:
-            raise from_os_error(error, "cannot store descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
         self._forget(name)
         self.kept[name] = kept
         self._append(STORED + os.fsencode(name) + b"\n", [kept])
@@ -99,7 +100,7 @@ class Bundle:
         except BlockingIOError:
             self._renew()
         except OSError as error:
-            raise from_os_error(error, "cannot store descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
 
     def _renew(self) -> None:
         """Queue all descriptors in a new socket, and store that socket."""
@@ -111,7 +112,7 @@ class Bundle:
                 text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
                 socket.send_fds(entry, [text], [self.kept[name] for name in some])
         except OSError as error:
-            raise from_os_error(error, "cannot store descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
         entry.setblocking(False)
         with queue:
             self._outer.store(NAME, queue.fileno())

@@ -9,6 +9,7 @@ See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -22,7 +23,15 @@ from typing import Protocol
 from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.notify import sd_notify
 
-__all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment", "inherited_fd"]
+__all__ = [
+    "IN_TRANSIT",
+    "FdStore",
+    "NoFdStore",
+    "S6FdStore",
+    "SystemdFdStore",
+    "fd_store_from_environment",
+    "inherited_fd",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +40,8 @@ _TIMEOUT_MS = 5000
 _LISTEN_FDS_START = 3
 """The first descriptor that systemd passes to a process (SD_LISTEN_FDS_START, sd_listen_fds(3))."""
 _FD_MAX = (1 << 31) - 1
+IN_TRANSIT = "too many descriptors of this user are in transit in Unix sockets: raise ulimit -Hn"
+"""The meaning of ETOOMANYREFS. The sender's limit of open descriptors applies to all processes of the user together."""
 _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
 """The socket families and types that a link may have."""
 _SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
@@ -142,6 +153,8 @@ class S6FdStore(_NumberedFdStore):
 
     def _put(self, identifier: str, fd: int) -> None:
         code, reason = self._run("s6-fdholder-store", identifier, fd)
+        if os.strerror(errno.ETOOMANYREFS) in reason:
+            raise ResourceError(f"cannot store {self._prefix}{identifier} in {self._socket}: {IN_TRANSIT}")
         if code:
             hint = "is s6-fdholder-daemon running on this socket?"
             if code == 1:
@@ -186,6 +199,8 @@ class SystemdFdStore(_NumberedFdStore):
         try:
             sd_notify(state, fds)
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise ResourceError(f"cannot store a descriptor in systemd's fd store: {IN_TRANSIT}") from error
             address = os.environ["NOTIFY_SOCKET"]
             raise ResourceError(f"cannot reach systemd's fd store at $NOTIFY_SOCKET ({address}): {error}") from error
 

@@ -1,11 +1,11 @@
 """The history: delivered and sent notifications that a client, such as the gateway, has not acknowledged yet.
 
-The history is part of the in-flight buffer (`inflight`), so it survives the end of the client and of the process. It is
-empty until a client asks for it. A ring stores the newest `KEPT` notifications. Older notifications are merged: only
-the number of merged notifications of each signal remains.
+The history is part of the in-flight buffer (`inflight`), so it survives when the client or the proxy process ends. It
+is empty until a client asks for it. A ring stores the newest `KEPT` notifications. Older notifications are merged: for
+each signal, only the number of them remains.
 
 Layout: a page of numbers, a table of merged notifications for each direction, and the ring. Each number is updated
-after the data that it counts. If the process dies in between, a notification is missing or is counted twice.
+after the data that it counts. If the process dies in between, one notification is missing or is counted twice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["HISTORY", "KEPT", "History", "Merged", "Record"]
 
 _RECORD = struct.Struct("=QQB7x64s8x")
-"""A notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
+"""Layout of a notification: wall-clock and CLOCK_MONOTONIC time in ns, direction, and wire name."""
 RING = 192 * PAGE
 """Size of the ring in bytes."""
 HISTORY = PAGE + 2 * TABLE + RING
-"""Size of the memory of a history in bytes."""
+"""Total size of a history in bytes."""
 KEPT = RING // _RECORD.size
 """Number of notifications that fit into the ring."""
 _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
-"""Indexes of the numbers in the first page."""
+"""Indexes of the 64-bit numbers in the first page of the memory."""
 NUMBER_MAX = 1 << 62
-"""If a stored number is larger, the memory is invalid."""
+"""Maximum stored number. A larger number means that the memory is corrupt."""
 
 
 @attrs.frozen
@@ -48,12 +48,12 @@ class Record:
     time_ns: int
     """When the notification was delivered or sent (time.time_ns())."""
     monotonic_ns: int
-    """The same moment according to time.monotonic_ns()."""
+    """The same time on the monotonic clock (time.monotonic_ns())."""
 
 
 @attrs.frozen
 class Merged:
-    """The number of merged notifications of one signal."""
+    """The number of merged notifications for one signal."""
 
     direction: Direction
     name: str
@@ -61,7 +61,7 @@ class Merged:
 
 
 class History:
-    """The history in the memory `view`. Raises ValueError if a table in the memory is invalid."""
+    """A history stored in the memory `view`. Raises ValueError if a table in the memory is invalid."""
 
     def __init__(self, view: memoryview) -> None:
         self._numbers = view[:PAGE].cast("Q")
@@ -88,7 +88,7 @@ class History:
 
     @property
     def boot(self) -> str:
-        """A random identifier of the history. A history that starts over gets a new identifier."""
+        """A random identifier of the history. It changes when the history ends and begins again."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
@@ -113,16 +113,16 @@ class History:
 
     @property
     def waiting(self) -> int:
-        """The number of notifications that are not acknowledged, including merged ones."""
+        """The number of unacknowledged notifications, including merged ones."""
         return self.sequence - self.floor + sum(merged.count for merged in self.merged())
 
     @property
     def merged_ever(self) -> int:
-        """The number of notifications that were merged since the history began."""
+        """The number of notifications that have been merged since the history began."""
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:
-        """Start to store notifications, unless already started. The next one gets the number `sequence` + 1."""
+        """Start storing notifications unless already started. The next one is numbered `sequence` + 1."""
         if self.keeping:
             return
         self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
@@ -139,12 +139,12 @@ class History:
                 table[name] = 0
 
     def append(self, signals: Sequence[Signal], at: tuple[int, int]) -> None:
-        """Store notifications. `at` is when they were delivered or sent: wall clock and monotonic clock, in ns."""
+        """Store notifications. `at` is the time of delivery or sending on the wall clock and monotonic clock, in ns."""
         numbers, ring = self._numbers, self._ring
         wall, monotonic = at
         sequence, floor = numbers[_SEQUENCE], self.floor
         if sequence == floor:
-            numbers[_BASE] = sequence  # The ring is empty: restart at its beginning to use few pages of memory.
+            numbers[_BASE] = sequence  # The ring is empty: restart at its beginning to use fewer pages of memory.
         base = numbers[_BASE]
         for signal in signals:
             if sequence - floor == KEPT:
@@ -178,12 +178,12 @@ class History:
         return wall, monotonic, direction, name.rstrip(b"\0")
 
     def after(self, sequence: int, most: int) -> list[Record]:
-        """Return up to `most` notifications from the ring that follow the sequence number `sequence`."""
+        """Return up to `most` notifications from the ring, starting after the sequence number `sequence`."""
         first = max(sequence, self.floor) + 1
         return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
 
     def merged(self) -> Iterator[Merged]:
-        """Yield the merged notifications that are not acknowledged. They are older than those in the ring."""
+        """Yield the unacknowledged merged notifications. They are older than all notifications in the ring."""
         for direction, table in zip(_DIRECTIONS, self._merged, strict=True):
             for name in table:
                 yield Merged(direction, name.decode("ascii"), table[name])

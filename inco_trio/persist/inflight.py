@@ -1,30 +1,29 @@
-"""The in-flight buffer: data that was read from the kernel but not processed yet, in a memfd that outlives the process.
+"""The in-flight buffer: data read from the kernel but not processed yet, in a memfd that outlives the process.
 
-The kernel forgets a frame or an inotify event once it is read. If the process died before acting on the data, the
+The kernel forgets a frame or an inotify event once it has been read. If the process died before acting on the data, the
 notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see `fdstore`), and
-blanks it only after processing the data. The next process processes the rest again: delivery is at least once.
+blanks it only after processing the data. The next process repeats unfinished work, so delivery is at least once.
 
-recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copying. All data that
-has left the kernel's queue is therefore complete in this memory. No length is stored, because the process could die
-first; the end of the data is visible because unused memory is blank, which means zeros. In a bank of frames, 8 random
-bytes (the mark) end each slot; only a frame that is too long for a slot overwrites the mark.
+recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copy. All data that has
+left the kernel's queue is therefore complete in this memory. The proxy stores no length, because it could die before
+storing it. Unused memory is blank (zeros), which shows where the data ends. Each slot for a frame ends with 8 random
+bytes (the mark). Only a frame that is too long for a slot overwrites the mark.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`history`); the flight recorder (`recorder`).
+processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder (`recorder`).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import mmap
 import os
 
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
 from inco_trio.persist.followed import HISTORY, History
-from inco_trio.persist.memory import check_memory, new_memory
+from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.queue import EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
@@ -39,17 +38,17 @@ MARK = 8
 FRAME_STEP = 128
 """Size in bytes of the slot for one frame, small enough that all slots of a batch fit into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""Maximum length in bytes of a frame that fits into one slot. Frames of inco-trio have at most 18 + 64 bytes."""
+"""Size in bytes of the longest frame that fits into one slot. inco-trio's own frames have at most 82 bytes."""
 FRAMES = 256
-"""Maximum number of frames in a batch, large enough that the cost of a hand-over is small."""
+"""Maximum number of frames in a batch. Large batches reduce the cost of handing frames to another task."""
 EVENT_BANK = 4 * PAGE
 """Size in bytes of the memory for a batch of inotify events. It has room for 1,024 events without a name."""
 SEQUENCE_MAX = 1 << 62
-"""Maximum sequence number of a batch in valid memory."""
+"""Maximum sequence number of a batch. A higher number means that the memory is corrupt."""
 WATCH_MAX = (1 << 31) - 1
-"""Maximum watch descriptor: the kernel uses an int."""
+"""Maximum value of a watch descriptor, which the kernel stores as an int."""
 PENDING_MAX = 1 << 40
-"""Maximum number of pending notifications of a signal in valid memory: eight months at 50,000 per second."""
+"""Maximum number of pending notifications per signal: at 50,000 per second, it is reached after eight months."""
 QUEUE = 256 * PAGE
 """Size of the event queue in bytes: four times the 16,384 events that the kernel queues by default."""
 
@@ -75,13 +74,13 @@ def _no_frames(mark: bytes, frames: int) -> bytes:
 
 
 class Bank:
-    """The memory of one batch of frames or events. While it is unused, its content is `blank`."""
+    """Memory for one batch of frames or events. Its content is `blank` while it is unused."""
 
     def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
         self.view = view
         self._sequence = sequence
         self.blank = blank
-        """The content of unused memory."""
+        """The content of the memory while it is unused."""
 
     @property
     def sequence(self) -> int:
@@ -105,9 +104,9 @@ class Inflight:
     frames: tuple[Bank, Bank]
     events: tuple[Bank, Bank]
     pending: NumberTable
-    """The number of pending inbound notifications of each signal, by wire name."""
+    """The number of pending inbound notifications per signal, keyed by wire name."""
     watches: NumberTable
-    """Watch descriptors, by the key of the watched path (`registers.directory.watch_key`)."""
+    """Watch descriptors, keyed by the watched path (see `registers.directory.watch_key`), or by `Trigger.made_key`."""
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
@@ -115,11 +114,10 @@ class Inflight:
     recorder: memoryview
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
-    """16 bytes that the link may use (see `links.unix`)."""
+    """16 bytes for use by the link (see `links.unix`)."""
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
-    _map: mmap.mmap
 
     @classmethod
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
@@ -148,11 +146,10 @@ class Inflight:
     def _map_memory(cls, fd: int, at_once: int, *, inherited: bool) -> Inflight:
         """Map the memory. Raises ValueError if the content is invalid, or OSError after closing `fd`."""
         try:
-            memory = mmap.mmap(fd, SIZE)
+            view = map_memory(fd, SIZE)
         except BaseException:
             os.close(fd)
             raise
-        view = memoryview(memory)
         mark = len(MAGIC % at_once)
         no_frames = _no_frames(bytes(view[mark : mark + MARK]), at_once)
         banks = []
@@ -181,13 +178,11 @@ class Inflight:
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,
-            map=memory,
         )
 
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
-        # Python unmaps the memory when the last view is deleted. Closing the map earlier would raise BufferError.
 
 
 def frames_in(bank: Bank) -> list[bytes]:
@@ -206,7 +201,7 @@ def frames_in(bank: Bank) -> list[bytes]:
 
 
 def _long_frame(room: bytes, blank: bytes) -> bytes:
-    """Return the frame at the beginning of `room`. The bytes after the frame are the same as in `blank`."""
+    """Return the frame at the beginning of `room`. After the frame, all bytes equal those of `blank`."""
     length = len(room)
     while room[length - 1] == blank[length - 1]:
         length -= 1

@@ -11,7 +11,7 @@ __all__ = ["OVERFLOW", "EventQueue"]
 
 OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
 POSITION_MAX = 1 << 62
-"""If a position is higher, the memory is invalid. A position is a number of bytes since the queue was last empty."""
+"""Maximum position in valid memory. A position is the number of bytes since the queue was last empty."""
 
 
 class EventQueue:
@@ -41,7 +41,7 @@ class EventQueue:
             if not mask:
                 break
         if offset != len(events):
-            raise ValueError("the event queue has an incomplete event")
+            raise ValueError("the event queue contains an incomplete event")
 
     def _begin_again(self) -> None:
         # Reset the end first: if the process dies between the two stores, the negative length reads as empty.
@@ -78,7 +78,7 @@ class EventQueue:
         self._ends[1] = end + len(events)
 
     def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
-        """Call `act` with the queued events. If it returns True, empty the queue and return the number of bytes."""
+        """Call `act` with the queued events. If it returns True, empty the queue. Return the number of bytes freed."""
         length = len(self)
         if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
             return 0
@@ -103,7 +103,7 @@ class EventQueue:
                 length = following
             buffer[length:available] = bytes(available - length)
         if length == len(self):
-            self._begin_again()  # The ring is empty: restart at its beginning to use few pages of memory.
+            self._begin_again()  # The ring is empty: restart at its beginning to use fewer pages of memory.
         else:
             self._ends[0] = start + length
         return length

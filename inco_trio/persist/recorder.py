@@ -1,11 +1,11 @@
-"""The flight recorder: the last notifications and events of a board, in memory that outlives the process.
+"""The flight recorder: a board's most recent notifications and events, in memory that outlives the process.
 
-The recorder is part of the in-flight buffer (`inflight`), so it survives the end of the process, even by SIGKILL. It
+The recorder is part of the in-flight buffer (`inflight`), so its content survives even if SIGKILL ends the process. It
 has a fixed size: once it is full, each new record replaces the oldest one.
 
-Layout: numbers and the names of the signals; a ring of notifications; a ring of events. Each ring has room for one
-record more than it keeps. The number of written records is updated after each record, so a record that a killed process
-was writing is never read. One record contains all notifications of a signal in one batch.
+Layout: numbers and the signal names; a ring of notifications; a ring of events. Each ring has one spare slot, and the
+number of records is updated only after a record is complete. A record that a killed process was writing is therefore
+never read. One record contains all notifications of a signal in one batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import itertools
 import logging
 import os
 import struct
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.frame import is_wire_name
 from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
@@ -33,23 +34,23 @@ KEPT = 4096
 """Default number of notifications that the recorder of a single board keeps."""
 KEPT_MAX = 65_536
 EVENTS_SHARE = 8
-"""The recorder has room for one event per EVENTS_SHARE notifications."""
+"""Ratio of the sizes of the two rings: room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
-"""If a new event equals one of the last RECENT events, the recorder only increases the count of that event."""
+"""Number of recent events that a new event is compared with. If one is equal, only its count is increased."""
 FROM_OUTSIDE = ("ignored", "link")
 """The kinds of events that the link peer can cause at any rate. Each may fill at most a quarter of the ring."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
-"""Notifications: wall clock and monotonic clock in ns, last sequence number, count, signal, and delay in seconds."""
+"""A notification record: wall-clock and monotonic time in ns, last sequence number, count, signal, delay in s."""
 _TEXT = 160
 _EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
-"""An event: wall clock and monotonic clock of the first occurrence in ns, monotonic clock of the last occurrence,
+"""An event record: wall-clock and monotonic time of the first occurrence in ns, monotonic time of the last occurrence,
 count, signal, kind, level or state, and text."""
 _MAGIC = int.from_bytes(b"recorder", "little")
 _MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
-"""Indexes of the numbers at the beginning of the memory."""
+"""Indexes of the 64-bit numbers at the beginning of the memory."""
 _NUMBERS = 256
 _RING = _NUMBERS + NAMES_MAX * NAME
 _EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
@@ -57,13 +58,13 @@ AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 40
 """Size of the recorder's memory in bytes. The kernel allocates only the pages in use."""
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
-"""This bit is set in the number of an outbound signal."""
+"""The bit that marks the number of an outbound signal."""
 _NO_SIGNAL = 0xFFFF
 KINDS = (
     "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
     "ignored",
 )  # fmt: skip
-"""The kinds of events. Records contain the index of their kind, so append new kinds at the end."""
+"""The kinds of events. Records store an index into this tuple, so append new kinds at the end."""
 LEVELS = ("info", "warning", "error")
 
 
@@ -84,13 +85,13 @@ class Recorded:
 
 @attrs.frozen
 class Note:
-    """An event that is not a notification. It may have occurred several times."""
+    """An event other than a notification. `count` is the number of occurrences."""
 
     kind: str
     time_ns: int
     monotonic_ns: int
     last_ns: int
-    """When the event last occurred (time.monotonic_ns())."""
+    """When the event last occurred (real_clock.monotonic_ns())."""
     count: int
     direction: Direction | None
     signal: str | None
@@ -100,7 +101,7 @@ class Note:
 
 
 class Recorder:
-    """The recorder in `view` (`AREA` bytes), which keeps `kept` notifications.
+    """A recorder in the memory `view` (`AREA` bytes) that keeps the last `kept` notifications.
 
     If `kept` is None, an inherited recorder keeps its size, and a new recorder keeps `default` notifications. If the
     memory does not contain a valid recorder, start with an empty recorder and log the reason.
@@ -112,6 +113,8 @@ class Recorder:
         self._ring, self._events = view[_RING:_EVENTS], view[_EVENTS:]
         self._names: list[str] = []
         self._ids: dict[str, int] = {}
+        self._unused: list[int] = []
+        """The indexes of names that no record contains. `_ids` does not have these names."""
         self._recent: dict[tuple[object, ...], int] = {}
         self._outside: dict[str, deque[int]] = {}
         """For each kind of `FROM_OUTSIDE`, the numbers of its last events, at most a quarter of the ring."""
@@ -145,7 +148,8 @@ class Recorder:
         numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
         numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, max(EVENTS_MIN, kept // EVENTS_SHARE)
         numbers[_WRITTEN] = numbers[_NOTED] = numbers[_NAMES] = 0
-        self._names, self._ids, self._written, self._noted = [], {}, 0, 0
+        self._names, self._ids, self._unused, self._recent, self._outside = [], {}, [], {}, {}
+        self._written = self._noted = 0
         self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
         for each in before[-kept:]:
             self._put(
@@ -167,9 +171,8 @@ class Recorder:
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
-            if not is_wire_name(name):
-                raise ValueError("invalid signal name")
-            self._add(name.decode("ascii"))
+            # A process may have been killed while it replaced a name that no record contains.
+            self._add(name.decode("ascii") if is_wire_name(name) else "")
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
         for earlier, later in itertools.pairwise(before):
@@ -193,7 +196,7 @@ class Recorder:
         return self._sequence
 
     def skip_to(self, sequence: int) -> None:
-        """Give the next notification the number `sequence` + 1, unless its number would be higher anyway."""
+        """Number the next notification `sequence` + 1, unless its number would already be higher."""
         self._sequence = max(self._sequence, sequence)
 
     def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
@@ -201,8 +204,8 @@ class Recorder:
 
         `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
         """
-        wall, monotonic = time.time_ns(), time.monotonic_ns()
-        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # Like WallClock.step, but faster.
+        wall, monotonic = real_clock.time_ns(), real_clock.monotonic_ns()
+        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
         direction = signals[0].direction
@@ -231,14 +234,26 @@ class Recorder:
         self._written = self._numbers[_WRITTEN] = written + 1
 
     def _new_name(self, name: str) -> int:
-        if len(self._names) == NAMES_MAX:
-            # After many reloads, the table of names is full. Delete all records to make room for new names.
-            self._reset(self._kept, (), ())
-        index = len(self._names)
+        if len(self._names) == NAMES_MAX and not self._unused:
+            self._find_unused_names()
+        index = self._unused.pop() if self._unused else len(self._names)
         self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME] = name.encode("ascii").ljust(NAME, b"\0")
-        self._numbers[_NAMES] = index + 1
-        self._add(name)
+        if index == len(self._names):
+            self._numbers[_NAMES] = index + 1
+            self._add(name)
+        else:
+            self._names[index], self._ids[name] = name, index
         return index
+
+    def _find_unused_names(self) -> None:
+        """Make room in the table of names, which is full after many reloads. Keep the records."""
+        records = itertools.chain(self._raw_notifications(), self._raw_notes())
+        used = {record[4] & ~_OUTBOUND for record in records}
+        self._unused = [index for index in range(NAMES_MAX) if index not in used]
+        self._ids = {name: index for index, name in enumerate(self._names) if index in used}
+        if not self._unused:
+            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than fit.
+            self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 
     def _add(self, name: str) -> None:
         self._ids[name] = len(self._names)
@@ -249,8 +264,8 @@ class Recorder:
             self.note("clock", step_text(step), state=1)
 
     def check_clock(self) -> None:
-        """Record a `clock` event if the wall clock was set."""
-        self._note_step(time.time_ns(), time.monotonic_ns())
+        """Record a `clock` event if the wall clock has been changed."""
+        self._note_step(real_clock.time_ns(), real_clock.monotonic_ns())
 
     def note(
         self,
@@ -266,7 +281,7 @@ class Recorder:
 
         If the link peer has filled its share of the ring, its further events count as equal, whatever their names.
         """
-        monotonic = time.monotonic_ns()
+        monotonic = real_clock.monotonic_ns()
         key: tuple[object, ...] = kind, text, signal, direction, state
         is_crowded = kind in FROM_OUTSIDE and self._is_crowded(kind)
         if is_crowded:
@@ -283,7 +298,7 @@ class Recorder:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
         if kind in FROM_OUTSIDE:
             self._outside[kind].append(self._noted)
-        self._write_note(Note(kind, time.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
+        self._write_note(Note(kind, real_clock.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
 
     def _is_crowded(self, kind: str) -> bool:
         """Return whether a quarter of the events in the ring are of this kind."""
@@ -334,22 +349,22 @@ class Recorder:
 
     def notifications(self) -> Iterator[Recorded]:
         """Yield the recorded notifications, oldest first. Raises ValueError if the memory is invalid."""
-        for number in range(max(0, self._written - self._kept), self._written):
-            place = number % (self._kept + 1) * _RECORD.size
-            wall, monotonic, sequence, count, signal, delay = _RECORD.unpack_from(self._ring, place)
+        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications():
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
             yield Recorded(wall, monotonic, sequence, count, direction, self._name(signal & ~_OUTBOUND), delay)
 
+    def _raw_notifications(self) -> Iterator[tuple[Any, ...]]:
+        for number in range(max(0, self._written - self._kept), self._written):
+            yield _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
+
     def _name(self, number: int) -> str:
-        if number >= len(self._names):
+        if number >= len(self._names) or not self._names[number]:
             raise ValueError("unknown signal number")
         return self._names[number]
 
     def notes(self) -> Iterator[Note]:
         """Yield the recorded events, oldest first. Raises ValueError if the memory is invalid."""
-        for number in range(max(0, self._noted - self._events_kept), self._noted):
-            place = number % (self._events_kept + 1) * _EVENT.size
-            wall, first, last, count, signal, kind, state, text = _EVENT.unpack_from(self._events, place)
+        for wall, first, last, count, signal, kind, state, text in self._raw_notes():
             if kind >= len(KINDS):
                 raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
@@ -360,3 +375,7 @@ class Recorder:
                 words, _, name = words.partition(" ")
                 direction = Direction.INBOUND
             yield Note(KINDS[kind], wall, first, last, count, None if name is None else direction, name, state, words)
+
+    def _raw_notes(self) -> Iterator[tuple[Any, ...]]:
+        for number in range(max(0, self._noted - self._events_kept), self._noted):
+            yield _EVENT.unpack_from(self._events, number % (self._events_kept + 1) * _EVENT.size)

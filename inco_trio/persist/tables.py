@@ -10,13 +10,13 @@ PAGE = 4096
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
-"""Number of entries in a table. Unused entries allocate no memory."""
+"""Maximum number of entries in a table. The kernel allocates memory only for entries in use."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 """Size of a table in bytes."""
 
 
 class NumberTable:
-    """Maps keys (1 to 64 bytes, no trailing NUL) to positive numbers in shared memory. Missing keys have the number 0.
+    """Maps keys (1 to 64 bytes, no trailing NUL) to positive numbers in shared memory. A missing key reads as 0.
 
     Raises ValueError if the memory has duplicate keys, a key that `is_key` rejects, or a number above `largest`.
     """

@@ -1,7 +1,7 @@
 """Several boards in one process: one proxy for each board, and one inotify descriptor for all boards.
 
-If a board cannot be opened or fails, the fleet retries to open it after a pause and at each reload. The other boards
-keep running. The board's next proxy inherits its in-flight buffer and its share of the inotify queue.
+If a board fails or cannot be opened, the fleet retries after a pause and at each reload. Other boards keep running. The
+next proxy of that board inherits the in-flight buffer and the board's share of the inotify queue.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = ["Proxies", "open_fleet", "open_proxies"]
 logger = logging.getLogger(__name__)
 
 FRAMES_AT_ONCE = 16
-"""Maximum number of frames that a board reads before other boards run."""
+"""Maximum number of frames that a board reads before it lets other boards run."""
 RECORDED = 8 * KEPT
-"""Default number of notifications that the flight recorders of all boards keep together."""
+"""Default total number of notifications in the flight recorders of all boards."""
 RECORDED_MIN = 256
-"""Minimum of the default number of notifications that the flight recorder of each board keeps."""
+"""By default, each board's flight recorder keeps at least this number of notifications."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""PAUSE and PAUSE_MAX are the first and the longest pause before the fleet retries to open a board, in seconds."""
+"""Seconds before the fleet retries to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX."""
 
 
 class _BoardStore:
@@ -60,7 +60,7 @@ class _BoardStore:
         self._name = name
 
     def lend(self, inflight: int) -> None:
-        """Fill `inherited` for the board's next proxy, which closes the link's descriptor. Raises ResourceError."""
+        """Fill `inherited` for the board's next proxy. Duplicate the link's descriptor. Raises ResourceError."""
         self.inherited = {"inflight": inflight} if f"{self._name}/inflight" in self._bundle.kept else {}
         link = self._bundle.kept.get(f"{self._name}/link")
         if link is not None:
@@ -96,7 +96,7 @@ class _Plan:
     now: dict[str, Config]
     """Boards to open or reload immediately."""
     later: dict[str, Config]
-    """Boards to open once the boards in `removed` and `moved` have stopped: they use the same links or directories."""
+    """Boards to open once those in `removed` and `moved` have stopped and have released their links and directories."""
     staying: Collection[str]
 
 
@@ -116,10 +116,10 @@ class _Board:
 
 
 class Proxies(Mapping[str, Proxy]):
-    """A mapping from board names to the open proxies of a process; `open_proxies` returns one.
+    """A mapping from board names to open proxies. Use `open_proxies` to create one.
 
     The mapping changes when a board opens or closes. If a configured board is not open, `proxies[name]` raises
-    BoardNotOpenError, which is a KeyError and contains the reason. `not_open` lists these boards.
+    BoardNotOpenError, a KeyError that contains the reason. `not_open` lists all boards that are not open.
     """
 
     def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
@@ -177,7 +177,7 @@ class Proxies(Mapping[str, Proxy]):
         """Return the proxy of a board. Raises BoardNotOpenError, or KeyError if the board is not configured."""
         board = self._boards[name]
         if board.proxy is None:
-            raise BoardNotOpenError(name, f"not open: {board.problem or 'it is being opened'}")
+            raise BoardNotOpenError(name, f"not open: {board.problem or 'still being opened'}")
         return board.proxy
 
     def __iter__(self) -> Iterator[str]:
@@ -204,9 +204,9 @@ class Proxies(Mapping[str, Proxy]):
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
         """Replace the set of boards. Existing boards in `keep` do not change.
 
-        New boards are opened, missing ones are stopped cleanly, and changed ones are reloaded. A board whose link
-        changed gets a new proxy, which also sends notifications that were triggered before the change. Return the
-        errors of the refused boards, which keep their old configuration. Raises ClosedError.
+        New boards are opened, removed boards are stopped cleanly, and changed boards are reloaded. A board whose link
+        changed gets a new proxy, which also sends notifications that were triggered before the change. Return an error
+        for each refused board; a refused board keeps its old configuration. Raises ClosedError.
         """
         async with self._changing:
             if self._closed or self._nursery is None:
@@ -237,7 +237,7 @@ class Proxies(Mapping[str, Proxy]):
             if name in wanted
             and not (wanted[name].same_link(board.config) and identity(wanted[name].netns) == board.netns)
         ]
-        # A proxy that takes long to stop delays only the boards that need its link or directories.
+        # A proxy that is slow to stop delays only the boards that need its link or directories.
         freed = {claim for board in (*removed, *moved) for claim in claims(board.config)}
         late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
         late |= {board.name for board in moved}
@@ -250,7 +250,7 @@ class Proxies(Mapping[str, Proxy]):
         )
 
     async def _open_or_change(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
-        """Open new boards and reload existing ones. Add each board that is refused, with the error, to `refused`."""
+        """Open new boards and reload existing ones. Add the error of each refused board to `refused`."""
         assert self._nursery is not None  # noqa: S101 - set by `_start`
         started = []
         for name, config in configs.items():
@@ -361,7 +361,7 @@ class Proxies(Mapping[str, Proxy]):
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
             # Opening a board causes inotify events. Read them now, so that many boards do not overflow the queue.
             self._shared.drain()
-            # The task that reads inotify for all boards calls `finish_alone`. This context has the board's log prefix.
+            # Another task calls `finish_alone`. Run it in this context, which contains the board's log prefix.
             run_here = contextvars.copy_context().run
             kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
             resources.callback(kept.share.leave)
@@ -381,8 +381,8 @@ class Proxies(Mapping[str, Proxy]):
 async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
     """Run a proxy for each board while the block runs. Stop all proxies cleanly when it ends or is cancelled.
 
-    When the block starts, each board is open, or `Proxies.not_open` has the reason and the fleet keeps trying to open
-    it. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup under the same
+    When the block starts, each board is open or listed in `Proxies.not_open`. The fleet keeps trying to open the listed
+    boards. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup under the same
     conditions as `open_proxy`.
     """
     async with open_fleet(configs, NoFdStore()) as proxies:

@@ -1,24 +1,23 @@
-"""Let the kernel drop floods of unknown or malformed frames before these frames fill the receive queue."""
+"""Let the kernel drop floods of unknown or malformed frames before they fill the receive queue."""
 
 from __future__ import annotations
 
-import time
-
 import trio
 
+from inco_trio import real_clock
 from inco_trio.links.link import Link
 from inco_trio.proxy.supervise import Health
 
 __all__ = ["FLOOD", "Flood"]
 
 FLOOD = 1000
-"""Unknown or malformed frames per second above which the kernel drops them. The receive queue holds 256 by default."""
+"""Ignored frames per second above which the kernel drops them. The receive queue holds 256 frames by default."""
 CALM = 5.0
-"""Seconds between checks whether a flood has ended."""
+"""Seconds between checks for the end of a flood."""
 
 
 class Flood:
-    """Restricts the link while it receives more than FLOOD ignored frames per second."""
+    """Lets the kernel drop ignored frames while the link receives more than FLOOD of them per second."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -27,18 +26,18 @@ class Flood:
         self._restricted = trio.Event()
 
     def ignored(self, frames: int) -> None:
-        """Count ignored frames, and restrict the link if there are too many in a second."""
+        """Count ignored frames, and let the kernel drop them if more than FLOOD arrive within a second."""
         self._ignored += frames
         if self._ignored <= FLOOD or self._restricted.is_set():
             return
-        now = time.monotonic()
+        now = real_clock.monotonic()
         if now >= self._counted_until:
             self._ignored, self._counted_until = frames, now + 1
         elif self._link.restrict(True):
             self._restricted.set()
 
     async def filter(self, health: Health) -> None:
-        """Run the task that ends the restriction after the flood."""
+        """Run the task that reports a flood and lets frames through again when the flood ends."""
         while True:
             await self._restricted.wait()
             health.failed(

@@ -16,16 +16,16 @@ from inco_trio.proxy.supervise import Health
 __all__ = ["Batch", "Handoff"]
 
 Item = TypeVar("Item")
-"""The type of one notification: the state file to write, or the signal to send."""
+"""The type of an item in a batch: a state file to write, or a signal to send."""
 
 
 @attrs.define(eq=False)
 class Batch(Generic[Item]):
-    """Notifications, in order, that one task has read and another task writes or sends."""
+    """Notifications, in order, that one task reads and another task writes or sends."""
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """The in-flight memory to clear once all items are finished, each bank with the number of bytes in use."""
+    """The in-flight memory banks to clear once all items are finished, each with the number of bytes in use."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
     """The watches to store once all items are finished; see `Triggered.watches`."""
     drained: bool = True
@@ -39,7 +39,7 @@ class Batch(Generic[Item]):
 
 
 class Handoff(Generic[Item]):
-    """An unbuffered channel from a reading task to an acting task, which writes or sends, and all unfinished batches.
+    """An unbuffered channel from a reading task to an acting task that writes or sends, and its unfinished batches.
 
     The reading task waits until the acting task takes a batch. Meanwhile, the backlog stays in the kernel's queue,
     which survives the process. `report` receives `items`, `frames` and `pending_since` of each finished batch.
@@ -87,11 +87,11 @@ class Handoff(Generic[Item]):
             if scope.cancelled_caught:
                 await self._refuse()
         except trio.ClosedResourceError:
-            # `abort` and `close` ran after the acting task had taken the previous batch.
+            # The channel is closed: `abort` and `close` ran after the acting task had taken the previous batch.
             await self._refuse()
 
     async def _refuse(self) -> NoReturn:
-        """Raise Cancelled or ClosedError to stop the reading task, which would overwrite unfinished batches."""
+        """Raise Cancelled or ClosedError to stop the reading task before it overwrites unfinished batches."""
         await trio.lowlevel.checkpoint()
         raise ClosedError("the proxy is closed") from None
 

@@ -24,7 +24,7 @@ from inco_trio.registers.states import StateFile, StateFiles
 __all__ = ["Inbound"]
 
 FORMS = 4
-"""Maximum number of cached frames per signal, on average. Frames of one signal may differ in their VLAN tags."""
+"""Maximum average number of cached frames per signal. A signal's frames may differ in their VLAN tags."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
 """One slot of the in-flight buffer. The bytes after the MAC addresses are the key of the cache `StateFiles.by_frame`. A
 frame that is too long for a slot overwrites the mark at the end of the slot, so its key is never in the cache."""
@@ -53,14 +53,14 @@ class Inbound:
         self._listener: Listener = Deaf() if events is None else events.listener
         self._flood = Flood(link)
         self.filter = self._flood.filter
-        """The task that reports a flood of ignored frames and lifts the kernel's filter after it."""
+        """The task that reports a flood of ignored frames and lifts the kernel's filter afterwards."""
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The slots of each bank. They are created on first use: many boards only ever receive single frames."""
+        """The slots of each bank, created on first use because many boards only ever receive single frames."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
@@ -138,7 +138,7 @@ class Inbound:
         return file
 
     def _stands_for(self, frame: memoryview) -> int:
-        """Count the ignored frames that `frame` represents, several during a flood. Return their number."""
+        """Count the ignored frames that `frame` represents: one, or more during a flood. Return their number."""
         frames = self._link.stands_for(frame)
         self._counters.received += frames - 1
         self._flood.ignored(frames)
@@ -200,7 +200,7 @@ class Inbound:
         self._handoff.finish(batch)
 
     def _report_undelivered(self, batch: Batch[StateFile], outcomes: Sequence[str | None]) -> None:
-        """Report notifications that were not delivered, and remove them from `batch`. See `StateFiles.write`."""
+        """Report the notifications that `outcomes` (see `StateFiles.write`) marks as undelivered, and remove them."""
         files, frames = batch.items, batch.frames
         for outcome, group in itertools.groupby(range(len(files)), outcomes.__getitem__):
             numbers = list(group)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
 import trio
 
+from inco_trio import real_clock
 from inco_trio.backoff import Backoff
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
@@ -26,7 +26,7 @@ from inco_trio.signals import Signal
 __all__ = ["Outbound"]
 
 LATE = 0.1
-"""Seconds after which a notification that waits for room in a queue is reported as pending."""
+"""How long (seconds) a notification may wait for room in a queue before it is reported as pending."""
 EVENT_ROOM = 16 + 256
 """Size of the largest inotify event in bytes. If a read leaves less space in the buffer, more events may be queued."""
 
@@ -53,7 +53,7 @@ class Outbound:
         self._events = events or Deaf()
         self.failures: Counter[str] = Counter()
         """Number of failed attempts to send a frame, by signal name."""
-        # The pauses grow slowly, so that even a device with a queue of one frame soon gets its next frame.
+        # The pauses grow slowly, so that even a device that queues only one frame soon gets its next frame.
         self._room = Backoff(first=0.0005, factor=1.4)
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
@@ -61,14 +61,14 @@ class Outbound:
         self._recovered: Batch[Signal] | None = None
         self._waiting: set[trio.Event] = set()
         self._sending: Batch[Signal] = Batch([])
-        """The batch that the task `send` is sending. Each item is in `_sent`, in `_rest` or was reported as sent."""
+        """The batch that the task `send` is sending. Its items are in `_sent` or `_rest`, or were reported as sent."""
         self._sent: list[Signal] = []
         self._rest: deque[Signal] = deque()
         self._delay = ""
-        """Why the link accepts no frames at the moment, or "" if it does."""
+        """Why the link accepts no frames at the moment, or "" if it accepts them."""
 
     def recover(self) -> None:
-        """Recover events that an earlier process read but did not finish. The task `triggers` passes them on."""
+        """Recover events that an earlier process read but did not finish. The task `triggers` sends them on."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -83,7 +83,7 @@ class Outbound:
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
     async def send_found(self, found: Triggered) -> None:
-        """Send notifications of replaced triggers. If the proxy closes first, the next one finds the triggers again."""
+        """Send notifications of replaced triggers. If the proxy closes first, the next proxy detects them again."""
         with contextlib.suppress(ClosedError):
             await self._handoff.hand_over(self._batch(found))
 
@@ -112,7 +112,7 @@ class Outbound:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - set by `recover`
-            await batch.finished.wait()  # Until then, the recovered events occupy the memory for new events.
+            await batch.finished.wait()  # Wait, because the recovered events occupy the memory for new events.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
@@ -145,7 +145,7 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """If `events` is a single close of a trigger and no batch is unfinished, send the frame and return True."""
+        """If `events` only reports one closed trigger and no batch is unfinished, send the frame and return True."""
         if self._handoff.unfinished:
             return False
         signal = self._triggers.closed_alone(events, length)
@@ -154,7 +154,7 @@ class Outbound:
         try:
             self._link.send(signal.name)
         except OSError:
-            return False  # The task `send` handles errors.
+            return False  # The task `send` will retry and handle errors.
         self._counters.triggered += 1
         self._counters.sent += 1
         self._handoff.report((signal,), (), 0)
@@ -168,7 +168,7 @@ class Outbound:
                 self._link.send(signal.name)
                 sent += 1
         except OSError:
-            pass  # The task `send` handles errors.
+            pass  # The task `send` will retry and handle errors.
         self._counters.sent += sent
         if sent:
             self._handoff.report(signals[:sent], (), 0)
@@ -187,7 +187,7 @@ class Outbound:
             health.well()
 
     def _delayed(self, reason: str) -> None:
-        """Report the sent part of the current batch as sent, and the rest as pending because of `reason`."""
+        """Report which notifications of the batch were sent. Report the others as pending because of `reason`."""
         batch = self._sending
         if self._sent:
             self._handoff.report(self._sent, (), batch.pending_since)
@@ -197,7 +197,7 @@ class Outbound:
 
     def _report_pending(self, batch: Batch[Signal]) -> None:
         if not batch.pending_since:
-            batch.pending_since = time.monotonic_ns()
+            batch.pending_since = real_clock.monotonic_ns()
             self._events.pending(batch.items, self._delay, ())
 
     async def _send(self, signal: Signal, health: Health) -> bool:
@@ -220,7 +220,7 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # Otherwise retry at once: the link may have come up meanwhile.
+                if before is changed:  # If the link has changed, retry at once: it may have come up.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     self._delayed(error.strerror)
                     await changed.wait()
@@ -228,7 +228,7 @@ class Outbound:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
-                    # For example, ENOBUFS: the device queue is full. No event reports when the queue has room again.
+                    # For example, ENOBUFS means that the device queue is full. No event reports when it has room again.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     late_at = min(late_at, trio.current_time() + LATE)
                     if trio.current_time() >= late_at:
@@ -249,6 +249,6 @@ class Outbound:
                 return True
 
     def link_changed(self) -> None:
-        """Let the task `send` retry, because the link has changed."""
+        """Make the task `send` retry, because the link has changed."""
         self._changed.set()
         self._changed = trio.Event()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -16,8 +15,10 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
+from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
@@ -63,7 +64,7 @@ class _Parts:
 
 
 class Proxy:
-    """A running proxy; `open_proxy` returns one."""
+    """A running proxy. Use `open_proxy` to create one."""
 
     def __init__(self, config: Config, parts: _Parts) -> None:
         self.config = config
@@ -86,9 +87,9 @@ class Proxy:
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
         self._clock = WallClock()
-        self._since = self._table_since = time.monotonic_ns()
+        self._since = self._table_since = real_clock.monotonic_ns()
         self._down_at = 0
-        """When the link last went down (time.monotonic_ns()), or 0."""
+        """When the link last went down (real_clock.monotonic_ns()), or 0."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -111,7 +112,7 @@ class Proxy:
             link=self.config.link,
             since=self._clock.seconds(self._since),
             table_since=self._clock.seconds(self._table_since),
-            uptime=(time.monotonic_ns() - self._since) / 1e9,
+            uptime=(real_clock.monotonic_ns() - self._since) / 1e9,
             running=self._link.running and not self._closed,
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
@@ -124,6 +125,12 @@ class Proxy:
                 for name, health in self._health.items()
             ),
             capabilities=tuple(names_of(held_capabilities())),
+            mac=self._link.mac.hex(":") or None,
+            receive_buffer=self._link.granted,
+            peer=address.peer if isinstance(address := self.config.address, UnixAddress) else None,
+            netns=None if self.config.netns is None else str(self.config.netns),
+            owner=self.config.owner,
+            group=self.config.group,
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
@@ -215,7 +222,7 @@ class Proxy:
                 table = self._registers.table
                 self._link.expect(table.inbound, table.outbound)
             self.config = config
-            self._table_since = time.monotonic_ns()
+            self._table_since = real_clock.monotonic_ns()
             self._parts.events.note("reloaded", f"reloaded: {len(config.signals)} signals", logging.INFO)
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
@@ -238,7 +245,7 @@ class Proxy:
         self._successor = True
 
     def _keep_history(self) -> History:
-        """Keep new notifications until a client acknowledges them."""
+        """Keep new notifications in the history until a client acknowledges them."""
         return self._parts.events.keep()
 
     def _recorder(self) -> Recorder | None:
@@ -260,7 +267,7 @@ class Proxy:
             self._ended[name].set()
 
     async def _stop(self) -> None:
-        """End the tasks after they have finished accepted notifications, or at the configured deadline."""
+        """End the tasks once they have finished all accepted notifications, or at the configured deadline."""
         deadline = self.config.stop_deadline
         with trio.move_on_after(min(deadline, SHORTLY) if self._successor else deadline):
             for handoff in self._parts.handoffs:
@@ -298,18 +305,18 @@ class Proxy:
         """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
         running: bool | None = None
-        since, downs = time.monotonic_ns(), link.downs
+        since, downs = real_clock.monotonic_ns(), link.downs
         while True:
             stored = link.fd
             if link.refresh():
                 health.well()
                 self._present.set()
             elif self._present.is_set():
-                health.failed(f"{link.absence}: waiting for it")
+                health.failed(f"{link.absence}: waiting for the link")
             before, running = running, link.running
             if running is not before or (running and link.downs > downs):
                 self._note_link(before, running, max(1, link.downs - downs), since)
-                since = time.monotonic_ns()
+                since = real_clock.monotonic_ns()
             downs = link.downs
             if link.fd != stored:
                 try:
@@ -326,13 +333,13 @@ class Proxy:
     def _note_link(self, before: bool | None, running: bool, count: int, since: int) -> None:
         """Log, count and report that the link came up or went down. `since` is the time of the last change.
 
-        `before` is None at the start. If the link was and is running, it went down and came up again `count` times
-        before the proxy looked.
+        `before` is the previous state, or None at the start. If `before` and `running` are both true, the link went
+        down and came up again `count` times between two checks.
         """
-        seconds = (time.monotonic_ns() - since) / 1e9
+        seconds = (real_clock.monotonic_ns() - since) / 1e9
         if before:
             self._counters.link_downs += count
-            self._down_at = time.monotonic_ns()
+            self._down_at = real_clock.monotonic_ns()
         if before and running:
             text = f"the link went down and came up again at once ({times(count)})"
         elif before:
@@ -352,12 +359,12 @@ class Proxy:
         registers = self._registers
         async with trio.open_nursery() as nursery:
             while True:
-                pause = max(0.0, registers.next_restore() - time.monotonic())
+                pause = max(0.0, registers.next_restore() - real_clock.monotonic())
                 with trio.move_on_after(pause) if pause < math.inf else trio.CancelScope():
                     await registers.troubled.wait()
                 registers.troubled = trio.Event()
                 await in_turns(registers.restore())
-                # Send in the background: a link that is down must not delay the repair of registers.
+                # Send in the background, because a link that is down must not delay the recovery of registers.
                 if (found := registers.triggers.found()).signals:
                     nursery.start_soon(self._outbound.send_found, found)
                 health.well()
@@ -371,10 +378,10 @@ class Ground:
     inotify: Watcher
     mounts: Mounts
     fds: Mapping[str, int]
-    """The descriptors to put into the fd store, by name."""
+    """The descriptors to put into the fd store, keyed by name."""
     around: Surroundings
     leave_nothing: bool
-    """Whether to delete the link's socket file at the end, because no later proxy needs it."""
+    """Whether to delete the link's socket file when the proxy closes, because no later proxy needs it."""
     listener: Listener | None = None
     recorded: int = KEPT
     """How many notifications a new flight recorder keeps by default."""
@@ -385,8 +392,8 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
     """Run a proxy while the block runs. When the block ends or is cancelled, the proxy stops cleanly.
 
     When the block starts, the link and the watches are active. Raises LinkNotFoundError, PermissionDeniedError,
-    ResourceError or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot
-    be restarted, it cancels the block. Its exception and those of the block are then raised in an ExceptionGroup.
+    ResourceError or ConfigError. Exceptions from the block propagate unchanged. If a task of the proxy fails and cannot
+    be restarted, it cancels the block. An ExceptionGroup then contains its exception and any exception from the block.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy
@@ -412,7 +419,7 @@ async def running(proxy: Proxy) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _following(mounts: Mounts) -> AsyncIterator[None]:
-    """Report changes of the mounts while the block runs."""
+    """Report mount changes while the block runs."""
     async with starting_and_stopping(lambda nursery: nursery.start_soon(mounts.run), mounts.stop):
         yield
 
@@ -451,10 +458,10 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 def _build(
     config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack, counters: Counters, events: Events
 ) -> Proxy:
-    """Do the work of `build`.
+    """Open the resources and create the proxy in an order that loses no notification.
 
     The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
-    before newer ones are read. Descriptors are stored last, because storing one deletes the old descriptor.
+    before newer ones are read. Descriptors are stored last, because storing one replaces the inherited descriptor.
     """
     inherited = fd_store.inherited
     inflight = ground.inflight
@@ -470,7 +477,7 @@ def _build(
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
-        logger.warning("%s: %s: waiting for it", link.name, link.absence)
+        logger.warning("%s: %s: waiting for the link", link.name, link.absence)
 
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events)

@@ -1,10 +1,10 @@
-"""One inotify descriptor for many boards: the kernel allows a user 128 by default (fs.inotify.max_user_instances).
+"""One inotify descriptor for many boards, because a user may open only 128 by default (max_user_instances).
 
 Each board has a `Share`, which has the same methods as an `Inotify` and queues events in the board's in-flight buffer.
 One task reads the descriptor and moves each event to the queue of every board that watches the file or directory.
 
-Two boards that watch the same directory, such as a common parent, share a watch descriptor. If one of them ends its
-watch, it receives IN_IGNORED at once. If it watches the directory again before it has read IN_IGNORED, the new watch
+Two boards that watch the same directory, such as a common parent, share a watch descriptor. If one board ends its
+watch, it receives IN_IGNORED at once. If it watches the directory again before it has read IN_IGNORED, its new watch
 gets a different number: the watch descriptor plus a multiple of `GENERATION`.
 """
 
@@ -55,13 +55,13 @@ class SharedInotify:
         self._shares: set[Share] = set()
 
     def share(self, inflight: Inflight) -> Share:
-        """Return the share of one board, with the inherited watches of the board."""
+        """Create and return a board's share, which includes the board's inherited watches."""
         share = Share(self, inflight.queue)
         self.adopt(share, inflight)
         return share
 
     def adopt(self, share: Share, inflight: Inflight) -> None:
-        """Add a share, with the inherited watches of its board."""
+        """Add a share and the inherited watches of its board."""
         self._shares.add(share)
         unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
         # A stored watch may have ended already. Its IN_IGNORED is then among the unread events.
@@ -82,7 +82,7 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move to the boards at least the events that are queued when the call starts."""
+        """Move queued events to the boards. Include at least all events that were queued before the call."""
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
@@ -111,7 +111,7 @@ class SharedInotify:
             watches = self._watches.get(wd)
             if watches is None:
                 if not mask & ino.IN_IGNORED:
-                    self.inotify.unwatch(wd)  # The board of this watch was removed.
+                    self.inotify.unwatch(wd)  # The board that used this watch was removed.
                 continue
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
@@ -143,9 +143,15 @@ class SharedInotify:
         return watch.number
 
     def _narrow(self, wd: int, path: str, flags: int) -> None:
-        """Reduce the watch `wd` to the events that its boards need."""
+        """Reduce the watch `wd` to the events that its boards need.
+
+        Do nothing while a board has not watched an inherited `wd` again: its mask is unknown, and a guess would add
+        events. A board takes a close event of an unknown watch for a notification, and sends all of its triggers.
+        """
         wanted = 0
         for watch in self._watches[wd].values():
+            if watch.mask is None:
+                return
             wanted |= watch.wanted
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:
@@ -182,7 +188,7 @@ class SharedInotify:
 
 
 class Share:
-    """One board's share of the inotify descriptor. Its methods work like the methods of `Inotify`."""
+    """One board's share of the inotify descriptor. It has the same methods as `Inotify`."""
 
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared
@@ -193,7 +199,7 @@ class Share:
         self._waiting = False
         self.read = 0
         self.finish_alone: Callable[[memoryview, int], bool] | None = None
-        """The board's `Outbound.finish_alone`. Calling it directly halves the time of a single notification."""
+        """The board's `Outbound.finish_alone`. Calling it directly halves the latency of a single notification."""
 
     @property
     def fd(self) -> int:

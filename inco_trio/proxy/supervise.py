@@ -21,7 +21,7 @@ TRANSIENT = frozenset({
 
 
 class Health:
-    """The state of a task, as the log and `status` report it."""
+    """The state of a task, as reported in the log and by `status`."""
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -53,7 +53,7 @@ async def supervise(health: Health, task: Callable[[Health], Awaitable[None]], c
         except OSError as error:
             if error.errno not in TRANSIENT:
                 raise
-            health.failed(f"{error.strerror}; restarted")
+            health.failed(f"{error.strerror}; restarting the task")
             counters.restarts += 1
             health.restarts += 1
         await trio.sleep(health.backoff.next())

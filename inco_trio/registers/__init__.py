@@ -1,1 +1,1 @@
-"""The registers: state files, triggers, their directories, and the inotify descriptor that reports on them."""
+"""The registers: state files, trigger files and their directories, which the proxy watches with inotify."""

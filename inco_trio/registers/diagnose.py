@@ -1,4 +1,4 @@
-"""Find causes of missing notifications that do not raise an error. The daemon runs these checks when it starts."""
+"""Find problems that raise no error but prevent notifications. The daemon runs these checks when it starts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UNREPORTED = {
     "sysfs": "inotify reports no events on it",
     **dict.fromkeys(
         ("9p", "virtiofs", "nfs", "nfs4", "cifs", "smb3", "ceph", "vboxsf"),
-        "inotify does not report writes of other hosts",
+        "inotify does not report writes by other hosts",
     ),
 }
 """Filesystem types on which inotify may not report that a trigger was closed, each with the reason (inotify(7))."""
 
 
 def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
-    """Yield a line for each filesystem without inotify and each visible process that holds a register open."""
+    """Yield a line for each filesystem that inotify cannot watch, and each process that holds a register open."""
     signals = tuple(signals)
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if problem := unreported(directory):
@@ -69,7 +69,7 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 
 def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
-    """Yield the signal, the PID and the consequence for each process that holds a register open."""
+    """Yield the signal, the PID and a warning for each process that holds a register open."""
     registers = {str(signal.path): signal for signal in signals}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208

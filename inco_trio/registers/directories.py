@@ -1,7 +1,7 @@
 """The IRQ directories of a signal table, and the watches on them.
 
-Each directory is held open, watched for changes of its file names, and reopened when another process replaces it. If
-another process removes a directory, the proxy recreates it after `ABANDONED` seconds or at a reload.
+The proxy keeps each directory open, watches it for changes to its file names, and reopens it when another process
+replaces it. If another process removes a directory, the proxy recreates it after `ABANDONED` seconds or at a reload.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.tables import NumberTable
@@ -27,13 +27,13 @@ from inco_trio.registers.trust import Trust, open_trusted
 __all__ = ["ABANDONED", "Directories"]
 
 ABANDONED = 60.0
-"""Seconds until a directory that another process removed is recreated."""
+"""Seconds to wait before recreating a directory that another process removed."""
 
 ATTEMPTS = 4
-"""Maximum number of attempts to open a directory that another process keeps replacing, before other tasks run."""
+"""Maximum number of consecutive attempts to open a directory that another process keeps replacing."""
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
-"""Events of an ancestor. IN_ATTRIB reports a new owner or mode of the ancestor and of the entries in it."""
+"""Events to watch on an ancestor. IN_ATTRIB reports a new owner or mode of the ancestor and of its entries."""
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED
@@ -42,7 +42,7 @@ GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNO
 
 @attrs.define
 class _Awaited:
-    """An ancestor that is watched for new entries. `names` maps awaited entries to the missing directories below."""
+    """An ancestor that is watched for new entries. `names` maps each awaited entry to missing directories."""
 
     path: Path
     names: dict[bytes, set[Directory]] = attrs.Factory(dict)
@@ -69,7 +69,7 @@ class Directories:
         self._noted = noted
         self._problems = problems
         self.retries = Retries(announce)
-        # Replaced and dropped directories stay here until IN_IGNORED, the last event of a watch, is read.
+        # Replaced and dropped directories stay in this dict until IN_IGNORED, the last event of a watch, is read.
         self._by_wd: dict[int, Directory] = {}
         self._above: dict[int, set[Directory]] = {}
         self._awaited: dict[int, _Awaited] = {}
@@ -90,7 +90,7 @@ class Directories:
             if directory.current:
                 return
             # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
-        self.trouble(directory)  # Another process keeps replacing the directory. Let other tasks run.
+        self.trouble(directory)
 
     def _open(self, directory: Directory, *, make: bool) -> None:
         fd, found = open_trusted(directory.path, self.trust, make=make)
@@ -149,7 +149,7 @@ class Directories:
             self._await_no_more(directory)
 
     def _await(self, directory: Directory, wd: int, above: Path) -> None:
-        """Let `follow` open a missing directory when the next component of its path appears in `above`."""
+        """Make `follow` open a missing directory when the next component of its path appears in `above`."""
         if directory.awaited_in == wd:
             return
         self._await_no_more(directory)
@@ -172,7 +172,7 @@ class Directories:
                 self._watch_only_self(awaited.path, wd)
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
-        """Restrict the watch `wd` on the directory `path` to the events of an ancestor."""
+        """Restrict the watch `wd` on the directory `path` to the events in ABOVE_MASK."""
         with contextlib.suppress(OSError):
             found = self._inotify.watch(str(path), ABOVE_MASK)
             if found != wd:  # The path now refers to a different directory.
@@ -195,7 +195,7 @@ class Directories:
     def lose(self, directory: Directory) -> None:
         """Close a directory that is no longer at its path, and schedule an attempt to open the path again."""
         if directory.missing_since is None:
-            directory.missing_since = time.monotonic()
+            directory.missing_since = real_clock.monotonic()
         directory.release()
         former, directory.wd, directory.identity = directory.wd, 0, (0, 0)
         if former:
@@ -219,7 +219,7 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Delete stored watches that neither the table nor `others` needs. Return those that must still be ended."""
+        """Delete stored watches that neither the table nor `others` needs. Return those to remove from inotify."""
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
         stale = []
@@ -243,7 +243,7 @@ class Directories:
                     for waiting in set[Directory]().union(*awaited.names.values()):
                         waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            # Do not check the directories below now, because there may be thousands of them.
+            # Do not check the directories below it now, because there may be thousands of them.
             for other in below or ():
                 self.trouble(other)
             if directory is not None:
@@ -258,7 +258,7 @@ class Directories:
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
         if mask & VANISHED and directory is not None and directory.wd == wd:
-            directory.vanished_at = time.monotonic()
+            directory.vanished_at = real_clock.monotonic()
             if os.fsdecode(name) in directory.states:
                 self.miss_states(directory)
         return directory
@@ -283,7 +283,7 @@ class Directories:
             if newly:
                 self._problems.failed(
                     directory.path,
-                    f"missing: notifications are kept until it reappears (recreated after {ABANDONED:.0f} s "
+                    f"missing: notifications are kept until the directory reappears (recreated after {ABANDONED:.0f} s "
                     "or at SIGHUP)",
                 )
             return
@@ -309,11 +309,11 @@ class Directories:
     def look_at_all(self) -> None:
         """Schedule a check of all directories and files, because events may have been lost."""
         for directory in self.by_path.values():
-            directory.making_in = 0
+            directory.making_in = directory.any_making_in = 0
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:
-        """Return whether the table contains this object. Another object with the same path does not count."""
+        """Return whether the table contains this Directory object, not only one with the same path."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:
@@ -324,15 +324,15 @@ class Directories:
     def miss_states(self, directory: Directory) -> None:
         """Schedule a check for missing state files."""
         if directory.states and directory.states_missing_since is None:
-            directory.states_missing_since = time.monotonic()
+            directory.states_missing_since = real_clock.monotonic()
         self.trouble(directory)
 
     def restore(self, directory: Directory) -> float | None:
         """Try to open a directory and to create its missing state files.
 
-        Return the earliest time of the next retry (time.monotonic()), or None if nothing is left to do.
+        Return the earliest time of the next retry (real_clock.monotonic()), or None if nothing is left to do.
         """
-        now = time.monotonic()
+        now = real_clock.monotonic()
         abandoned = math.inf if directory.missing_since is None else directory.missing_since + ABANDONED
         self.look(directory, make=now >= abandoned)
         if directory.fd < 0:

@@ -18,7 +18,7 @@ from inco_trio.linux.files import kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
 from inco_trio.registers.refusals import UnfitFileError
 
-__all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
+__all__ = ["EMPTIED", "PATIENCE", "TEMPORARY", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
 PATIENCE = 0.03
 """Seconds to wait before recreating a deleted file, because another process may be about to replace it."""
@@ -26,6 +26,7 @@ EMPTIED = 1.0
 """Seconds to wait before recreating a deleted file in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 TEMPORARY = ".inco-trio."
+"""The start of the temporary names of all proxies."""
 KIND = stat.S_IFMT(0xFFFF)
 """The bits of `st_mode` that contain the type of the file."""
 FILE_MODE = 0o666 | stat.S_IFREG
@@ -39,7 +40,7 @@ def watch_key(path: Path) -> bytes:
 
 
 def temporary_name() -> str:
-    """Return the name that a new trigger has until it is watched."""
+    """Return the temporary name of a new trigger file that is not watched yet."""
     return f"{TEMPORARY}{os.getpid()}"
 
 
@@ -68,12 +69,14 @@ class Directory:
     awaited_in: int = 0
     """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
     missing_since: float | None = None
-    """When the path was first found missing or could not be opened (time.monotonic())."""
+    """When the path was first found missing or could not be opened (real_clock.monotonic())."""
     states_missing_since: float | None = None
     vanished_at: float = -math.inf
     """When a name in the directory was last deleted or moved away."""
     making_in: int = 0
-    """Equal to `wd` between the events for creating and deleting `temporary_name`, which the proxy causes; else 0."""
+    """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
+    any_making_in: int = 0
+    """The same for the temporary name of any proxy, such as a predecessor that was killed."""
     retry_at: float = math.inf
     troubled_again: bool = False
     """Whether another operation in the directory failed during the last retry."""
@@ -112,7 +115,7 @@ class Directory:
     def make_state(self, register: str) -> None:
         """Create a state file unless it exists. Raises OSError with the path as `filename`."""
         try:
-            # Use mknod instead of open: closing the file would be a notification.
+            # Use mknod(2), because closing a file after open(2) would count as a notification.
             os.mknod(register, FILE_MODE, dir_fd=self.fd)
         except FileExistsError:
             pass
@@ -121,7 +124,7 @@ class Directory:
             raise
 
     def check(self, register: str | bytes, opened: int | None = None) -> None:
-        """Check that a register is a regular file with one name, on the directory's filesystem.
+        """Check that a register is a regular file with only one name, on the directory's filesystem.
 
         `opened` is an open descriptor of the register. If it is None, check the file that has the name `register`.
         """
@@ -139,11 +142,11 @@ class Directory:
             raise UnfitFileError(path, f"has {found.st_nlink} names (hard links)", remedy)
         if found.st_dev not in self.devices:
             if not self._is_on_same_mount(register):
-                raise UnfitFileError(path, "not on the filesystem of its directory", "unmount it")
+                raise UnfitFileError(path, "not on the same filesystem as its directory", "unmount it")
             self.devices.add(found.st_dev)
 
     def _unlink_temporaries(self, found: os.stat_result) -> bool:
-        """Remove the temporary name of a trigger that a killed proxy left behind. Return whether one name remains."""
+        """Remove temporary names of a trigger that a killed proxy left behind. Return whether only one name remains."""
         names = 0
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.name(".")):

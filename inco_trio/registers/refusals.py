@@ -22,7 +22,7 @@ class UnfitFileError(OSError):
 
 
 def refusal(error: OSError, what: object) -> IncoError:
-    """Return the IncoError for an OSError. `what` is the subject if the error contains no file name."""
+    """Convert an OSError to an IncoError. `what` is the subject if the error contains no file name."""
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator
 from pathlib import Path
 
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.errors import ConfigError
 from inco_trio.linux.inotify import Watcher
 from inco_trio.nurseries import in_turns
@@ -64,8 +64,8 @@ class Registers:
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
         """Replace the table in steps. Registers that are in both tables do not change; new files cause no notification.
 
-        Each step opens one register, and the last step replaces the table. If a register cannot be opened, this raises
-        IncoError and changes nothing. The caller then closes the old registers with `_drop_unneeded`.
+        Each step opens one register, and the last step replaces the table. If opening fails, the generator raises
+        IncoError and changes nothing. After success, the caller closes old registers with `_drop_unneeded`.
         """
         new = _New()
         try:
@@ -84,7 +84,7 @@ class Registers:
                 raise ConfigError(problem) from error
             raise refusal(error, new.path) from error
         for trigger in self.triggers.by_path.values():
-            # In the new table, the same file may belong to another signal.
+            # In the new table, the same file may belong to a different signal.
             trigger.signal = new.signals.get(trigger)
         self.states.take(new.files)
         self.table = table
@@ -119,7 +119,7 @@ class Registers:
                 yield
 
     async def reload(self, table: SignalTable, trust: Trust | None = None) -> None:
-        """Replace the table and create missing directories. Raises IncoError, see `exchange`."""
+        """Replace the table and create missing directories. Raises IncoError (see `exchange`)."""
         before = self.directories.trust
         self.directories.trust = trust or before
         try:
@@ -145,7 +145,7 @@ class Registers:
         return self._problems.said(signal.path)
 
     def mounts_changed(self) -> int:
-        """Let `restore` check all directories and triggers, because a mount may cover them. Return their number."""
+        """Make `restore` check all directories and triggers, because a mount may hide them. Return their number."""
         self._may_be_covered = True
         self.troubled.set()
         return len(self.directories.by_path) + len(self.triggers.by_path)
@@ -165,19 +165,19 @@ class Registers:
             yield from self._look_again()
         self.triggers.expire()
         for directory in self.directories.retries.due():
-            started = time.monotonic()
+            started = real_clock.monotonic()
             earliest = [self.directories.restore(directory)]
             for again in self.triggers.restore(directory):
                 earliest.append(again)
                 yield
             for well in self.states.write_pending(directory):
-                earliest.append(None if well else time.monotonic())
+                earliest.append(None if well else real_clock.monotonic())
                 yield
             left = [again for again in earliest if again is not None]
-            self.directories.retries.retried(directory, min(left, default=None), time.monotonic() - started)
+            self.directories.retries.retried(directory, min(left, default=None), real_clock.monotonic() - started)
 
     def next_restore(self) -> float:
-        """Return when to call `restore` next (time.monotonic()), or infinity."""
+        """Return when to call `restore` next (real_clock.monotonic()), or infinity."""
         return min(self.directories.retries.next(), self.triggers.next_expiry(), math.inf)
 
     def close(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 
+from inco_trio import real_clock
 from inco_trio.registers.directory import Directory
 
 __all__ = ["FALLBACK", "Retries"]
@@ -15,14 +15,14 @@ FALLBACK = 1.0
 
 
 class Retries:
-    """The directories in which to retry. `announce` is called when a directory is added."""
+    """The directories in which operations must be retried. `announce` is called when a directory is added."""
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self.announce = announce
         self._troubled: set[Directory] = set()
 
     def add(self, directory: Directory) -> None:
-        directory.retry_at = time.monotonic()
+        directory.retry_at = real_clock.monotonic()
         directory.troubled_again = True
         directory.backoff.reset()
         self._troubled.add(directory)
@@ -33,25 +33,24 @@ class Retries:
 
     def due(self) -> Iterator[Directory]:
         """Yield each directory whose retry is due. The caller retries the operations and calls `retried`."""
-        now = time.monotonic()
+        now = real_clock.monotonic()
         for directory in tuple(self._troubled):
             if directory.retry_at <= now and directory in self._troubled:
                 directory.troubled_again = False
                 yield directory
 
     def next(self) -> float:
-        """Return the time of the next retry (time.monotonic()), or infinity."""
+        """Return the time of the next retry (real_clock.monotonic()), or infinity."""
         return min((directory.retry_at for directory in self._troubled), default=math.inf)
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
-        """Schedule the next retry after a retry that took `spent` seconds; `earliest` is None if all work is done."""
+        """Schedule the next retry. The last one took `spent` seconds; `earliest` is None if all work is done."""
         if directory.troubled_again:
-            # Another operation failed during the retry.
-            directory.retry_at = time.monotonic() + directory.backoff.next()
+            directory.retry_at = real_clock.monotonic() + directory.backoff.next()
         elif earliest is None:
             self._troubled.discard(directory)
             directory.retry_at = math.inf
         else:
             # Pause nine times as long as the retry took, so that retries use at most a tenth of the CPU time.
             pause = max(directory.backoff.next(), min(9 * spent, FALLBACK))
-            directory.retry_at = max(earliest, time.monotonic() + pause)
+            directory.retry_at = max(earliest, real_clock.monotonic() + pause)

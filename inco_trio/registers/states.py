@@ -1,7 +1,7 @@
 """State files: the files of inbound signals. For each notification, the proxy writes `1` and closes the file.
 
-A notification that cannot be written is pending. The in-flight buffer counts the pending notifications of each signal,
-which are written later and before newer notifications of the same signal.
+If the write fails, the notification becomes pending. The in-flight buffer counts the pending notifications of each
+signal. The proxy writes them later, before newer notifications of the same signal.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
@@ -27,10 +27,10 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 RUNS = 64
-"""Maximum number of different times that a file stores for its pending notifications."""
+"""Maximum number of distinct times to remember for the pending notifications of a file."""
 REPLACED = "its directory was replaced"
 SLICE = 32
-"""Maximum number of pending notifications that are written before other tasks run."""
+"""Maximum number of pending notifications to write before other tasks run."""
 
 
 @attrs.define(eq=False)
@@ -43,12 +43,12 @@ class StateFile:
     """A descriptor kept open after a failed write (disk full), because closing the file would notify its watchers."""
     count: int = 0
     last: int = 0
-    """Time of the last write (time.monotonic_ns())."""
+    """Time of the last write (real_clock.monotonic_ns())."""
     failures: int = 0
     reason: str = "older notifications are pending"
     """Why the last write failed."""
     runs: deque[list[int]] = attrs.Factory(deque)
-    """When notifications became pending (time.monotonic_ns()), and how many, oldest first."""
+    """Pairs of a time (real_clock.monotonic_ns()) and how many notifications became pending then, oldest first."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -56,8 +56,8 @@ class StateFile:
     def write(self, *, checked: bool = False) -> None:
         """Write one notification. Raises OSError.
 
-        Never create the file: its directory may be about to vanish. `checked` means that the caller has just checked
-        the file, in a directory that only trusted users can change.
+        Never create the file, because its directory may be about to vanish. With `checked`, skip the check of the file,
+        unless a user other than root and the proxy's own user may change the directory.
         """
         fd = self.fd
         if fd >= 0:
@@ -88,15 +88,15 @@ class StateFile:
         return fd
 
     def pend(self) -> None:
-        """Store the time of a notification that becomes pending."""
-        now = time.monotonic_ns()
+        """Record that a notification becomes pending now."""
+        now = real_clock.monotonic_ns()
         if self.runs and (self.runs[-1][0] == now or len(self.runs) == RUNS):
             self.runs[-1][1] += 1
         else:
             self.runs.append([now, 1])
 
     def unpend(self, number: int) -> Iterator[tuple[int, int]]:
-        """Forget the oldest `number` pending notifications. Yield each time (0 if unknown) and its number."""
+        """Forget the oldest `number` pending notifications. Yield their times (0 if unknown), each with a count."""
         while number and self.runs:
             since, there = self.runs[0]
             some = min(number, there)
@@ -119,7 +119,7 @@ class StateFile:
 
     def count_written(self, number: int) -> None:
         self.count += number
-        self.last = time.monotonic_ns()
+        self.last = real_clock.monotonic_ns()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -144,7 +144,7 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """Called after pending notifications were written, with the time when they became pending."""
+        """Called with files whose pending notifications were written, and the time when these became pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""
@@ -194,8 +194,8 @@ class StateFiles:
     def write(self, files: Sequence[StateFile]) -> list[str | None] | None:
         """Write one notification to each file, in order. Notifications that cannot be written become pending.
 
-        Return None if all were written. Otherwise return for each file "" if it was written, the reason if it is
-        pending, or None if the table no longer contains its signal.
+        Return None if all were written. Otherwise, return one outcome per file: "" if the file was written, the reason
+        if the notification is pending, or None if the table no longer contains the signal.
         """
         if not self._current.issuperset(files):
             return self._write_renewed(files)

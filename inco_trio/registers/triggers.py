@@ -1,8 +1,8 @@
 """Triggers: the files of outbound signals. The proxy watches each file and follows every replacement.
 
-Each trigger has its own watch. IN_CLOSE_WRITE is the notification. IN_MODIFY is watched because it separates two
-closes, which the kernel would otherwise merge (inotify(7)). The directory is watched only for changes of file names: a
-watch for writes would also report the state files that the proxy writes.
+Each trigger has its own watch. IN_CLOSE_WRITE counts as a notification. IN_MODIFY is watched because it separates two
+IN_CLOSE_WRITE events, which the kernel would otherwise merge (inotify(7)). The directory is watched only for changes to
+file names: a watch for writes would also report the state files that the proxy writes.
 
 If another process replaces a trigger, by a rename or by recreating the file, this counts as one notification. When the
 proxy creates a trigger, it watches the file before the file becomes visible, so that no write is missed.
@@ -15,20 +15,20 @@ import logging
 import math
 import os
 import struct
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories
-from inco_trio.registers.directory import Directory, temporary_name, watch_key
+from inco_trio.registers.directory import TEMPORARY, Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
 
@@ -37,7 +37,7 @@ __all__ = ["RETIREMENT", "Trigger", "Triggered", "Triggers"]
 logger = logging.getLogger(__name__)
 
 _WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
-"""Two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of one file."""
+"""Layout of two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of the same file."""
 RETIREMENT = 1.0
 """How long (seconds) to keep watching the old file of a replaced trigger: a process may still have it open."""
 
@@ -57,14 +57,19 @@ class Trigger:
     missing_since: float | None = None
     made_in: int = 0
     """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
+    inherited_made_in: int = 0
+    """The same for the file that an earlier process created."""
     replaced: deque[int] = attrs.Factory(deque)
     """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
     path: Path = attrs.field(init=False)
     key: bytes = attrs.field(init=False)
+    made_key: bytes = attrs.field(init=False)
+    """The key under which `Inflight.watches` stores `made_in`. No watch has this key."""
 
     def __attrs_post_init__(self) -> None:
         self.path = self.directory.path / self.register
         self.key = watch_key(self.path)
+        self.made_key = b"+" + self.key[1:]
 
 
 @attrs.define
@@ -73,7 +78,7 @@ class Triggered:
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """Entries for `Inflight.watches`. If they were stored first, a crash before sending would lose notifications."""
+    """Entries to store in `Inflight.watches` after sending. If stored earlier, a crash could lose notifications."""
 
     def extend(self, other: Triggered) -> None:
         self.signals += other.signals
@@ -100,9 +105,9 @@ class Triggers:
         self._noted = noted
         self._problems = problems
         self._counters = counters
-        # Watches of replaced and removed triggers stay here until IN_IGNORED is read.
+        # Watches of replaced and removed triggers stay in this dict until IN_IGNORED is read.
         self._by_wd: dict[int, Trigger] = {}
-        self._temporary = temporary_name().encode()
+        self._temporary, self._temporaries = temporary_name().encode(), TEMPORARY.encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
         # For each directory, the logged reasons why triggers cannot be watched, each with the path of one trigger.
@@ -111,12 +116,14 @@ class Triggers:
     def add(self, directory: Directory, register: str) -> Trigger:
         """Add a trigger without a signal. Its events are handled but cause no notification."""
         trigger = Trigger(directory, register)
+        trigger.inherited_made_in = self._noted[trigger.made_key]
         self.by_path[trigger.path] = trigger
         self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
         return trigger
 
     def keys(self) -> set[bytes]:
-        return {trigger.key for trigger in self.by_path.values()}
+        """Return the keys of all entries in `Inflight.watches` that the triggers use."""
+        return {key for trigger in self.by_path.values() for key in (trigger.key, trigger.made_key)}
 
     def drop(self, trigger: Trigger) -> None:
         """Remove a trigger from the table. Its events that are already queued have no effect."""
@@ -129,7 +136,7 @@ class Triggers:
             del self._in[trigger.directory]
             for reason in self._reasons.pop(trigger.directory, ()):
                 self._problems.forget((trigger.directory, reason))
-        self._noted[trigger.key] = 0
+        self._noted[trigger.key] = self._noted[trigger.made_key] = 0
         if trigger.wd:
             self._retire(trigger.wd)
 
@@ -156,7 +163,8 @@ class Triggers:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if wd := directory.make_trigger(register, self._inotify, note):
                 made = True
-                trigger.made_in = directory.wd
+                # Store this after link(2): if another process has created the file, a successor must count IN_CREATE.
+                trigger.made_in = self._noted[trigger.made_key] = directory.wd
                 break
             note(before)
         self._set_watch(trigger, wd)
@@ -172,7 +180,7 @@ class Triggers:
             self._replaced.add(trigger)
 
     def look_again(self, trigger: Trigger) -> None:
-        """Watch the file at the path of a watched trigger, because a mount may cover the file or uncover another."""
+        """Watch the file that is now at a trigger's path, because a mount may hide the old file or reveal another."""
         if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
             self._try_look(trigger, make=False)
 
@@ -180,7 +188,7 @@ class Triggers:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
-                raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "remove one of the two names")
+                raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "configure only one of them")
             # The file of `owner` was renamed to this path.
             owner.wd = 0
             self._miss(owner)
@@ -191,13 +199,13 @@ class Triggers:
         trigger.wd, trigger.looked_in, trigger.missing_since = wd, trigger.directory.wd, None
 
     def _retire(self, wd: int) -> None:
-        self._retired[wd] = time.monotonic() + RETIREMENT
+        self._retired[wd] = real_clock.monotonic() + RETIREMENT
         self._directories.retries.announce()
 
     def _miss(self, trigger: Trigger) -> None:
         """Mark a trigger as missing, and schedule a retry."""
         if trigger.missing_since is None:
-            trigger.missing_since = time.monotonic()
+            trigger.missing_since = real_clock.monotonic()
             self._directories.trouble(trigger.directory)
 
     def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
@@ -231,7 +239,7 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Send all triggers once for all unknown events, because a crash can leave hundreds of them.
+            # Send all triggers only once, not once per unknown event: a crash can leave hundreds of such events.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
@@ -261,7 +269,7 @@ class Triggers:
         report(logger, logging.WARNING, text, "overflow")
         self._notify_all(triggered)
         for trigger in self.by_path.values():
-            trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.
+            self._forget_made(trigger, triggered)  # The IN_CREATE of this trigger may be lost.
             # Check the file now: if it was renamed to this path, it is not watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
@@ -286,24 +294,37 @@ class Triggers:
             return
         trigger = self._in.get(directory, {}).get(name)
         if trigger is not None:
+            made = trigger.made_in or trigger.inherited_made_in
             self._follow_trigger(trigger, wd, mask, triggered)
-        elif name == self._temporary:
-            directory.making_in = wd if mask & ino.IN_CREATE else 0
+            if made and not (trigger.made_in or trigger.inherited_made_in):
+                self._forget_made(trigger, triggered)
+        elif name.startswith(self._temporaries):
+            directory.any_making_in = wd if mask & ino.IN_CREATE else 0
+            if name == self._temporary:
+                directory.making_in = directory.any_making_in
+
+    @staticmethod
+    def _forget_made(trigger: Trigger, triggered: Triggered) -> None:
+        trigger.made_in = trigger.inherited_made_in = 0
+        triggered.watches[trigger.made_key] = 0
 
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
         """Handle an event of an unknown watch, which an earlier process added to a directory."""
         if mask & APPEARED and wd not in self._by_wd:
-            # A process may have written the new file.
+            # A process may have written to the new file.
             for trigger in self.by_path.values():
                 if os.fsencode(trigger.register) == name:
                     triggered.add(trigger)
 
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
-        """Handle an event of a trigger's file name in the directory that `wd` watches."""
+        """Handle an event about a trigger's file name in the directory that `wd` watches."""
         directory = trigger.directory
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd
-        if wd != directory.wd:
+        inherited = created and trigger.inherited_made_in == wd
+        if inherited and directory.any_making_in == wd:
+            trigger.inherited_made_in = 0
+        elif wd != directory.wd:
             # `wd` watches the directory that was at this path before. A scheduled retry checks the current directory.
             if ours:
                 trigger.made_in = 0
@@ -316,7 +337,9 @@ class Triggers:
         elif not vanished:
             trigger.made_in = 0
             if not ours:
-                self._look_again(trigger, mask, triggered, always=not created)
+                # Another process may have created and deleted this file before an earlier process created the trigger.
+                earlier = inherited and not mask & ino.IN_ISDIR
+                self._look_again(trigger, mask, triggered, always=bool(earlier or not created))
         elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
             # Check the path later: if it already has a new file, another queued event reports that file.
             trigger.made_in = 0
@@ -327,7 +350,7 @@ class Triggers:
         error = self._try_look(trigger, make=False)
         if another := bool(trigger.replaced):
             trigger.replaced.popleft()
-        # The event reports a file. By now, a directory may have replaced the file.
+        # The event reported a file, but a directory may have replaced the file by now.
         gone_again = (
             error is not None
             and not mask & ino.IN_ISDIR
@@ -348,12 +371,12 @@ class Triggers:
     def restore(self, directory: Directory) -> Iterator[float | None]:
         """Watch or create the missing triggers of a directory.
 
-        After each trigger, yield the earliest time of its next retry (time.monotonic()), or None if it is now watched.
+        After each trigger, yield when to retry it (real_clock.monotonic()), or None if it is now watched.
         """
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
         for trigger in tuple(self._in.get(directory, {}).values()):
-            now = time.monotonic()
+            now = real_clock.monotonic()
             if trigger.missing_since is None:
                 if trigger.looked_in == directory.wd:
                     continue
@@ -384,7 +407,7 @@ class Triggers:
 
     def expire(self) -> None:
         """End the watches of files that were replaced at least `RETIREMENT` seconds ago."""
-        now = time.monotonic()
+        now = real_clock.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
@@ -393,7 +416,7 @@ class Triggers:
                 self._inotify.unwatch(wd)
 
     def next_expiry(self) -> float:
-        """Return when to call `expire` next (time.monotonic()), or infinity."""
+        """Return when to call `expire` next (real_clock.monotonic()), or infinity."""
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:

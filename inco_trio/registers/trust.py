@@ -1,8 +1,8 @@
 """Open an IRQ directory so that no untrusted user can redirect its path to another directory.
 
 This module opens each component of the path in turn and resolves symlinks itself (path_resolution(7)). Each directory
-and symlink must belong to root, to the user of this process or to the configured owner. Below a directory of the
-configured owner, everything must belong to this owner. No other user may be able to rename a component.
+and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory of
+the configured owner must also belong to that owner. No other user may be able to rename a component.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITERS = stat.S_IWGRP | stat.S_IWOTH
 SYMLINKS_MAX = 40
-"""Maximum number of symlinks in a path, as in the kernel."""
+"""Maximum number of symlinks to follow in a path, the same as in the kernel."""
 STANDARD = frozenset({"/", "/dev", "/dev/shm", "/home", "/run", "/run/user", "/tmp", "/var", "/var/tmp"})  # noqa: S108
 """Directories that belong to root on every system (hier(7), file-hierarchy(7))."""
 ACL = "system.posix_acl_access"
@@ -39,10 +39,12 @@ class Trust:
     owner: int | None = None
     group: int | None = None
     """The group whose members may change the files in an IRQ directory, but not the directories above it."""
+    user: int = attrs.Factory(os.geteuid)
+    """The user of the proxy, by default of this process."""
 
     def shares(self, found: os.stat_result) -> bool:
         """Return whether a user other than root and the user of this process may change the names in a directory."""
-        return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & stat.S_IWGRP)
+        return found.st_uid not in (0, self.user) or bool(found.st_mode & stat.S_IWGRP)
 
 
 def open_trusted(path: Path, trust: Trust, *, make: bool = False) -> tuple[int, os.stat_result]:
@@ -120,17 +122,17 @@ class _Walk:
         self._names.extendleft(reversed(parts))
 
     def _make(self, name: str) -> int:
-        """Create a directory that other users cannot change."""
+        """Create a directory that untrusted users cannot change."""
         place = Path(self._place, name)
         if self._below is not None:
             what = f"{place} is missing below a directory of {user_name(self._below)}"
-            raise self._untrusted(what, f"let this user create {self._path}")
+            raise self._untrusted(what, f"let that user create {self._path}")
         trust = self._trust
         shared = not self._names and (trust.owner, trust.group) != (None, None)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=self.fd)
             if shared:
-                # Only root and this user can rename the new directory.
+                # chown(2) by name is safe here, because only root and this user can rename the new directory.
                 owner, group = (-1 if number is None else number for number in (trust.owner, trust.group))
                 os.chown(name, owner, group, dir_fd=self.fd, follow_symlinks=False)
                 if trust.group is not None:
@@ -143,13 +145,13 @@ class _Walk:
             if self._place in STANDARD and not _maps_all_users():
                 return
             what = f"{self._place} belongs to uid {uid}, which stands for all unmapped users"
-            raise self._untrusted(what, "use a directory of root or of a dedicated system user")
+            raise self._untrusted(what, "use a directory that belongs to root or to a dedicated system user")
         if self._below is not None and uid != self._below:
             what = f"{self._place} belongs to {user_name(uid)}, but is reached through {user_name(self._below)}"
-            raise self._untrusted(what, "use a path whose directories belong to one user from there on")
-        if uid == self._trust.owner and uid not in (0, os.geteuid()):
+            raise self._untrusted(what, f"use a path whose lower directories all belong to {user_name(self._below)}")
+        if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
-        elif uid not in (0, os.geteuid()):
+        elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
             raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
 

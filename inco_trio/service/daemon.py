@@ -25,6 +25,7 @@ from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.registers.diagnose import diagnose
 from inco_trio.service.log import log_statistics
+from inco_trio.service.privileges import raise_descriptor_limit
 from inco_trio.service.runner import Runner
 from inco_trio.signals import Signal
 
@@ -101,7 +102,7 @@ async def read_aside(read: Callable[[], _R]) -> _R:
 class Daemon:
     """The daemon for `boards`. `control` is the path of the control socket, "none", or None for the default path.
 
-    Once the boards are open, `restrict` drops what the daemon no longer needs.
+    Once the boards are open, `restrict` drops the privileges that the daemon no longer needs.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Daemon:
         self._control_path: Path | None = None
 
     async def run(self, runner: Runner) -> None:
+        raise_descriptor_limit()
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
             # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
             is_ready = threading.Event()
@@ -138,7 +140,9 @@ class Daemon:
             try:
                 listener = self._control_socket(resources)
             except OSError as error:
-                logger.warning("no control socket: %s: %s", error.filename or self._control, error.strerror)
+                logger.warning(
+                    "control socket: cannot open %s: %s", error.filename or self._control, error.strerror or error
+                )
                 listener = None
             if listener is None:
                 yield None
@@ -166,7 +170,7 @@ class Daemon:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            # The proxy of an equally named interface in another network namespace uses this path. Add our PID to it.
+            # A proxy in another network namespace, with an interface of the same name, uses this path. Add our PID.
             for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
                 with contextlib.suppress(OSError):
                     if not place.is_live(left):
@@ -175,8 +179,8 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self, is_ready: threading.Event) -> None:
-        # Do not use trio.to_thread, which wakes the event loop when its thread ends.
-        with contextlib.suppress(RuntimeError):  # No thread can be started. The diagnosis is optional.
+        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Without a thread, skip the diagnosis.
+        with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 
     def _diagnose(self, is_ready: threading.Event) -> None:

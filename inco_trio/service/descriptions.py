@@ -1,4 +1,4 @@
-"""Descriptions of the services that `inco-trio s6` writes, for s6 and for systemd."""
+"""Descriptions of the services that `inco-trio service` writes, for s6 and for systemd."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ __all__ = [
 PREFIX = "inco-trio-"
 _GATEWAY, _EXPORTER, _BRIDGE = "mqtt", "exporter", "wire-"
 _RESERVED = {"fdholder": "the fd store", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
-"""Labels that a link cannot have, because other services use them."""
+"""Labels that a link cannot have, each with the service that uses the label."""
 USER = "inco-trio"
-"""The system user of services that root sets up."""
+"""The system user for services that root sets up."""
 _OF_INTERFACES = "CAP_NET_RAW CAP_NET_ADMIN"
 _PACKETS = f"""\
 AmbientCapabilities={_OF_INTERFACES}
@@ -55,7 +55,7 @@ _RIGHTS_OF_BOARDS = f"""\
 # The capabilities are for interfaces. Boards with a network namespace also need CAP_SYS_ADMIN in both lines.
 {_PACKETS}"""
 _OF_USER = ",+net_raw,+net_admin"
-"""The capabilities that `_PACKETS` grants, as an argument of setpriv(1)."""
+"""The capabilities that `_PACKETS` grants, as an argument for setpriv(1)."""
 
 
 def find_program() -> list[str]:
@@ -76,26 +76,26 @@ def template(name: str) -> str:
 
 @attrs.frozen
 class Service:
-    """The description of a service."""
+    """The properties of a service that s6 or systemd runs."""
 
     label: str
-    """The name of the service without the prefix. Its stored descriptors have the same name."""
+    """The name of the service without PREFIX. The service's stored descriptors have the same name."""
     of: str
     """The purpose of the service, as text."""
     words: tuple[str, ...]
-    """The command and its arguments."""
+    """The inco-trio command and its arguments."""
     warnings: tuple[str, ...] = ()
     """Warnings about configuration files that cannot be read at the moment."""
     rights: str = ""
-    """The directives of a systemd unit that grant rights. Empty for clients of proxies, which use no fd store."""
+    """The systemd directives that grant rights, or "" for a client of proxies, which does not use the fd store."""
     capability: str = ""
-    """The capability to keep, as an argument of setpriv(1)."""
+    """The capabilities to keep, as an argument for setpriv(1)."""
     namespaces: str = "yes"
     """The value of RestrictNamespaces= in a systemd unit."""
     paths: tuple[Path, ...] = ()
     """The known files and directories that the service uses."""
     check: tuple[str, ...] = ()
-    """The command and its arguments that validate the configuration before a reload."""
+    """The command, with its arguments, that validates the configuration before a reload."""
 
     @property
     def is_client(self) -> bool:
@@ -104,7 +104,7 @@ class Service:
 
 
 def gateway_service(url: str, config: Path | None) -> Service:
-    """Describe the gateway to the broker at `url`, with the file `config`. Raises InvalidArgumentError."""
+    """Describe the gateway to the broker at `url`, configured by the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
@@ -119,7 +119,7 @@ def exporter_service(listen: str) -> Service:
 
 
 def link_service(link: str, config: Path) -> Service:
-    """Describe the proxy of a link, with the registers of the udrv.json `config`. Raises InvalidArgumentError."""
+    """Describe the proxy of a link, configured by the udrv.json `config`. Raises InvalidArgumentError."""
     config = config.absolute()
     words = ("run", link, "--config", str(config), "--wait-link")
     of, label = f"inter-core interrupts on {link}", _label(link)
@@ -158,7 +158,7 @@ def _paths_of(config: Config) -> Iterator[Path]:
 
 
 def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:
-    """Describe one side of the bridge at `url`, with the file `config`. Raises InvalidArgumentError."""
+    """Describe one side of the bridge over the broker at `url`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, link, "--end", end)

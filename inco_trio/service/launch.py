@@ -1,7 +1,7 @@
 """Start `inco-trio` as a child process, for the demonstration and for tests.
 
-The child sets up its namespace and descriptors itself: a process with threads must not run Python code between fork(2)
-and exec(2).
+The child sets up its namespace and descriptors itself, because a process with threads must not run Python code between
+fork(2) and exec(2).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import signal
 import site
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from inco_trio import real_clock
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.netns import set_network
 from inco_trio.linux.process import end_with_parent
@@ -43,11 +43,11 @@ sys.exit(run_child())
 _OF_OUR_SUPERVISOR = {"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 
 Wait = Callable[[Sequence[int], float], Sequence[int]]
-"""A function that waits for readable descriptors, with a timeout in seconds, and returns them. It may raise."""
+"""A function that waits for readable descriptors, up to a timeout in seconds, and returns them. It may raise."""
 
 
 def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
-    """Wait with select(2), as `Wait` describes."""
+    """Implement `Wait` with select(2)."""
     return select.select(fds, [], [], timeout)[0]
 
 
@@ -103,7 +103,7 @@ class Launched:
             os.close(write_ready)
         self.pid = self.process.pid
         self.end_fd = os.pidfd_open(self.pid)
-        """A pidfd, which is readable once the process has exited."""
+        """A pidfd that becomes readable once the process has exited."""
 
     @property
     def log(self) -> str:
@@ -123,7 +123,7 @@ class Launched:
 
         Return the first such line, or None if the process exits first or after `timeout` seconds.
         """
-        deadline = time.monotonic() + timeout
+        deadline = real_clock.monotonic() + timeout
         with contextlib.closing(Inotify()) as changes:
             changes.watch(str(self._log), IN_MODIFY)
             while True:
@@ -131,7 +131,7 @@ class Launched:
                 for line in self.log[after:].splitlines(keepends=True):
                     if text in line and line.endswith("\n"):
                         return line.rstrip("\n")
-                left = max(0.0, deadline - time.monotonic())
+                left = max(0.0, deadline - real_clock.monotonic())
                 if ended or not select.select([changes.fd, self.end_fd], [], [], left)[0]:
                     return None
                 changes.read_into(memoryview(bytearray(4096)))
@@ -158,7 +158,7 @@ def _isolation() -> str:
 
 
 def run_child() -> int:
-    """Run as the child process that `Launched` describes; return the exit code. Raises OSError."""
+    """Run in the child process that `Launched` starts; return the exit code. Raises OSError."""
     settings = json.loads(os.environ.pop(_SETTINGS))
     if not end_with_parent(settings["parent"]):
         return 1

@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:
     """Write `data` to `fd`, and wait at most `patience_ms` milliseconds for it to become writable.
 
-    Never raise: return the number of bytes written and, if some were not, the reason.
+    Never raise. Return the number of bytes written and, if that is not all of them, the reason.
     """
     written = 0
     try:

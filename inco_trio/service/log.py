@@ -4,9 +4,9 @@ Text has timestamps unless the supervisor's logger adds them. In systemd's journ
 (sd-daemon(3)). The proxy does not wait for a slow reader of its log. If the stream is full or closed, lines are lost,
 and the next line that can be written reports their number.
 
-Warnings and errors with the same cause, such as a link that goes up and down, are logged once per second: the first one
-immediately, then the latest one with the number of omitted lines, see `service.throttle`. The attribute `cause` of a
-record names its cause, if other users or the link peer can vary its text.
+Warnings and errors with the same cause, such as a link that goes up and down, are logged at most once per second: the
+first one immediately, then the latest one with the number of omitted lines (see `service.throttle`). The
+attribute `cause` of a record names its cause, if other users or the link peer can vary its text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import stat
 import threading
 import time
 
+from inco_trio import real_clock
 from inco_trio.problems import board_name
 from inco_trio.service import throttle
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
@@ -28,9 +29,9 @@ __all__ = ["log_statistics", "needs_timestamps", "set_up_logging"]
 logger = logging.getLogger(__name__)
 
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
-"""The priorities of syslog(3), by the lowest level of the logging module that has them."""
+"""Pairs of a minimum level of the logging module and its syslog(3) priority, highest level first."""
 PATIENCE_MS = 10
-"""Maximum time in milliseconds to wait for a slow reader. After a lost line, this is 0 until a write succeeds."""
+"""Maximum time in milliseconds to wait for a slow reader. After a lost line, the limit is 0 until a write succeeds."""
 
 
 class _Json(logging.Formatter):
@@ -79,7 +80,7 @@ class _Lines(logging.Handler):
         self._lost = 0
         self._torn = False
         self._complained = fd == STANDARD_ERROR
-        self._throttle = throttle.Throttle(time.monotonic)
+        self._throttle = throttle.Throttle(real_clock.monotonic)
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -158,8 +159,8 @@ def _is_journal(fd: int) -> bool:
 def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool:
     """Return whether text lines need timestamps if `--log-timestamps` is `when` (auto, always or never).
 
-    With `auto`, lines on a terminal, in a file or in a pipe have timestamps, but not those to systemd's journal
-    (JOURNAL_STREAM, see systemd.exec(5)) and to the logger of an s6 service, which add their own.
+    With `auto`, lines on a terminal, in a file or in a pipe have timestamps. Lines to systemd's journal or to an s6
+    service's logger do not, because these add their own timestamps.
     """
     if when != "auto":
         return when == "always"

@@ -1,11 +1,10 @@
-"""The boards of a directory, for `inco-trio run --boards DIR`."""
+"""The boards in a directory, for `inco-trio run --boards DIR`."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import logging
-import resource
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ManyBoards:
-    """The boards of a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
+    """The boards in a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
 
     def __init__(self, directory: Path, history: int | None = None) -> None:
         self._directory = directory
@@ -41,7 +40,6 @@ class ManyBoards:
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        _raise_descriptor_limit()
         gc.disable()
         self._log_problems(self._boards, self._boards.refused, "refused")
         async with open_fleet(self._with_history(self._boards), fd_store, self._boards.refused, listener) as proxies:
@@ -75,7 +73,7 @@ class ManyBoards:
     def _log_open(self) -> None:
         assert self._proxies is not None  # noqa: S101 - called after `open`
         logger.info(
-            "%s: %d boards open, %d not", self.name, len(self._proxies), len(self._proxies.not_open),
+            "%s: %d boards open, %d not open", self.name, len(self._proxies), len(self._proxies.not_open),
             extra={"event": "reloaded"},
         )  # fmt: skip
 
@@ -95,9 +93,3 @@ class ManyBoards:
 
     def not_open(self) -> Mapping[str, str]:
         return {} if self._proxies is None else self._proxies.not_open
-
-
-def _raise_descriptor_limit() -> None:
-    """Raise the limit of open descriptors to its maximum, because each board uses four or five descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

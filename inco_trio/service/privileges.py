@@ -1,4 +1,4 @@
-"""What a running daemon may do: its memory limit, its capabilities and its sandbox."""
+"""The privileges of a running daemon: its capabilities, its locked memory and its limit of descriptors."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ from inco_trio.links.address import InterfaceAddress
 from inco_trio.linux import capabilities as cap
 from inco_trio.linux.process import lock_memory
 
-__all__ = ["OF_NAMESPACES", "OF_OWNERS", "drop_capabilities", "keep_in_memory", "needed_capabilities"]
+__all__ = [
+    "OF_NAMESPACES",
+    "OF_OWNERS",
+    "drop_capabilities",
+    "keep_in_memory",
+    "needed_capabilities",
+    "raise_descriptor_limit",
+]
 
 logger = logging.getLogger(__name__)
 
 _FILES = frozenset({cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER})
-"""Capabilities of a proxy that writes into directories of other users."""
+"""Capabilities of a proxy that writes to other users' directories."""
 
 OF_NAMESPACES = frozenset({cap.CAP_SYS_ADMIN, cap.CAP_NET_ADMIN, cap.CAP_SYS_PTRACE})
-"""Capabilities for boards in other network namespaces. CAP_SYS_PTRACE is for a namespace in /proc."""
+"""Capabilities for boards in other network namespaces. CAP_SYS_PTRACE is needed for /proc/PID/ns/net."""
 OF_OWNERS = frozenset({cap.CAP_CHOWN, cap.CAP_FSETID})
-"""Capabilities for an owner of new IRQ directories. CAP_FSETID keeps the set-group-ID bit of a foreign group."""
+"""Capabilities for giving new IRQ directories to another owner. CAP_FSETID keeps their set-group-ID bit."""
 
 
 def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: bool) -> frozenset[int]:
     """Return the capabilities that proxies may need while they run. With `grows`, a reload may add boards;
     with `locked`, the memory is locked.
 
-    CAP_NET_RAW opens a packet socket for an interface. CAP_NET_ADMIN sets its receive buffer, which only a reload does
-    again. CAP_SYS_ADMIN enters a network namespace. CAP_SYS_PTRACE reads a namespace of another process, such as
+    CAP_NET_RAW opens a packet socket for an interface. CAP_NET_ADMIN sets the receive buffer of boards that a reload
+    adds. CAP_SYS_ADMIN enters a network namespace. CAP_SYS_PTRACE reads the namespace of another process, such as
     /proc/PID/ns/net. CAP_CHOWN gives new IRQ directories to their owner. CAP_IPC_LOCK locks memory beyond the limit.
     """
     needed = set(_FILES)
@@ -62,16 +69,26 @@ def drop_capabilities(needed: Collection[int]) -> None:
 def keep_in_memory() -> None:
     """Lock the memory of the process. Raises ResourceError.
 
-    With a finite limit, the kernel would refuse memory later, while notifications flow.
+    A finite limit is an error, because the kernel could otherwise refuse memory later, while notifications arrive.
     """
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
     if resource.getrlimit(resource.RLIMIT_MEMLOCK) != unlimited and cap.CAP_IPC_LOCK not in cap.held_capabilities():
         remedy = "set `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit"
-        raise ResourceError("--lock-memory", f"cannot lock memory (its size is limited): {remedy}")
+        raise ResourceError("--lock-memory", f"cannot lock memory (RLIMIT_MEMLOCK is finite): {remedy}")
     try:
         lock_memory()
     except OSError as error:
         remedy = "start without --lock-memory"
         raise ResourceError("--lock-memory", f"cannot lock memory ({error.strerror}): {remedy}") from error
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open descriptors to the hard limit.
+
+    Each board uses four or five descriptors. The limit also applies to the descriptors in transit in Unix sockets, of
+    all processes of a user together (unix(7), ETOOMANYREFS). The stored descriptors of many boards are in transit.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -72,13 +72,18 @@ def take() -> list[int]:
 
 @contextmanager
 def listening(tell: Callable[[], object]) -> Iterator[None]:
-    """Call `tell` whenever a signal arrives, and once at the start for signals that arrived earlier."""
+    """Call `tell` whenever a signal arrives, and once at the start for signals that arrived earlier.
+
+    At the end, also reset the wakeup fd of the event loop. Trio closes this descriptor before it resets the wakeup fd
+    itself, and Python prints a traceback if a signal arrives in between.
+    """
     _held.tell = tell
     try:
         tell()
         yield
     finally:
         _held.tell = None
+        signal.set_wakeup_fd(-1)
 
 
 @contextmanager
@@ -98,6 +103,6 @@ def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
 
 
 def end_by_interrupt() -> None:
-    """End this process by SIGINT, as the default action of the signal does."""
+    """End this process with the default action of SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

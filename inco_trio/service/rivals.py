@@ -39,7 +39,7 @@ __all__ = [
 
 @attrs.frozen
 class Users:
-    """The processes that have sockets of a link open."""
+    """The processes that have a link's sockets open."""
 
     proxies: tuple[Process, ...]
     """Processes whose command line runs a proxy, oldest first."""
@@ -60,7 +60,7 @@ class Users:
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
     """Return the processes with packet sockets of inco-trio's EtherType on the interface `index`.
 
-    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
+    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets if other programs opened them.
     """
     inodes = packet_sockets(index, ETHERTYPE, root)
     for inode in packet_sockets(index, ETH_P_ALL, root):
@@ -75,7 +75,7 @@ def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Pat
 
 
 def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> Users:
-    """Return the processes that use a link of this thread's network namespace. If the link is missing, return none."""
+    """Return the processes that use a link of this thread's network namespace. Return none if the link is missing."""
     if isinstance(address, UnixAddress):
         return users_of_socket(address, processes)
     try:
@@ -151,9 +151,11 @@ def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
 
 def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
     found = list(users.proxies)
-    if users.unseen:
-        # This user may not inspect the process that has the socket, but every user may read its command line.
-        found += [each for each in processes.all if not each.sockets and _names(address.name, each.command)]
+    # This user may not inspect these processes, but every user may read their command lines. They may serve a link
+    # of the same name in another network namespace. So require a socket that belongs to no other process.
+    hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
+    if hidden and users.unseen and users_of(address, look()).unseen:
+        found += hidden
     return found
 
 

@@ -1,7 +1,7 @@
-"""The runner of all services: the daemon, the gateway, the bridge and the exporter.
+"""The runner for all services: the daemon, the gateway, the bridge and the exporter.
 
 It handles the process signals, reports readiness to s6 or systemd, sets up the log, and returns the exit code. SIGTERM
-and SIGINT stop the service, SIGHUP reloads its configuration, SIGUSR1 logs its counters.
+and SIGINT stop the service, SIGHUP reloads its configuration, and SIGUSR1 logs its counters.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Service(Protocol):
-    """A service that `run_service` runs."""
+    """A service that `run_service` can run."""
 
     name: str
     """The name of the service in the log."""
 
     async def run(self, runner: Runner) -> None:
-        """Work until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
+        """Run until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
 
     async def reload(self) -> None:
         """Reload the configuration. Raises IncoError if the new configuration is refused."""
 
     def log_statistics(self) -> None:
-        """Log the counters, if there are any. This is also called when the service ends."""
+        """Log the counters, if there are any. The runner also calls this method when the service ends."""
 
 
 def run_service(
@@ -78,7 +78,7 @@ def run_service(
 
 
 def _exhausted(error: Exception) -> OSError | None:
-    """Return the cause of `error` if it is a system limit. Trio itself may also reach such a limit."""
+    """Return the OSError that caused `error` if a system limit was reached. Trio may have raised it."""
     cause = unwrapped(error, only=True)
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
@@ -145,7 +145,7 @@ class Runner:
                     logger.info("not ready yet: the configuration will be reloaded once the service is ready")
                 _send_once(self._hang_up)
             elif not self._is_ready.is_set():
-                logger.info("not ready yet: there are no counters")
+                logger.info("not ready yet: no counters to log")
             else:
                 self._service.log_statistics()
 
@@ -165,13 +165,13 @@ class Runner:
 
 
 Work = Callable[[Callable[[], None]], Awaitable[None]]
-"""A function that works until cancelled, and calls its argument once ready."""
+"""A function that runs until cancelled and calls its argument once it is ready."""
 
 
 class Restarting:
     """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError.
 
-    A new object drops all capabilities of the process except `kept`, and forbids new privileges.
+    The constructor drops all capabilities of the process except `kept`, and forbids new privileges.
     """
 
     def __init__(

@@ -18,28 +18,28 @@ logger = logging.getLogger(__name__)
 
 FD_STORE_PROGRAMS = ("s6-fdholder-store", "s6-fdholder-delete")
 PROCESSES = frozenset({"execve", "fork", "kill", "vfork"})
-"""System calls that start the programs of s6."""
+"""System calls for starting and stopping the s6 programs that store descriptors."""
 
 
 def enter_sandbox(
     configs: Collection[Config], *, control: Path | None, grows: bool, has_fd_holder: bool, log: bool
 ) -> None:
-    """Restrict this thread and the threads that it creates. With `log`, the kernel logs violations instead.
+    """Restrict this thread and the threads that it creates. With `log`, the kernel only logs violations.
 
     `control` is the control socket. With `grows`, a reload may add boards. The capabilities must already be dropped. If
-    the kernel lacks a part of the sandbox, log that and continue without this part.
+    the kernel lacks a part of the sandbox, log that and continue without that part.
     """
     try:
         if not log:
             writable = sorted(_writable(configs, control))
             landlock.restrict_files([*writable, Path("/dev/null")], _programs() if has_fd_holder else ())
             places = ", ".join(map(str, writable))
-            logger.info("sandbox: writing is limited to %s (after adding a directory elsewhere, restart)", places)
+            logger.info("sandbox: writing is limited to %s (restart after adding a directory elsewhere)", places)
     except OSError as error:
-        logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without", error.strerror)
+        logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without it", error.strerror)
     name = seccomp.machine()
     if name is None:
-        logger.warning("sandbox: cannot filter system calls (unknown machine): continuing without")
+        logger.warning("sandbox: cannot filter system calls (unknown machine): continuing without it")
         return
     families = [socket.AF_UNIX, socket.AF_NETLINK]
     if grows or any(isinstance(config.address, InterfaceAddress) for config in configs):
@@ -52,7 +52,7 @@ def enter_sandbox(
     try:
         seccomp.install(seccomp.filter_code(name, families=families, also=also, log=log))
     except OSError as error:
-        logger.warning("sandbox: cannot filter system calls (seccomp: %s): continuing without", error.strerror)
+        logger.warning("sandbox: cannot filter system calls (seccomp: %s): continuing without it", error.strerror)
 
 
 def _writable(configs: Collection[Config], control: Path | None) -> set[Path]:
@@ -73,7 +73,7 @@ def _existing(path: Path) -> Path:
 
 
 def _programs() -> Iterator[Path]:
-    """Yield the programs of s6 that store descriptors, and the loaders of shared libraries that execve(2) opens."""
+    """Yield the s6 programs that store descriptors, and the dynamic loaders that execve(2) opens."""
     for name in FD_STORE_PROGRAMS:
         if found := shutil.which(name):
             yield Path(found)

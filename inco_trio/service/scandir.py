@@ -1,4 +1,4 @@
-"""Write the s6 scan directory for `inco-trio s6`.
+"""Write the s6 scan directory for `inco-trio service s6`.
 
 The services refer to each other by relative paths. A scan directory can therefore be copied or moved, and its path may
 be longer than a socket address (107 bytes). See https://skarnet.org/software/s6/servicedir.html and, for the rules,
@@ -28,7 +28,7 @@ _FD_STORE = "inco-trio-fdholder"
 _MISPLACED = frozenset({
     errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.EROFS, errno.EINVAL,
 })  # fmt: skip
-"""Errors that the path given by the user causes."""
+"""Error numbers that indicate that the user has given an unsuitable path."""
 
 
 def write_scandir(
@@ -37,7 +37,7 @@ def write_scandir(
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
     The service runs `program` with additional `options` as `user`. None and "root" mean the user of s6-svscan; another
-    user gets the capabilities that the service needs. Write only files that differ. Return a line for each written
+    user gets the capabilities that the service needs. Write only changed files. Return a line for each written
     file, and the warnings. Raises InvalidArgumentError, PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
@@ -49,7 +49,7 @@ def write_scandir(
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
         lines += [
-            f"warning: {path}: not written by `inco-trio s6`, so its service may not use the fd store"
+            f"warning: {path}: not written by `inco-trio service s6`, so its service may not use the fd store"
             for path in foreign
         ]
         lines += _write_tree(directory, _fd_store(rules))
@@ -64,7 +64,7 @@ def write_scandir(
 
 
 _Tree = dict[str, tuple[str, int]]
-"""The content and mode of each file, by its path below the scan directory."""
+"""The content and mode of each file, keyed by its path below the scan directory."""
 
 
 def _service(service: Service, user: str | None, program: Sequence[str], options: Sequence[str]) -> _Tree:
@@ -108,7 +108,7 @@ def _fd_store(rules: dict[str, str]) -> _Tree:
 
 
 def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
-    """Return the labels of the services by user ID, and the files data/uid that inco-trio did not write."""
+    """Return the services' labels, keyed by user ID, and the data/uid files that inco-trio did not write."""
     labels: dict[int, list[str]] = {}
     foreign = []
     for service in sorted(path for path in directory.iterdir() if path.name.startswith(PREFIX)):
@@ -123,7 +123,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
         label = service.name.removeprefix(PREFIX)
         if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
             labels.setdefault(int(text), []).append(label)
-        elif text:  # The file of a service without --user is empty.
+        elif text:  # The file is empty for a service without --user.
             foreign.append(path)
     return labels, foreign
 
@@ -164,7 +164,7 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
         new.chmod(mode)
         new.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # This may fail for the same reason.
+        with contextlib.suppress(OSError):  # The removal may fail for the same reason.
             new.unlink(missing_ok=True)
         # Errors from write(2) do not include the file name.
         error.filename = error.filename2 = str(path)
@@ -187,7 +187,7 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     wanted = {path.split("/")[3] for path in rules}
     lines = []
     for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
-        # Only a directory, or a symlink to a directory, may grant rights. inco-trio writes no files here.
+        # Only a directory, or a symlink to a directory, may grant rights. inco-trio does not write files here.
         if path.name in wanted or not (path.is_symlink() or path.is_dir()):
             continue
         if path.is_symlink():

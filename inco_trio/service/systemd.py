@@ -1,4 +1,4 @@
-"""Create units for `inco-trio s6 --systemd`. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
+"""Create units for `inco-trio service systemd`. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
             directory = runtime_directory(service.label)
             directives += template("runtime.directives").format(directory=directory)
             command += f" --control %t/inco-trio/{directory}/control.sock"
-            # The proxy drops capabilities and restricts itself.
+            # The proxy drops capabilities and enters its own sandbox.
             calls = f"SystemCallFilter={' '.join(_OF_SANDBOX)}\n"
     if service.check:
         check = f"ExecReload={_command(*program, *service.check)}\n"
@@ -71,7 +71,7 @@ def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
     used = [*service.paths, *map(Path, program[:1])]
     if program[:1] == [sys.executable]:
         used += [Path(sys.prefix), Path(sys.base_prefix), Path(__file__)]
-    used += [path.resolve() for path in used]  # The Python of a virtual environment is a symlink.
+    used += [path.resolve() for path in used]  # The Python in a virtual environment is a symlink.
     return any(path.is_relative_to(directory) for path in used for directory in directories)
 
 

@@ -24,7 +24,7 @@ CAUSES_MAX = 1000
 
 @attrs.define
 class _Cause:
-    """When a cause was logged, the latest record since then, and the number of records since then."""
+    """When a cause was last logged, and the latest record and the number of records since then."""
 
     logged: float
     held: tuple[logging.LogRecord, contextvars.Context] | None = None

@@ -38,7 +38,7 @@ _ANSWERS = {
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""For each outbound signal, the inbound signal with which a QEMU guest answers. Together they include every signal."""
+"""For each outbound signal, the inbound signal with which a QEMU guest answers. Together, they cover every signal."""
 _READY_DEADLINE = 60.0
 """Timeout for waiting on a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
@@ -46,7 +46,7 @@ _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
 
 
 class ProxyError(IncoError):
-    """The proxy did not become ready, or ended."""
+    """The proxy did not become ready, or it ended unexpectedly."""
 
 
 def _signals(directory: Path) -> list[Signal]:

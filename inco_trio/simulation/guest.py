@@ -8,11 +8,11 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from inco_trio import real_clock
 from inco_trio.errors import UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.process import end_with_parent
@@ -217,7 +217,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
     def _message(self, deadline: float) -> dict[str, Any]:
         """Return the next message from the QEMU monitor. Raises GuestError if none arrives before `deadline`."""
         while b"\n" not in self._received:
-            if not self._wait([self._monitor.fileno()], max(0.0, deadline - time.monotonic())):
+            if not self._wait([self._monitor.fileno()], max(0.0, deadline - real_clock.monotonic())):
                 raise GuestError(f"QEMU's monitor has not answered within {_DEADLINE:g} s")
             part = b""
             with contextlib.suppress(ConnectionError):
@@ -232,7 +232,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
     def _execute(self, command: str) -> None:
         """Run a monitor command and wait for the answer; see QEMU's QMP reference manual."""
         self._running()
-        deadline = time.monotonic() + _DEADLINE
+        deadline = real_clock.monotonic() + _DEADLINE
         self._commands += 1
         try:
             self._monitor.sendall(json.dumps({"execute": command, "id": self._commands}).encode())
@@ -246,7 +246,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
 
     def wait_for(self, text: str) -> str:
         """Wait for an output line that contains `text`, and return it. Start after the line that was returned last."""
-        deadline = time.monotonic() + _DEADLINE
+        deadline = real_clock.monotonic() + _DEADLINE
         self._running()
         while True:
             ended = bool(self._wait([self._end], 0))
@@ -258,7 +258,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
                         return line.decode(errors="replace").rstrip("\n")
             if ended:
                 self.raise_ended()
-            left = max(0.0, deadline - time.monotonic())
+            left = max(0.0, deadline - real_clock.monotonic())
             if not self._wait([self._changes.fd, self._end], left):
                 raise GuestError(f"the guest has not printed {text!r} within {_DEADLINE:g} s; output:\n{self.log}")
             self._changes.read_into(memoryview(bytearray(4096)))

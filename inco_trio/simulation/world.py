@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.cores.peer import Peer
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
@@ -193,9 +193,9 @@ def _wait_running(namespace: Namespace, name: str) -> None:
     """Wait until the kernel's link watcher has activated the link. Until then, the kernel silently drops frames."""
 
     def wait(links: Rtnetlink) -> None:
-        deadline = time.monotonic() + _LINK_DEADLINE
+        deadline = real_clock.monotonic() + _LINK_DEADLINE
         while not ((link := links.interface(name)) and link.activated):
-            if not links.wait_blocking(max(0.0, deadline - time.monotonic())):
+            if not links.wait_blocking(max(0.0, deadline - real_clock.monotonic())):
                 raise ResourceError(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
 
     _with_links(namespace, wait)

@@ -14,7 +14,7 @@ import trio
 from inco_trio.cores.watch import Watch
 from inco_trio.errors import IncoError, unwrapped
 from inco_trio.links.opening import Surroundings
-from inco_trio.real_clock import RealClock
+from inco_trio.trio_clock import RealClock
 
 __all__ = ["Engine", "engine", "stop_engine"]
 

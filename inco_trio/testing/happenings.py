@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import attrs
 
-from inco_trio.real_clock import now
+from inco_trio import real_clock
 from inco_trio.signals import Direction
 
 __all__ = ["Happening", "History", "NotificationMissingError"]
@@ -56,7 +55,7 @@ class History:
         direction: Direction | None = None,
         frame: bytes | None = None,
     ) -> None:
-        happening = Happening(core, what, name, time.monotonic_ns(), time.time_ns(), direction, frame)
+        happening = Happening(core, what, name, real_clock.monotonic_ns(), real_clock.time_ns(), direction, frame)
         with self._lock:
             self._happenings.append(happening)
         self._wake()
@@ -106,24 +105,24 @@ class History:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
         __tracebackhide__ = True  # Make pytest show the test's line instead of this one.
         news = threading.Event()
-        end = now() + timeout
+        end = real_clock.monotonic() + timeout
         with self._listening(news.set):
             while True:
                 news.clear()
                 failed = self.failure is not None
                 if (found := self.take(core, name)) is not None:
                     return found
-                if failed or not news.wait(max(0.0, end - now())):
+                if failed or not news.wait(max(0.0, end - real_clock.monotonic())):
                     raise self._missing(core, name, timeout)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
         """Wait as `wait` does, without blocking the event loop of Trio or asyncio."""
         __tracebackhide__ = True
-        end = now() + timeout
+        end = real_clock.monotonic() + timeout
         ring, wait_rung = _bell()
         with self._listening(ring), _ringing_after(timeout, ring):
             while True:
-                over = self.failure is not None or now() >= end
+                over = self.failure is not None or real_clock.monotonic() >= end
                 if (found := self.take(core, name)) is not None:
                     return found
                 if over:

@@ -75,13 +75,14 @@ def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[B
     # Wait until the proxy has tried to send at least once, or knows that the link is down.
     board.proxy.wait_log("cannot send")
     wait_idle(board.proxy.pid)
-    before = work(board.proxy.pid)
+    before, begin = work(board.proxy.pid), time.monotonic()
     time.sleep(IDLE_STRETCH)  # Measure over a longer time, because `wait_idle` misses a process that polls rarely.
-    done = work(board.proxy.pid) - before
-    sys.stdout.write(f"{done}\n")
-    assert done.switches <= 2
+    done, seconds = work(board.proxy.pid) - before, time.monotonic() - begin
+    sys.stdout.write(f"{done} in {seconds} s\n")
+    # A few retries are allowed. A proxy that polls needs at least 10 wake-ups per second.
+    assert done.switches <= 5 * seconds
     # The limit is generous, because the cost of a wake-up depends on the machine. A busy loop would use a whole CPU.
-    assert done.cpu_ns < IDLE_STRETCH * 1e9 / 50
+    assert done.cpu_ns < seconds * 1e9 / 50
 
 
 def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
@@ -127,7 +128,7 @@ def test_wait_link_waits_for_the_link(cores: Cores, core1: Peer, start_board: Ca
     cores.delete_link()
 
     def wait(running: Proxy) -> None:
-        running.wait_log("waiting for it")
+        running.wait_log("waiting for the link")
         wait_idle(running.pid)
         assert '"ready"' not in running.log
         make_again(cores, core1)

@@ -107,7 +107,7 @@ def test_a_mount_of_another_filesystem_over_a_trigger_is_refused(
     mount(mounted, elsewhere, *TMPFS)
     (elsewhere / "file").touch()
     mount(mounted, trigger, "mount", "--bind", elsewhere / "file")
-    board.proxy.wait_log("out_b_trig: cannot watch: not on the filesystem of its directory")
+    board.proxy.wait_log("out_b_trig: cannot watch: not on the same filesystem as its directory")
     unmount(mounted)
     board.proxy.wait_log("out_b_trig: works again")
     passes(board)

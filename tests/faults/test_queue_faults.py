@@ -143,7 +143,7 @@ def test_a_task_that_fails_is_restarted(board: Board, fault: str, task: str) -> 
         board.applications.trigger("out_a")
         board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
         board.wire.wait_seen("out_a")
-        board.proxy.wait_log(f"{task}: Cannot allocate memory; restarted")
+        board.proxy.wait_log(f"{task}: Cannot allocate memory; restarting the task")
         board.proxy.wait_log(f"{task}: works again")
     board.works()
     assert board.proxy.log.count("Cannot allocate memory") == 1

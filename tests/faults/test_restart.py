@@ -108,9 +108,7 @@ def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Super
 
 def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
-    # Wait until the proxy is idle. If it is killed before it has read the events of the files that it created, its
-    # successor sends each trigger once.
-    wait_idle(main_process(world.service.directory))
+    # The proxy may not have read the events of the files that it created.
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
     directory = world.applications.directory
