@@ -132,6 +132,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     """Run a script as root on core 0, with inco-trio's programs in `home`.
 
     The script runs in a directory below a new, empty /run that every user may read. It uses /run/etc/ for /etc/.
+    In the output, the directory is called /home/you.
     """
     (home / "bin").mkdir()
     for name, arguments in (
@@ -162,7 +163,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         except BaseException:
             os.killpg(shell.pid, signal.SIGKILL)
             raise
-    out = out.replace("/run/etc/", "/etc/")
+    out = out.replace("/run/etc/", "/etc/").replace("/run/page", "/home/you")
     return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
@@ -191,6 +192,7 @@ def comparable(text: str) -> set[str]:
     for varying, constant in (
         (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
         (r"receive buffer of .*", "BUFFER"),
+        (r'"boot": "[0-9a-f]+"', '"boot": "BOOT"'),
         (r"never|[\d.]+ \w+ ago", "WHEN"),
         (r"\d+ min \d+ s|[\d.]+ (?:ms|us|s|min)\b", "TIME"),
         (r"(\d+) \([\w.-]+\)", r"\1 (PROGRAM)"),

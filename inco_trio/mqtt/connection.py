@@ -225,7 +225,7 @@ class Connection:
             if sent:
                 del session.out[:sent]
                 self._is_cut = bool(session.out)
-                self._progress = self._last_sent = trio.current_time()
+                self._last_sent = trio.current_time()
         if session.out and self._nursery is not None:
             self._nursery.start_soon(self._flush)
 
@@ -243,7 +243,11 @@ class Connection:
                 self._is_cut = True
                 await self._stream.send_all(data)
                 self._is_cut = False
-                self._progress = self._last_sent = trio.current_time()
+                self._last_sent = trio.current_time()
+                if session.out:
+                    # Large messages take time to send. Do not do this for the last part: the kernel may accept it
+                    # although the broker is lost, and frequent messages would hide that.
+                    self._progress = self._last_sent
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another
             # process has taken over the session, this process must not reconnect and take it back.
