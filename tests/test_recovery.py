@@ -204,7 +204,7 @@ def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int)
     def patch(original: Callable[[StateFile], None] = StateFile.write) -> None:
         left = after
 
-        def write(file: StateFile, *, checked: bool = False) -> None:
+        def write(file: StateFile) -> None:
             nonlocal left
             if not left:
                 kill_now()
@@ -409,9 +409,7 @@ def test_pending_notifications_are_not_written_to_a_replaced_directory(
     registers.open(SignalTable((signal,)))
     inflight.pending[b"reset"] = 6
 
-    def write(
-        file: StateFile, original: Callable[[StateFile], None] = StateFile.write, *, checked: bool = False
-    ) -> None:
+    def write(file: StateFile, original: Callable[[StateFile], None] = StateFile.write) -> None:
         nonlocal number
         if number == at:
             irq.rename(tmp_path / "away")

@@ -261,7 +261,8 @@ class Bridge:
     def _take_status(self, is_online: bool) -> None:
         if is_online is not self._other_is_online:
             self._other_is_online = is_online
-            logger.info("%s: %s is %s", self._broker, self._other, "online" if is_online else "offline")
+            state = "online" if is_online else "offline"
+            logger.info("%s: %s is %s", self._broker, self._other, state, extra={"cause": state})
             self._reported.set()  # Request a report again: the broker may have dropped the last request.
         self._change()
 

@@ -82,7 +82,7 @@ class Inbound:
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
             text = f"{self._link.name}: {dropped} frames dropped: the receive queue was full"
-            report(logger, logging.WARNING, text, "dropped", dropped)
+            report(logger, logging.WARNING, text, "dropped", dropped, cause="dropped")
 
     def _read(self, link: Link) -> Batch[StateFile] | None:
         """Read queued frames into a new batch until it is full. Return None if the queue is empty."""
