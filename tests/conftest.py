@@ -1,6 +1,10 @@
 """Load the fixtures that all tests share; see netns/README.md."""
 
+import logging
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 pytest_plugins = ["netns.fixtures"]
 
@@ -8,3 +12,12 @@ pytest_plugins = ["netns.fixtures"]
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def restore_level() -> Iterator[None]:
+    """Restore the level of the package's logger after the test, because tests compare what `caplog` receives."""
+    package = logging.getLogger("inco_trio")
+    before = package.level
+    yield
+    package.setLevel(before)

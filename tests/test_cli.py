@@ -90,7 +90,7 @@ def test_help_names_the_commands(say: Say) -> None:
     assert sorted([*grouped, "s6", "help"]) == sorted(COMMANDS)
     assert all(re.search(rf"^  {command} .*{re.escape(COMMANDS[command])}$", out, re.MULTILINE) for command in grouped)
     assert all(f"\n{purpose}:\n" in out for purpose in GROUPS)
-    # The help has one line for each command and at most 18 others.
+    # The help has one line for each command and at most 18 other lines.
     assert len(out.splitlines()) <= len(grouped) + 18
     for words in ((), ("help",)):
         assert say(*words) == (0, out, "")

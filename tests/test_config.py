@@ -550,7 +550,7 @@ registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_
 
 @st.composite
 def boards(draw: st.DrawFn) -> tuple[dict[str, Any], list[Signal]]:
-    """Draw a board file with random devices and signals, and the signals that the file describes."""
+    """Generate a board file with random devices and signals; return it with the signals that it describes."""
     plain = st.text("abcdefgh-_", min_size=1, max_size=8)
     devices = draw(st.dictionaries(plain, plain, max_size=4)) | {"ihub-irq-dev": "IRQ"}
     document: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from inco_trio.persist.inflight import (
     Inflight,
     frames_in,
 )
+from inco_trio.persist.memory import map_memory
 
 NAMES = [b"first", b"second", b"third"]
 EVENT = (5).to_bytes(4, "little") + (8).to_bytes(4, "little") + bytes(8)
@@ -55,6 +57,31 @@ def memory() -> Iterator[Inflight]:
     made = Inflight.open()
     yield made
     made.close()
+
+
+def mappings() -> int:
+    """Return how many in-flight buffers this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:inco-trio")
+
+
+def test_a_closed_buffer_has_no_descriptor_but_its_memory_stays_valid() -> None:
+    gc.collect()
+    before = mappings()
+    open_before = set(Path("/proc/self/fd").iterdir())
+    memory = Inflight.open()
+    view = memory.frames[0].view
+    memory.close()
+    assert set(Path("/proc/self/fd").iterdir()) == open_before
+    view[:4] = b"kept"
+    del memory
+    assert (bytes(view[:4]), mappings()) == (b"kept", before + 1)
+    del view
+    assert mappings() == before
+
+
+def test_memory_that_cannot_be_mapped_is_an_error() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        map_memory(-1, SIZE)
 
 
 @pytest.fixture

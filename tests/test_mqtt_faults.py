@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import Connection, open_connection
-from inco_trio.mqtt.session import BrokerLostError, BrokerRefusedError, Message
+from inco_trio.mqtt.session import BrokerLostError, BrokerRefusedError, Message, Receipts
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
@@ -232,6 +232,24 @@ def test_a_stopped_broker_is_lost_after_10_s(tmp_path: Path, stack: ExitStack) -
             wait_stopped(broker.process.pid)
             clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
             await connection.publish([Message("lab/x", b"")] * 100)
+
+    with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
+        trio.run(main, clock=clock)
+
+
+def test_sending_more_does_not_hide_that_a_broker_is_lost(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    clock = MockClock()
+
+    async def main() -> None:
+        async with open_connection(at(broker.port), Credentials(), "test") as connection:
+            assert broker.process is not None
+            wait_stopped(broker.process.pid)
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
+            for _ in range(12):
+                connection.send(Receipts(1, [None]), [(0, Message("lab/x", b""))])
+                await trio.sleep(1)  # The time of a simulated clock.
+            pytest.fail("a message has extended the time limit for the first one")
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
         trio.run(main, clock=clock)

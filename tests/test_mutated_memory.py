@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from inco_trio.persist.inflight import (
     Inflight,
     frames_in,
 )
-from inco_trio.persist.memory import new_memory
+from inco_trio.persist.memory import map_memory, new_memory
 from inco_trio.persist.queue import POSITION_MAX
 from inco_trio.persist.tables import KEY, PAGE, TABLE
 from inco_trio.proxy.proxy import open_supervised
@@ -85,11 +84,11 @@ def parts() -> dict[str, int]:
     }
 
 
-def changed(write: Callable[[mmap.mmap, dict[str, int]], None]) -> int:
+def changed(write: Callable[[memoryview, dict[str, int]], None]) -> int:
     """Return a descriptor of filled memory after `write` has changed it."""
     memory = filled()
     fd = os.dup(memory.fd)
-    write(memory._map, parts())
+    write(map_memory(memory.fd, SIZE), parts())
     memory.close()
     return fd
 
@@ -135,7 +134,7 @@ NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 
 @given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 @example([("queue", 8, (2**63).to_bytes(8, "little"))])
 def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, bytes]]) -> None:
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         for place, offset, data in mutations:
             start = at[place] + offset
             whole[start : start + len(data)] = data
@@ -147,15 +146,15 @@ def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, byte
     found.close()
 
 
-def number_at(place: str, offset: int, number: int) -> Callable[[mmap.mmap, dict[str, int]], None]:
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+def number_at(place: str, offset: int, number: int) -> Callable[[memoryview, dict[str, int]], None]:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         struct.pack_into("<Q", whole, at[place] + offset, number)
 
     return write
 
 
-def bytes_at(place: str, offset: int, data: bytes) -> Callable[[mmap.mmap, dict[str, int]], None]:
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+def bytes_at(place: str, offset: int, data: bytes) -> Callable[[memoryview, dict[str, int]], None]:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         whole[at[place] + offset : at[place] + offset + len(data)] = data
 
     return write
@@ -185,7 +184,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("write", "reason"), INVALID)
 def test_the_reason_is_logged_in_one_line(
-    write: Callable[[mmap.mmap, dict[str, int]], None], reason: str | None, caplog: pytest.LogCaptureFixture
+    write: Callable[[memoryview, dict[str, int]], None], reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = Inflight.open(changed(write))
     use(found)
@@ -195,7 +194,7 @@ def test_the_reason_is_logged_in_one_line(
 
 
 def test_a_full_table_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         for index in range(65536):
             struct.pack_into("<Q", whole, at["watches"] + index * KEY, index + 1)
             struct.pack_into("<Q", whole, at["watch numbers"] + index * 8, 1)
@@ -272,7 +271,7 @@ async def run_proxy(tmp_path: Path, store: Cupboard, name: str) -> None:
 def test_a_proxy_runs_with_mutated_memory(
     tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[str, int, bytes]]
 ) -> None:
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         for place, offset, data in mutations:
             whole[at[place] + offset : at[place] + offset + len(data)] = data
 

@@ -128,7 +128,7 @@ def link_of(args: argparse.Namespace) -> str:
     if args.core1 != "core1":
         raise UsageError(f"--as {args.core1}: unknown core (expected core1)")
     if link is None:
-        raise UsageError("--as core1 needs the LINK of core 1")
+        raise UsageError("--as core1 requires LINK, the link of core 1")
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")

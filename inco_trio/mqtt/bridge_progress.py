@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import re
 
 import attrs
 
-from inco_trio.persist.memory import check_memory, new_memory
+from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
 __all__ = ["WINDOW", "Memory", "Progress"]
@@ -57,7 +56,7 @@ class Memory:
     @classmethod
     def _map_memory(cls, fd: int) -> Memory:
         """Map the memory. Raises OSError. Raises ValueError with the reason if the content is invalid."""
-        view = memoryview(mmap.mmap(fd, PAGE + TABLE))
+        view = map_memory(fd, PAGE + TABLE)
         return cls(
             fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:], NUMBER_MAX, lambda key: bool(_KEY.fullmatch(key)))
         )

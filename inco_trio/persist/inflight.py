@@ -9,22 +9,22 @@ left the kernel's queue is therefore complete in this memory. The proxy stores n
 storing it. Unused memory is blank (zeros), which shows where the data ends. Each slot for a frame ends with 8 random
 bytes (the mark). Only a frame that is too long for a slot overwrites the mark.
 
-Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder (`recorder`).
+Layout: a header page; room for two batches of frames and two batches of inotify events; two tables (`tables`); a queue
+of events for processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder
+(`recorder`).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import mmap
 import os
 
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
 from inco_trio.persist.followed import HISTORY, History
-from inco_trio.persist.memory import check_memory, new_memory
+from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.queue import EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
@@ -89,7 +89,7 @@ class Bank:
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the sequence number of the next batch. Call this method before reading into the bank."""
+        """Store the sequence number of the next batch. Call this method before reading the batch."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
@@ -119,7 +119,6 @@ class Inflight:
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
-    _map: mmap.mmap
 
     @classmethod
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
@@ -148,11 +147,10 @@ class Inflight:
     def _map_memory(cls, fd: int, at_once: int, *, inherited: bool) -> Inflight:
         """Map the memory. Raises ValueError if the content is invalid, or OSError after closing `fd`."""
         try:
-            memory = mmap.mmap(fd, SIZE)
+            view = map_memory(fd, SIZE)
         except BaseException:
             os.close(fd)
             raise
-        view = memoryview(memory)
         mark = len(MAGIC % at_once)
         no_frames = _no_frames(bytes(view[mark : mark + MARK]), at_once)
         banks = []
@@ -181,19 +179,17 @@ class Inflight:
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,
-            map=memory,
         )
 
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
-        # Python unmaps the memory when the last view is deleted. Closing the map earlier would raise BufferError.
 
 
 def frames_in(bank: Bank) -> list[bytes]:
-    """Return the frames in a bank, without NUL padding, in order of arrival."""
+    """Return the frames of a batch in the in-flight buffer, without NUL padding, in order of arrival."""
     if bytes(bank.view) == bank.blank:
-        return []  # Usually the bank is empty. Skipping the scan saves time when many boards start.
+        return []  # Usually there are no frames. Skipping the scan saves time when many boards start.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])

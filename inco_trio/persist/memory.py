@@ -6,11 +6,23 @@ memory, and SIGBUS would kill the proxy at its next access.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
+import weakref
 
-__all__ = ["check_memory", "new_memory"]
+from inco_trio.linux.libc import libc
 
+__all__ = ["check_memory", "map_memory", "new_memory"]
+
+# The offset has 64 bits in mmap64 of glibc and in mmap of musl, also on 32-bit machines.
+_mmap = getattr(libc, "mmap64", libc.mmap)
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_mmap.restype = ctypes.c_void_p
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+"""The result of mmap(2) for an error, MAP_FAILED."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -39,3 +51,19 @@ def check_memory(fd: int, size: int, head: bytes) -> None:
         raise ValueError("not writable")
     if os.fstat(fd).st_size != size or os.pread(fd, len(head), 0) != head:
         raise ValueError("written by another version")
+
+
+def map_memory(fd: int, size: int) -> memoryview:
+    """Map `size` bytes of a memfd, and return a view of them. Raises OSError (mmap(2)).
+
+    The memory stays mapped until the last view is deleted, also if `fd` is closed before. The class `mmap.mmap` would
+    keep a duplicate of `fd` open until then.
+    """
+    address = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    # At the end of the process, threads may still use the memory, and the kernel unmaps it anyway.
+    weakref.finalize(memory, libc.munmap, address, size).atexit = False
+    return memoryview(memory).cast("B")

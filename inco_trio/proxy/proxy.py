@@ -352,7 +352,7 @@ class Proxy:
         if before is not None:
             # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
-            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
+            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link", "cause": ("link", running)})
         self._parts.events.link_changed(running, text)
 
     async def _restore(self, health: Health) -> None:

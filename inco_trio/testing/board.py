@@ -90,7 +90,7 @@ class BoardCore0(_Core):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for a program under test: that of the test process, plus UDRV_JSON_PATH."""
+        """The environment for a program under test: the test process's variables, plus UDRV_JSON_PATH."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:

@@ -282,12 +282,12 @@ class _Logs(logging.Handler):
     def of(cls, board: str, lines: list[str]) -> None:
         """Append all later log lines of a board to `lines`."""
         cls.boards[board] = lines
+        package = logging.getLogger("inco_trio")
         if cls._handler is None:
             cls._handler = cls()
-            package = logging.getLogger("inco_trio")
             package.addHandler(cls._handler)
-            if package.getEffectiveLevel() > logging.INFO:
-                package.setLevel(logging.INFO)
+        if package.getEffectiveLevel() > logging.INFO:
+            package.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         if (lines := self.boards.get(board_name.get())) is not None:

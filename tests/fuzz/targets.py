@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import mmap
 import os
 import socket
 import tempfile
@@ -198,10 +197,10 @@ def proxies(data: bytes) -> None:
             store.close()
 
 
-def _mutation(data: bytes) -> Callable[[mmap.mmap, dict[str, int]], None]:
-    """Return a function that patches memory: of every 12 input bytes, 4 select a place and 8 are written there."""
+def _mutation(data: bytes) -> Callable[[memoryview, dict[str, int]], None]:
+    """Return a function that patches memory: of every 12 input bytes, 4 select an offset and 8 are the new content."""
 
-    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+    def write(whole: memoryview, at: dict[str, int]) -> None:
         places = sorted(at.values())
         for start in range(0, len(data), 12):
             head, new = data[start : start + 4], data[start + 4 : start + 12]
