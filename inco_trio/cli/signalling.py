@@ -102,7 +102,9 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
         return
     known, _ = signals_of(client, args.board)
     for name in args.signal:
-        if name not in known:
+        if args.direction not in (None, known.get(name, args.direction)):
+            remark(f"{name}: is {known[name]}, so --direction {args.direction} excludes it")
+        elif name not in known:
             remark(f"{name}: not in the signal table (available: {', '.join(known) or 'none'})")
 
 

@@ -81,6 +81,8 @@ def make_layout(
         devices[DEVICE] = {"path": str(directory / "registers" / DEVICE)}
     added = _tables(_tables(_tables(document, "misc"), "inco_proxy"), "signals")
     for name, direction in (signals or {}).items():
+        if not isinstance(name, str):
+            raise InvalidArgumentError(f"signals: {name!r}: expected a wire name")
         try:
             chosen = direction_of(direction)
         except InvalidArgumentError as error:
