@@ -30,7 +30,7 @@ def report(
 ) -> None:
     """Log a line, and record it in the history of the proxy that the current task serves.
 
-    Lines with the same `cause` (default: the text) are rate-limited. Set `cause` if the text varies, such as a path.
+    Lines with the same `cause` (default: the text) are rate-limited. Set `cause` if the text contains a varying value.
     """
     # Record first: otherwise, a monitor could report an event before the history contains it.
     if (note := noting.get()) is not None:
