@@ -81,7 +81,7 @@ class Directory:
     making_in: int = 0
     """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
     any_making_in: int = 0
-    """The same for the temporary name of any proxy, such as a predecessor that was killed."""
+    """Like `making_in`, but for the temporary file of any proxy, such as a predecessor that was killed."""
     retry_at: float = math.inf
     troubled_again: bool = False
     """Whether another operation in the directory failed during the last retry."""
