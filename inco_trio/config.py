@@ -36,7 +36,7 @@ class Config:
     """The configuration of one proxy. Raises `ConfigError` for an invalid link, signal or deadline."""
 
     link: str
-    """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"; see `links.address`."""
+    """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"."""
     signals: tuple[Signal, ...]
     """The signals that the proxy carries."""
     wait_link: bool = False
