@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """The times at which notifications are due. They have fixed intervals, no matter how long each send takes.
+    """The times at which notifications are due: at fixed intervals, no matter how long each send takes.
 
     `check` raises TimeoutError `timeout` seconds after the start.
     """

@@ -92,7 +92,7 @@ class Connection:
         self.ended = trio.Event()
         """An event that is set when the connection is lost."""
         self.room_changed: Callable[[], None] = do_nothing
-        """Called when the broker may accept more messages."""
+        """A function that is called when the broker may accept more messages."""
         self._broker, self._stream, self._session, self._patience = broker, stream, session, patience
         self._lost: IncoError | None = None
         self._answered = trio.Event()
@@ -297,7 +297,7 @@ class Connection:
         stream = self._stream
         if not isinstance(stream, trio.SocketStream):
             return await stream.receive_some(CHUNK)
-        while True:  # `receive_some` would read before it waits, which is mostly in vain.
+        while True:  # `receive_some` would read before it waits, and usually find no data.
             await trio.lowlevel.wait_readable(stream.socket)
             try:
                 return os.read(stream.socket.fileno(), CHUNK)
