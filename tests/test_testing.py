@@ -681,7 +681,7 @@ def test_a_proxy_retries_although_a_test_has_frozen_time(tmp_path: Path) -> None
         os.link(board.core0.register(HWWD), other)
         board.core1.send(HWWD)
         while "cannot write" not in board.proxy.log:
-            time.sleep(0.01)  # No event reports a line of the log.
+            time.sleep(0.01)  # Poll, because no event reports a new log line.
         other.unlink()
         board.core0.expect(HWWD, HANG)
 

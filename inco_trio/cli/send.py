@@ -19,7 +19,7 @@ SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
 _WHERE = {"board": "through {}", "register": "by {}", "link": "as core 1 on {}"}
-"""What the notifications are sent through, as keys of the JSON, with the text for each."""
+"""The printed text for each JSON key that says how notifications are sent."""
 HINT = "core 1 sends it (LINK --as core1)"
 
 

@@ -245,8 +245,8 @@ class Connection:
                 self._is_cut = False
                 self._last_sent = trio.current_time()
                 if session.out:
-                    # Large messages take time to send. Do not do this for the last part: the kernel may accept it
-                    # although the broker is lost, and frequent messages would hide that.
+                    # A large message takes time to send, so each part counts as progress. The last part does not: the
+                    # kernel may accept it although the broker is lost, and frequent messages would hide that.
                     self._progress = self._last_sent
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another

@@ -310,7 +310,7 @@ class Recorder:
         if note.signal is not None and is_wire_name(name := note.signal.encode("ascii", "replace")):
             known = self._ids.get(note.signal, -1)
             if known < 0 and note.kind == "ignored":
-                # The link peer chooses these names. The table of names is full after 32,767 of them.
+                # The link peer chooses these names. The table holds at most 32,767 names.
                 text += b" " + name
             else:
                 number = self._new_name(note.signal) if known < 0 else known

@@ -63,7 +63,7 @@ class Directory:
     checked: set[bytes] = attrs.Factory(set)
     """The names of state files that passed `check` and that no event has reported as changed since.
 
-    Only used unless `shared`: root and the proxy's own user may replace a file in the moment before its event is read.
+    Not used for a `shared` directory, where another user could replace a file before the proxy reads its event.
     """
     devices: set[int] = attrs.Factory(set)
     """The device numbers of files on the directory's filesystem. An overlayfs may have several."""
