@@ -78,7 +78,7 @@ class Problems:
             report(logger, logging.WARNING, text, event, cause=cause or (event, key))
 
     def well(self, key: object, what: object = None) -> bool:
-        """Clear the problem of `key` and log the recovery. Return whether `key` had a problem."""
+        """Clear the problem that is recorded for `key`, and log the recovery. Return whether `key` had a problem."""
         if self._current.pop(key, None) is None:
             return False
         report(logger, logging.INFO, f"{key if what is None else what}: works again", "works", cause=("works", key))
@@ -89,5 +89,5 @@ class Problems:
         return self._current.get(key)
 
     def forget(self, key: object) -> None:
-        """Clear the problem of `key` without logging."""
+        """Clear the problem that is recorded for `key`, without logging."""
         self._current.pop(key, None)

@@ -222,7 +222,7 @@ def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:
     assert refuse_shared({"a": now["a"], "d": now["b"]}, now) == {
         "d": f"the link {place.home}/b.0 is already used by the board b"
     }
-    # Board a must not take b's link, so it keeps its own link, which board c must not take.
+    # Board a cannot take b's link, so it keeps its own. Therefore board c cannot take a's link.
     refused = refuse_shared({"a": now["b"], "b": now["b"], "c": now["a"]}, {name: now[name] for name in "ab"})
     assert refused == {
         "a": f"the link {place.home}/b.0 is already used by the board b",

@@ -1,4 +1,4 @@
-"""Tests of write_at_once: how many bytes it writes, and why it may write fewer than all."""
+"""Tests of write_at_once: how many bytes it writes, and when it writes only some of them."""
 
 from __future__ import annotations
 

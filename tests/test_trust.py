@@ -1,4 +1,4 @@
-"""Tests of which paths of IRQ directories are trusted, and of attacks by ordinary users who own part of a path."""
+"""Tests of the rules for trusted paths, and of attacks by ordinary users who own part of a path."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ class _Cursor:
         self.sent = max(self.sent, self.history.floor)
         if not self.merged and (merged := self._merged()):
             self.merged, self.merged_to = merged, self.history.floor
-            # Only the last event has the acknowledging number, in case the follower reads only some of the events.
+            # Only the last event carries the number to acknowledge, because the follower may read only some events.
             for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,

@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
 
 def do_nothing() -> None:
-    """Stand for `Board.push` while the board has no connection to the broker."""
+    """Stand in for `Board.push` while the board has no connection to the broker."""
 
 
 @attrs.define(eq=False)

@@ -100,7 +100,7 @@ class Bridge:
         self._instance = os.urandom(8).hex()
         """A random ID that distinguishes this process from another process on the same side."""
         self._suspected = -math.inf
-        """The last time that a message indicated another process on this side."""
+        """When the last message arrived that another process on this side must have sent."""
         self._announced = False
         """Whether this process has published its status `online`."""
         self._other_is_online: bool | None = None

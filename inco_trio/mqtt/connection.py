@@ -307,7 +307,7 @@ class Connection:
                 raise trio.BrokenResourceError from error
 
     async def _watch(self) -> None:
-        """Send pings. Lose the connection if the broker does not answer for `patience` seconds."""
+        """Send pings. Treat the connection as lost if the broker does not answer for `patience` seconds."""
         session = self._session
         while self._lost is None:
             now, deadline = trio.current_time(), math.inf

@@ -40,7 +40,7 @@ class Trust:
     group: int | None = None
     """The group whose members may change the files in an IRQ directory, but not the directories above it."""
     user: int = attrs.Factory(os.geteuid)
-    """The user of the proxy, by default of this process."""
+    """The proxy's user ID (default: the effective user ID of this process)."""
 
     def shares(self, found: os.stat_result) -> bool:
         """Return whether a user other than root and the user of this process may change the names in a directory."""
@@ -149,7 +149,7 @@ class _Walk:
         if self._below is not None and uid != self._below:
             owner = user_name(self._below)
             what = f"{self._place} belongs to {user_name(uid)}, but {owner} owns an earlier part of the path"
-            raise self._untrusted(what, f"use a path on which {owner} owns all further directories")
+            raise self._untrusted(what, f"use a path on which {owner} owns every directory below this one")
         if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
         elif uid not in (0, self._trust.user):

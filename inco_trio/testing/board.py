@@ -333,7 +333,7 @@ class Board:
         if self._process != os.getpid():
             return  # A forked process has neither the thread of the engine nor a proxy.
         if self._open_rig is not None:
-            self._open_rig.history.fail("the board is closed")  # Other threads may wait for notifications.
+            self._open_rig.history.fail("the board is closed")  # Wake threads that wait.
         self._open_rig = None
         self._resources.close()
 

@@ -104,7 +104,7 @@ class Measured:
 
 @attrs.frozen
 class Bench:
-    """The lab, the sizes and the other checkouts that a measurement uses."""
+    """What a measurement needs: its processes and files, the numbers of samples, and other checkouts to compare."""
 
     lab: Lab
     size: Size

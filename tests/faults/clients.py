@@ -31,7 +31,7 @@ LIFE = 2.0
 
 
 class Clients:
-    """Clients of the proxy at `control`, which threads start one after another while the block runs."""
+    """Clients of the proxy at `control`. While the block runs, threads start them one after another."""
 
     def __init__(self, control: Path, work: Path, seed: int) -> None:
         self.started: Counter[str] = Counter()
