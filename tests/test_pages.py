@@ -136,7 +136,7 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     readme = next(block.text for block in parts("README") if block.text.startswith("def test_"))
     for number, text in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(text)
-    # The test in the README uses the fixture of this page, so join the two.
+    # The README's test uses this page's fixture, so write both to one file.
     fixture = tests[0].partition("\n\ndef test_")[0]
     (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
     plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
