@@ -85,7 +85,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using check' -l json -d 'print the re
 complete -c inco-trio -n '_shtab_inco_trio_using check; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'also check and explain this link'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a reload -d 'Reload the configuration of a running proxy.'
 complete -c inco-trio -n '_shtab_inco_trio_using reload' -s h -l help -d 'show this help message and exit'
-complete -c inco-trio -n '_shtab_inco_trio_using reload' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: that of the only proxy)'
+complete -c inco-trio -n '_shtab_inco_trio_using reload' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: the socket of the only proxy)'
 complete -c inco-trio -n '_shtab_inco_trio_using reload; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'link or board directory of the proxy'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a doctor -d 'Diagnose missing notifications.'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -s h -l help -d 'show this help message and exit'
