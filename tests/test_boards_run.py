@@ -138,6 +138,30 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
     assert {name: (line["sent"], line["delivered"]) for name, line in counts.items()} == {"a": (2, 1), "c": (2, 0)}
 
 
+def test_the_command_reload_waits_and_reports_what_was_refused(boards: Boards, daemon: StartDaemon) -> None:
+    control = boards.home / "control.sock"
+    boards.add("a")
+    proxy = daemon("--control", str(control))
+    boards.add("b")
+    done = command("reload", "--control", control)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{boards.directory}: reloaded\n", "")
+    boards.trigger("b")  # The board is open, so its trigger exists.
+    boards.write("a", "{")
+    boards.add("c")
+    done = command("reload", "--control", control)
+    assert (done.returncode, done.stdout) == (78, "")
+    refused = f"refused, keeping the old configuration: a: {boards.directory}/a.json: line 1 column 2: not JSON"
+    assert done.stderr.startswith(f"inco-trio: error: {refused}")
+    boards.trigger("c")
+    boards.directory.rename(boards.home / "away")
+    done = command("reload", "--control", control)
+    assert (done.returncode, done.stdout) == (78, "")
+    refused = f"refused, keeping the old configuration: {boards.directory}: cannot read the board directory"
+    assert done.stderr.startswith(f"inco-trio: error: {refused}")
+    assert done.stderr.count("\n") == 1
+    assert proxy.stop() == 0
+
+
 def test_the_proxy_raises_the_soft_limit_of_descriptors(boards: Boards, daemon: StartDaemon) -> None:
     names = [f"b{number}" for number in range(40)]
     boards.add(*names)

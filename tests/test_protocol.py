@@ -30,6 +30,7 @@ from inco_trio.control.protocol import (
     MessageError,
     MonitorRequest,
     Notifications,
+    ReloadRequest,
     Request,
     RequestError,
     Response,
@@ -57,6 +58,7 @@ REQUESTS: list[tuple[Request, object, Response]] = [
     (AcknowledgeRequest("b", 3, "5f"), 3, Response(acknowledged=3)),
     (AcknowledgeAllRequest([["b", "5f", 3]]), 1, Response(acknowledged=1)),  # type: ignore[list-item]
     (ForgetRequest(), ["b"], Response(forgotten=("b",))),
+    (ReloadRequest(), ["b: bad"], Response(refused=("b: bad",))),
 ]
 EVENTS = [
     Event("notification", "b", 1.5, 7, Direction.INBOUND, "s_irq", "/irq/s", 4, frame="00ff"),

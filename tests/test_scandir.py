@@ -598,11 +598,11 @@ def test_a_unit_waits_for_its_link_and_reports_a_refused_reload() -> None:
     unit = systemd_unit(service=link_service("a", Path("/u.json")), user="inco-trio", program=["/usr/bin/inco-trio"])
     assert " --wait-link " in unit
     assert "\nTimeoutStartSec=infinity\n" in unit
-    check = "ExecReload=/usr/bin/inco-trio check --config /u.json\n"
-    assert f"{check}ExecReload=kill -HUP $MAINPID\n" in unit
+    assert "\nExecReload=/usr/bin/inco-trio reload --control %t/inco-trio/a/control.sock\n" in unit
     boards = systemd_unit(service=SERVICES["boards"], user="inco-trio", program=["/usr/bin/inco-trio"])
-    check = "ExecReload=/usr/bin/inco-trio check --boards /etc/boards\n"
-    assert f"ExecReload=kill -HUP $MAINPID\n{check}" in boards
+    assert "\nExecReload=/usr/bin/inco-trio reload --control %t/inco-trio/" in boards
+    client = systemd_unit(service=SERVICES["exporter"], user="inco-trio", program=["/usr/bin/inco-trio"])
+    assert "\nExecReload=kill -HUP $MAINPID\n" in client
     assert "TimeoutStartSec" not in boards
 
 

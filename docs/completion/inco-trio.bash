@@ -5,10 +5,11 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
+_shtab_inco_trio_subparsers=(run check reload doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --irq-owner --wait-link --fd-holder --control --history --sandbox --lock-memory --notification-fd --log-format --log-timestamps -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --boards --gateway --example --json)
+_shtab_inco_trio_reload_option_strings=(-h --help --control)
 _shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet --color)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --color --json --openmetrics)
 _shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --color --json)
@@ -38,6 +39,8 @@ _shtab_inco_trio_check_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_check___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_check___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_check___gateway_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_reload_pos_0_COMPGEN=_inco_trio_links
+_shtab_inco_trio_reload___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_doctor_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_doctor___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_doctor___irq_dir_COMPGEN=_shtab_compgen_dirs
@@ -119,8 +122,8 @@ _shtab_inco_trio_service___end_choices=(core0 core1)
 _shtab_inco_trio_service___sandbox_choices=(off on log none)
 _shtab_inco_trio_s6___end_choices=(core0 core1)
 _shtab_inco_trio_s6___sandbox_choices=(off on log none)
-_shtab_inco_trio_help_pos_0_choices=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
+_shtab_inco_trio_help_pos_0_choices=(run check reload doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes)
+_shtab_inco_trio_pos_0_choices=(run check reload doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -132,6 +135,8 @@ _shtab_inco_trio_check__h_nargs=0
 _shtab_inco_trio_check___help_nargs=0
 _shtab_inco_trio_check___example_nargs=0
 _shtab_inco_trio_check___json_nargs=0
+_shtab_inco_trio_reload__h_nargs=0
+_shtab_inco_trio_reload___help_nargs=0
 _shtab_inco_trio_doctor__h_nargs=0
 _shtab_inco_trio_doctor___help_nargs=0
 _shtab_inco_trio_doctor___json_nargs=0

@@ -50,7 +50,7 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
+set -g _shtab_inco_trio_commands run check reload doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
 set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --past --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
@@ -83,6 +83,10 @@ complete -c inco-trio -n '_shtab_inco_trio_using check' -l gateway -xka "(__fish
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l example -d 'print a complete udrv.json as an example'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l json -d 'print the result as JSON'
 complete -c inco-trio -n '_shtab_inco_trio_using check; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'also check and explain this link'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a reload -d 'Reload the configuration of a running proxy.'
+complete -c inco-trio -n '_shtab_inco_trio_using reload' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using reload' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: the socket of the only proxy)'
+complete -c inco-trio -n '_shtab_inco_trio_using reload; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'link or board directory of the proxy'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a doctor -d 'Diagnose missing notifications.'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'path of udrv.json (default: $UDRV_JSON_PATH)'
@@ -256,4 +260,4 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a syst
 complete -c inco-trio -n '_shtab_inco_trio_using s6; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_directories)" -d 'scan directory'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a help -d 'Explain the commands, one command or the exit codes.'
 complete -c inco-trio -n '_shtab_inco_trio_using help' -s h -l help -d 'show this help message and exit'
-complete -c inco-trio -n '_shtab_inco_trio_using help; and test $_shtab_inco_trio_npos -eq 0' -ka "run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes" -d 'a command, or exit-codes'
+complete -c inco-trio -n '_shtab_inco_trio_using help; and test $_shtab_inco_trio_npos -eq 0' -ka "run check reload doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes" -d 'a command, or exit-codes'

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "run": "run the proxy until SIGTERM or SIGINT",
     "check": "validate the configuration and print the signal table",
+    "reload": "reload the configuration of a running proxy",
     "doctor": "diagnose missing notifications",
     "status": "show the state and the counters of a running proxy",
     "monitor": "show each notification as it happens",
@@ -47,7 +48,7 @@ COMMANDS = {
 """The help text of each command. The module of a command has the same name, with `_` instead of `-`."""
 
 GROUPS = {
-    "run": ("run", "check", "service"),
+    "run": ("run", "check", "reload", "service"),
     "see": ("status", "monitor", "history", "doctor"),
     "drive": ("send", "wait", "replay", "demo"),
     "record": ("record", "plot", "dissector"),

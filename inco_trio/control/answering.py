@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import trio
 
 from inco_trio.control import protocol
-from inco_trio.control.feed import Feed
+from inco_trio.control.feed import Feed, Reload
 from inco_trio.control.monitors import PIECE, Follower, Monitor
 from inco_trio.control.past import past_events
 from inco_trio.control.protocol import RequestError
@@ -31,8 +31,9 @@ SEND_MAX = 1_000_000
 class Connection:
     """The connection to one client. All connections of a server share one `feed`."""
 
-    def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str) -> None:
+    def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str, reload: Reload) -> None:
         self.peer = peer
+        self._reload = reload
         self._stream = stream
         self._feed, self._served, self._boot = feed, feed.served, boot
         self._reading = trio.CancelScope()
@@ -118,6 +119,9 @@ class Connection:
                     value = self._acknowledge_all(request)
                 case protocol.ForgetRequest():
                     value = self._forget(request)
+                case protocol.ReloadRequest():
+                    self._check_permitted("reload the configuration")
+                    value = await self._reload()
             await self._write(protocol.encode_response(request, value, tag))
             # Send events only after the response, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:

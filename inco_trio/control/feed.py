@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["Batch", "Feed", "Served"]
+__all__ = ["Batch", "Feed", "Reload", "Served"]
+
+
+Reload = Callable[[], Awaitable[Sequence[str]]]
+"""A function that reloads the configuration and returns what was refused."""
 
 
 class Served(Protocol):

@@ -25,8 +25,9 @@ from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, s
 __all__ = [
     "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
     "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryRequest", "HistoryStatus",
-    "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "Reply", "Request", "RequestError",
-    "Response", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request", "encode_board",
+    "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "ReloadRequest", "Reply", "Request",
+    "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request",
+    "encode_board",
     "encode_error", "encode_event", "encode_greeting", "encode_history", "encode_notifications", "encode_request",
     "encode_response", "encode_status", "event_now", "to_json",
 ]  # fmt: skip
@@ -147,8 +148,14 @@ class HistoryRequest:
     """A time of CLOCK_MONOTONIC in nanoseconds."""
 
 
+@attrs.frozen(slots=False)
+class ReloadRequest:
+    """Reload the configuration, as SIGHUP does, and report what was refused."""
+
+
 Request = (
     HistoryRequest
+    | ReloadRequest
     | StatusRequest
     | SendRequest
     | MonitorRequest
@@ -169,6 +176,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "acknowledge-all": (AcknowledgeAllRequest, "acknowledged"),
     "forget": (ForgetRequest, "forgotten"),
     "history": (HistoryRequest, "history"),
+    "reload": (ReloadRequest, "refused"),
 }
 """The class of each request and the key of the value in its response, by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
@@ -293,6 +301,7 @@ class Response:
     acknowledged: int = 0
     forgotten: tuple[str, ...] = ()
     history: Past | None = None
+    refused: tuple[str, ...] = ()
     error: str = ""
     message: str = ""
     keys: frozenset[str] = frozenset()

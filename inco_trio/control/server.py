@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from inco_trio.control.feed import Feed, Served
+from inco_trio.control.feed import Feed, Reload, Served
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.sockets import peer_of
 from inco_trio.problems import Problems
@@ -58,13 +58,14 @@ class Peer:
 class Control:
     """The server of the control socket. It reports on `served` and accepts clients on the socket `listener`."""
 
-    def __init__(self, served: Served, listener: socket.socket) -> None:
+    def __init__(self, served: Served, listener: socket.socket, reload: Reload) -> None:
         self.feed = Feed(served)
         """The `notifications.Listener` to which the proxies report events."""
         self.closed = trio.Event()
         """Set once `serve` has returned."""
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         self._boot = os.urandom(8).hex()
+        self._reload = reload
         self._clients: set[Connection] = set()
         self._limits = Problems()
         """The limits that each user has reached. Each one is logged once, so that a flood does not fill the log."""
@@ -106,7 +107,7 @@ class Control:
         # Import `answering` lazily, because most proxies never have a client.
         from inco_trio.control.answering import Connection
 
-        client = Connection(stream, Peer.of(stream), self.feed, self._boot)
+        client = Connection(stream, Peer.of(stream), self.feed, self._boot, self._reload)
         self._clients.add(client)
         try:
             async with stream:

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -42,8 +42,8 @@ class Boards(Served, Protocol):
     def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
         """Keep the proxies open while the block runs. Raises IncoError."""
 
-    async def reload(self) -> None:
-        """Reload the configuration. Raises IncoError if the new configuration is refused."""
+    async def reload(self) -> Sequence[str]:
+        """Reload the configuration; return why parts of it are refused. Raises IncoError if all of it is refused."""
 
     def log_statistics(self) -> None:
         """Log the counters. Do nothing if `open` has not been called yet."""
@@ -69,10 +69,11 @@ class OneBoard:
         async with open_supervised(self._config, fd_store, listener) as self._proxy:
             yield
 
-    async def reload(self) -> None:
+    async def reload(self) -> Sequence[str]:
         assert self._proxy is not None  # noqa: S101 - the runner reloads only after `open`
         await self._proxy.reload(await read_aside(self._load))
         logger.info("reloaded: %d signals", len(self._proxy.config.signals), extra={"event": "reloaded"})
+        return ()
 
     def log_statistics(self) -> None:
         if self._proxy is not None:
@@ -124,7 +125,7 @@ class Daemon:
 
     async def run(self, runner: Runner) -> None:
         raise_descriptor_limit()
-        async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
+        async with self._answering(runner) as control, self._boards.open(self._fd_store, control):
             # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
             is_ready = threading.Event()
             self._start_diagnosis(is_ready)
@@ -134,7 +135,7 @@ class Daemon:
             await runner.follow_reloads()
 
     @asynccontextmanager
-    async def _answering(self, background: trio.Nursery) -> AsyncIterator[Listener | None]:
+    async def _answering(self, runner: Runner) -> AsyncIterator[Listener | None]:
         """Serve the control socket while the block runs. If the socket cannot be opened, the proxies run without it."""
         with ExitStack() as resources:
             try:
@@ -148,8 +149,8 @@ class Daemon:
                 yield None
                 return
             self._control_path = Path(listener.getsockname())
-            control = Control(self._boards, listener)
-            background.start_soon(control.serve)
+            control = Control(self._boards, listener, runner.reload)
+            runner.background.start_soon(control.serve)
             try:
                 yield control.feed
             finally:

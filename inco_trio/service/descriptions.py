@@ -94,8 +94,6 @@ class Service:
     """The value of RestrictNamespaces= in a systemd unit."""
     paths: tuple[Path, ...] = ()
     """The known files and directories that the service uses."""
-    check: tuple[str, ...] = ()
-    """The command, with its arguments, that validates the configuration before a reload."""
 
     @property
     def is_client(self) -> bool:
@@ -127,12 +125,11 @@ def link_service(link: str, config: Path) -> Service:
     warnings = _warnings(lambda: read_udrv(config))
     with contextlib.suppress(IncoError):
         paths += [signal.directory for signal in read_board(config).signals]
-    check = ("check", "--config", str(config))
     address = parse_address(link)
     if isinstance(address, UnixAddress):
         paths += [Path(address.local), Path(address.peer)]
-        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET, paths=tuple(paths), check=check)
-    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, _OF_USER, paths=tuple(paths), check=check)
+        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET, paths=tuple(paths))
+    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, _OF_USER, paths=tuple(paths))
 
 
 def boards_service(directory: Path, label: str) -> Service:
@@ -147,8 +144,7 @@ def boards_service(directory: Path, label: str) -> Service:
         paths += [path for config in configs for path in _paths_of(config)]
         if any(config.netns is not None for config in configs):
             namespaces = "net"
-    check = ("check", "--boards", str(directory))
-    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, namespaces, tuple(paths), check)
+    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, namespaces, tuple(paths))
 
 
 def _paths_of(config: Config) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -50,12 +50,13 @@ class ManyBoards:
             gc.enable()
             yield
 
-    async def reload(self) -> None:
+    async def reload(self) -> Sequence[str]:
         assert self._proxies is not None  # noqa: S101 - the runner reloads only after `open`
         boards = await read_aside(functools.partial(read_boards, self._directory, self._proxies.configs))
-        refused = await self._proxies.reload(self._with_history(boards), keep=boards.refused)
-        self._log_problems(boards, {**boards.refused, **refused}, "refused, keeping the old configuration")
+        refused = {**boards.refused, **await self._proxies.reload(self._with_history(boards), keep=boards.refused)}
+        self._log_problems(boards, refused, "refused, keeping the old configuration")
         self._log_open()
+        return [f"{name}: {problem}" for name, error in refused.items() for problem in str(error).splitlines()]
 
     def _with_history(self, boards: Boards) -> Mapping[str, Config]:
         return {name: attrs.evolve(config, history=self._history) for name, config in boards.configs.items()}

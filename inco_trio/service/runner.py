@@ -11,9 +11,10 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
+import attrs
 import trio
 
 from inco_trio.errors import IncoError, ResourceError, unwrapped
@@ -39,8 +40,8 @@ class Service(Protocol):
     async def run(self, runner: Runner) -> None:
         """Run until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
 
-    async def reload(self) -> None:
-        """Reload the configuration. Raises IncoError if the new configuration is refused."""
+    async def reload(self) -> Sequence[str]:
+        """Reload the configuration; return why parts of it are refused. Raises IncoError if all of it is refused."""
 
     def log_statistics(self) -> None:
         """Log the counters, if there are any. The runner also calls this method when the service ends."""
@@ -83,6 +84,14 @@ def _exhausted(error: Exception) -> OSError | None:
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
+@attrs.define(eq=False)
+class _Answer:
+    """The result of a reload, for a caller of `Runner.reload`."""
+
+    ready: trio.Event = attrs.Factory(trio.Event)
+    refused: Sequence[str] = ()
+
+
 class Runner:
     """The runner of one service, and the argument of `Service.run`."""
 
@@ -96,6 +105,7 @@ class Runner:
         self._stop = trio.CancelScope()
         # One pending reload is enough, because it reads the newest configuration.
         self._hang_up, self._hang_ups = trio.open_memory_channel[None](1)
+        self._waiting: list[_Answer] = []
 
     async def run(self) -> None:
         """Run the service until a stop signal arrives or the service fails."""
@@ -150,18 +160,29 @@ class Runner:
                 self._service.log_statistics()
 
     async def follow_reloads(self) -> None:
-        """Reload the configuration at each SIGHUP, one reload at a time, once the service is ready."""
+        """Reload the configuration at each SIGHUP and for `reload`, one reload at a time, once the service is ready."""
         await self._is_ready.wait()
         async for _ in self._hang_ups:
+            waiting, self._waiting = self._waiting, []
             notify_reloading()
             refused: list[str] = []
             try:
-                await self._service.reload()
+                parts = await self._service.reload()
             except IncoError as error:
-                refused = str(error).splitlines()
+                parts = refused = str(error).splitlines()
                 for problem in refused:
                     logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - an error of the user
             notify_reloaded(refused[0] if refused else None)
+            for answer in waiting:
+                answer.refused = parts
+                answer.ready.set()
+
+    async def reload(self) -> Sequence[str]:
+        """Reload the configuration as SIGHUP does, and return what was refused."""
+        self._waiting.append(answer := _Answer())
+        _send_once(self._hang_up)
+        await answer.ready.wait()
+        return answer.refused
 
 
 Work = Callable[[Callable[[], None]], Awaitable[None]]
@@ -200,10 +221,11 @@ class Restarting:
         finally:
             self._close()
 
-    async def reload(self) -> None:
+    async def reload(self) -> Sequence[str]:
         self._next = self._prepare()
         logger.info("reloaded", extra={"event": "reloaded"})
         self._scope.cancel()
+        return ()
 
 
 def _send_once(channel: trio.MemorySendChannel[None]) -> None:

@@ -33,13 +33,12 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
         if service.words[0] == "run":
             directory = runtime_directory(service.label)
             directives += template("runtime.directives").format(directory=directory)
-            command += f" --control %t/inco-trio/{directory}/control.sock"
+            control = f"--control %t/inco-trio/{directory}/control.sock"
+            command += f" {control}"
+            # Unlike SIGHUP, this command waits for the result and fails if the proxy refuses the configuration.
+            reload = f"ExecReload={_command(*program, 'reload')} {control}\n"
             # The proxy drops capabilities and enters its own sandbox.
             calls = f"SystemCallFilter={' '.join(_OF_SANDBOX)}\n"
-    if service.check:
-        check = f"ExecReload={_command(*program, *service.check)}\n"
-        # Reload a directory of boards even if some of its files are invalid.
-        reload = reload + check if "--boards" in service.check else check + reload
     return template("unit.service").format(
         name=printable(PREFIX + service.label),
         account=template("account.comment").format(user=printable(user)) if user not in (None, "root") else "",

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,7 +49,10 @@ class Unit:
     def __init__(self, namespace: Namespace, directory: Path, link: str, config: Path) -> None:
         self.name = f"inco-trio-{link}.service"
         self._log = directory / "log"
-        units, runtime = directory / "units", directory / "run"
+        units = directory / "units"
+        # The path of the control socket, which is below this directory, must be short.
+        self._short = tempfile.TemporaryDirectory(prefix="inco-trio-")
+        runtime = Path(self._short.name, "run")
         (units / f"{self.name}.d").mkdir(parents=True)
         runtime.mkdir(mode=0o700)
         command = [
@@ -104,6 +108,7 @@ class Unit:
     def close(self) -> None:
         """End systemd and all its processes."""
         self._manager.communicate()
+        self._short.cleanup()
         assert self._manager.returncode == 0
         sys.stderr.write(f"log of the unit:\n{self.log}")
 
@@ -173,6 +178,13 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
     # The kill and the restart each start a new process. The reload keeps the process.
     assert len(set(pids)) == 3
     unit.wait_log("reloaded")
+
+    # `inco-trio check` accepts this configuration, but a directory is in the place of a register.
+    directory = tmp_path / "irq"
+    (directory / "late_trig").mkdir()
+    write_config(tmp_path / "udrv.json", directory, INBOUND, [*OUTBOUND, "late"])
+    assert unit.control("reload") != 0
+    assert "late_trig: not a regular file but a directory" in unit.property("StatusText")
 
     (tmp_path / "udrv.json").write_text("{")
     assert unit.control("reload") != 0
