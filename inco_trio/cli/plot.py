@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import STREAM, absolute, configuration_argument, configured_board, path_of
 from inco_trio.cli.signalling import left_out
-from inco_trio.cli.streams import remark, say, say_bytes
+from inco_trio.cli.streams import remark, say, say_bytes, say_text
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
@@ -85,7 +85,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
             raise ProgramNotFoundError(f"matplotlib is not installed ({error}): {hint}") from error
     summary = _read(path, _table(args), args.pair)
     if args.json:
-        say(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
+        say_text(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
     if draws:
         total = sum(len(flow.times) for flow in summary.flows.values())
         title = f"{printable(path.name)}: {total} notifications"
@@ -94,7 +94,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
             return 0
         _save(draw(summary, title, out.suffix), out)
         if not args.json:
-            say(f"{total} notifications and {len(summary.marks)} marks plotted to {printable(str(out))}")
+            say(f"{total} notifications and {len(summary.marks)} marks plotted to {out}")
     return 0
 
 

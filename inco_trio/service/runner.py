@@ -154,11 +154,11 @@ class Runner:
         await self._is_ready.wait()
         async for _ in self._hang_ups:
             notify_reloading()
-            refused: list[str] = []
+            refused: tuple[str, ...] = ()
             try:
                 await self._service.reload()
             except IncoError as error:
-                refused = str(error).splitlines()
+                refused = error.problems
                 for problem in refused:
                     logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - an error of the user
             notify_reloaded(refused[0] if refused else None)
