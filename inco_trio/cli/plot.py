@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 import sys
 import tempfile
 import time
@@ -15,6 +17,7 @@ from inco_trio.cli.options import STREAM, absolute, configuration_argument, conf
 from inco_trio.cli.signalling import left_out
 from inco_trio.cli.streams import remark, say, say_bytes, say_text
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
+from inco_trio.linux.files import open_output
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -101,9 +104,12 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
 def _save(picture: bytes, out: Path) -> None:
     """Write the plot to a file. Raises ResourceError, PermissionDeniedError."""
     try:
-        file = out.open("wb")
+        fd = open_output(out)
         try:
-            with file:
+            with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+                os.set_blocking(fd, True)
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    file.truncate()
                 file.write(picture)
         except OSError:
             out.unlink(missing_ok=True)  # Do not leave an incomplete plot.
