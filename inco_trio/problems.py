@@ -30,7 +30,7 @@ def report(
 ) -> None:
     """Log a line, and record it in the history of the proxy that the current task serves.
 
-    The log is limited by `cause` (default: the text). Set it if the text varies, for example in a duration or a path.
+    Lines with the same `cause` (default: the text) are rate-limited. Set `cause` if the text contains a varying value.
     """
     # Record first: otherwise, a monitor could report an event before the history contains it.
     if (note := noting.get()) is not None:
@@ -70,7 +70,7 @@ class Problems:
     ) -> None:
         """Set the current problem of `key`. If it has changed, log it with the prefix `what` (default: the key).
 
-        `cause` limits the log lines, see `report` (default: the key).
+        The default of `cause` is the key; see `report`.
         """
         if self._current.get(key) != problem:
             self._current[key] = problem

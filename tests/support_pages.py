@@ -5,7 +5,7 @@ HTML comments, which readers do not see, control how the blocks are run:
     <!-- file NAME -->      write the next code block to this file instead of running it
     <!-- run COMMANDS -->   run commands that readers do not need, such as a loop that waits for the proxy
     <!-- exit 0 or 3 -->    accept these exit codes from the next block (default: 0)
-    <!-- new shell -->      run what follows in another directory and shell
+    <!-- new shell -->      run the following blocks in another directory and shell
     <!-- not run: WHY -->   do not run the next block
     <!-- run by TEST -->    another test runs the next block
 

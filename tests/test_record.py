@@ -484,9 +484,8 @@ def test_standard_output_is_recorded_until_its_reader_ends(
     running = start("-", "--control", board.path)
     board.inbound(peer)
     assert running.process.stdout is not None
-    with subprocess.Popen(
-        ["tshark", "-l", "-c", "1", "-r", "-"], stdin=running.process.stdout, stdout=subprocess.PIPE, text=True
-    ) as shark:
+    command = ["tshark", "-l", "-c", "1", "-r", "-", "-T", "fields", "-e", "eth.type"]
+    with subprocess.Popen(command, stdin=running.process.stdout, stdout=subprocess.PIPE, text=True) as shark:
         running.process.stdout.close()
         out, _ = shark.communicate(timeout=HANG)
     assert "0x8800" in out
@@ -514,3 +513,10 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     assert (tmp_path / "f.svg").stat().st_size > 1000
     done = subprocess.run([*COMMAND, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, "give either FILE or --past" in done.stderr) == (2, True)
+    # If several proxies answer, the error suggests --control.
+    command = [*COMMAND, "plot", "--control", str(board.path), "--json"]
+    done = subprocess.run([*command, "--past"], capture_output=True, text=True, timeout=HANG, check=True)
+    assert json.loads(done.stdout)["version"] == 1
+    done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("inco-trio: error: --control selects the proxy of --past (add --past, or omit --control)\n")

@@ -171,7 +171,7 @@ class Recorder:
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
-            # A process may have been killed while it replaced a name that no record contains.
+            # An invalid name is harmless: a process was killed while it replaced a name that no record uses.
             self._add(name.decode("ascii") if is_wire_name(name) else "")
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
@@ -310,7 +310,7 @@ class Recorder:
         if note.signal is not None and is_wire_name(name := note.signal.encode("ascii", "replace")):
             known = self._ids.get(note.signal, -1)
             if known < 0 and note.kind == "ignored":
-                # The link peer chooses these names. The table of names is full after 32,767 of them.
+                # The link peer chooses these names. The table holds at most 32,767 names.
                 text += b" " + name
             else:
                 number = self._new_name(note.signal) if known < 0 else known

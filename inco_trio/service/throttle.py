@@ -1,7 +1,7 @@
 """A rate limit for log lines, so that other users and the link peer cannot fill the disk.
 
 The first line of a cause is written immediately, and further lines of this cause at most once per period. If one board
-has many causes, at most LINES_MAX of its lines are written per period; the others wait.
+has many causes, at most LINES_MAX of its lines are written per period; other lines wait.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Throttle:
     def release(self, write: Callable[[logging.LogRecord], None], *, everything: bool = False) -> None:
         """Write held records, each in its context. Set `record.left_out` to the number of omitted records.
 
-        Write the records that were held first, at most LINES_MAX of each board. With `everything`, write all of them.
+        Write the records that were held first, at most LINES_MAX of each board. With `everything`, write all records.
         """
         now = self._now()
         for causes in self._boards.values():
