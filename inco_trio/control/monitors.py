@@ -163,6 +163,8 @@ class _Cursor:
     """Merged notifications that were sent to the follower and that it has not acknowledged yet."""
     merged_to: int = 0
     """Sequence number with which the follower acknowledges `merged`."""
+    _checked: int = -1
+    """The value of `History.merged_ever` for which there are no further merged notifications."""
 
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Yield the next events of the history, with at most `room` notifications."""
@@ -187,7 +189,9 @@ class _Cursor:
 
     def _take_merged(self, board: str) -> Iterator[Event]:
         self.sent = max(self.sent, self.history.floor)
-        if not self.merged and (merged := self._merged()):
+        if self.merged or self.history.merged_ever == self._checked:
+            return
+        if merged := self._merged():
             self.merged, self.merged_to = merged, self.history.floor
             # Only the last event has the number that acknowledges them, in case the follower has not read all of them.
             for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
@@ -195,6 +199,8 @@ class _Cursor:
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
                     sequence=sequence, boot=self.history.boot,
                 )  # fmt: skip
+        else:
+            self._checked = self.history.merged_ever
 
     def _next(self, room: int) -> list[Record]:
         """Return the next notifications of the history, which the follower must acknowledge."""
