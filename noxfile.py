@@ -60,7 +60,10 @@ TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations",
 # These tests mostly wait for other processes and for the kernel, so two tests at a time would leave a CPU idle.
 FOUR_AT_A_TIME = (*TWO_AT_A_TIME, "-n", "4")
 
-# `unit` runs these on one Python only: they check texts, statistics, and what the kernel does with files and sockets.
+# Beside busy processes, only more runnable tests get more of the CPU time.
+EIGHT_AT_A_TIME = (*TWO_AT_A_TIME, "-n", "8")
+
+# `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
 # The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
 # configuration, the public API and the pytest plugin. A new test file runs on each Python unless it is added here.
 SAME_ON_EACH_PYTHON = (
@@ -356,7 +359,7 @@ def loaded(session: nox.Session) -> None:
     session.log(f"started {count} busy processes with a higher priority than the tests")
     try:
         session.run(
-            *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", *FOUR_AT_A_TIME, *session.posargs),
+            *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", *EIGHT_AT_A_TIME, *session.posargs),
             env={"INCO_TRIO_FAULTS": "short"},
             external=True,
         )

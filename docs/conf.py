@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["COLUMNS"] = "100"  # argparse wraps the help texts at this width.
 
-from docs.fields import hide_constructors, table
+from docs.fields import figures, hide_constructors, table
 from inco_trio import config
 from inco_trio.board_files import BoardFile
 from inco_trio.cli.parser import COMMANDS, drop_in_parser, parser
@@ -95,6 +95,15 @@ class Keys(Directive):
         return _parsed(self, table(cls, prefix), cls.__module__)
 
 
+class Figures(Directive):
+    """A directive that shows the results of the benchmark, without the details that only developers need."""
+
+    def run(self) -> list[nodes.Node]:
+        results = Path(__file__).with_name("bench") / "results.md"
+        self.state.document.settings.record_dependencies.add(str(results))
+        return _parsed(self, figures(results.read_text()), str(results))
+
+
 def _parsed(directive: Directive, lines: list[str], source: str) -> list[nodes.Node]:
     """Parse lines of Markdown, and return the docutils nodes."""
     node = nodes.section()
@@ -107,3 +116,4 @@ def setup(app: Sphinx) -> None:
     app.add_directive("inco-help", Help)
     app.add_directive("inco-signals", BuiltinSignals)
     app.add_directive("inco-keys", Keys)
+    app.add_directive("inco-figures", Figures)

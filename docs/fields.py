@@ -1,9 +1,10 @@
-"""Document classes on the pages: make tables of the fields of attrs classes, and hide constructors."""
+"""Make tables for the pages: the fields of attrs classes and the results of the benchmark. Hide constructors."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 from itertools import pairwise
 
 import attrs
@@ -12,7 +13,7 @@ import inco_trio
 import inco_trio.aio
 import inco_trio.testing
 
-__all__ = ["OPENED", "described", "hide_constructors", "table"]
+__all__ = ["OPENED", "described", "figures", "hide_constructors", "table"]
 
 OPENED: tuple[type, ...] = (
     *(inco_trio.Proxy, inco_trio.Proxies, inco_trio.aio.Proxy),
@@ -20,6 +21,10 @@ OPENED: tuple[type, ...] = (
     *(inco_trio.testing.BoardProxy, inco_trio.testing.BoardFaults, inco_trio.testing.Guest),
 )
 """Classes that user programs do not instantiate. Functions such as `open_proxy` create the objects."""
+
+
+EARLIER = "inco-trio [0-9a-f]{7}"
+"""The name of an earlier commit in the results of the benchmark, as a regular expression."""
 
 
 def hide_constructors() -> None:
@@ -40,7 +45,7 @@ def described(cls: type) -> dict[str, str]:
 
 def table(cls: type, prefix: str = "") -> list[str]:
     """Return the lines of a Markdown table: each key with `prefix`, its default or "required", and its description."""
-    rows = ["| key | | |", "|---|---|---|"]
+    rows = ["| key | default | meaning |", "|---|---|---|"]
     said = described(cls)
     for field in attrs.fields(cls):
         if field.init:
@@ -48,4 +53,16 @@ def table(cls: type, prefix: str = "") -> list[str]:
             if isinstance(field.default, str | int | float):
                 needed = f"default `{field.default!r}`"
             rows.append(f"| `{prefix}{field.name}` | {needed} | {said[field.name]} |")
+    return rows
+
+
+def figures(results: str) -> list[str]:
+    """Return the Markdown table of the benchmark's results without the spread, the notes and the earlier commit."""
+    rows = []
+    for line in results.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and not re.search(EARLIER, cells[0]):
+            figure, goal, result, _, met, medians, _ = cells
+            medians = re.sub(rf", {EARLIER} [\d.,]*\d", "", medians)
+            rows.append(f"| {figure} | {goal} | {result} | {met} | {medians} |")
     return rows

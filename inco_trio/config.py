@@ -9,7 +9,8 @@ A udrv.json describes every device of the board. The proxy reads only these keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -31,13 +32,17 @@ OURS = "misc.inco_proxy"
 SIGNALS = f"{OURS}.signals"
 
 
+def _to_tuple(signals: Iterable[Signal]) -> tuple[Signal, ...]:
+    return tuple(signals)
+
+
 @attrs.frozen
 class Config:
     """The configuration of one proxy. Raises `ConfigError` for an invalid link, signal or deadline."""
 
     link: str
     """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"; see `links.address`."""
-    signals: tuple[Signal, ...]
+    signals: tuple[Signal, ...] = attrs.field(converter=_to_tuple)
     """The signals that the proxy carries."""
     wait_link: bool = False
     """Whether to wait for a link that is missing at the start, instead of failing."""
@@ -45,7 +50,7 @@ class Config:
     """Maximum time in seconds that a clean stop may take to finish pending notifications."""
     history: int | None = None
     """How many notifications the flight recorder keeps: 0 to 65,536 (default: 4,096, or fewer with many boards)."""
-    netns: Path | None = None
+    netns: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     """The path of the interface's network namespace, such as /run/netns/b2 (None: the namespace of this process)."""
     owner: int | None = None
     """The user ID that may own IRQ directories, besides root and the user of this process."""
@@ -56,21 +61,34 @@ class Config:
     """The parsed `link`."""
 
     def __attrs_post_init__(self) -> None:
-        problems = [f"signal {signal.name}: {why}" for signal, why in clashes(self.signals)]
+        strangers = [signal for signal in self.signals if not isinstance(signal, Signal)]
+        problems = [f"signals: {stranger!r} is not a Signal" for stranger in strangers]
+        problems += [] if strangers else [f"signal {signal.name}: {why}" for signal, why in clashes(self.signals)]
         try:
             object.__setattr__(self, "address", parse_address(self.link))
         except InvalidArgumentError as error:
             problems.append(f"link {self.link!r}: {error.reason}")
-        if not self.stop_deadline >= 0:  # NaN < 0 is false, so `stop_deadline < 0` would accept NaN.
-            problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
-        if self.history is not None and not 0 <= self.history <= HISTORY_MAX:
-            problems.append(f"history: {self.history} is not a number from 0 to {HISTORY_MAX}")
+        deadline = self.stop_deadline
+        for name, is_valid, expected in (
+            ("wait_link", isinstance(self.wait_link, bool), "True or False"),
+            ("stop_deadline", isinstance(deadline, int | float) and deadline >= 0, "a number of seconds, 0 or more"),
+            ("history", _is_number(self.history, HISTORY_MAX), f"a number from 0 to {HISTORY_MAX}"),
+            ("owner", _is_number(self.owner), "a user ID"),
+            ("group", _is_number(self.group), "a group ID"),
+        ):
+            if not is_valid:
+                problems.append(f"{name}: {getattr(self, name)!r} is not {expected}")
         if problems:
             raise ConfigError("", problems)
 
     def same_link(self, other: Config) -> bool:
         """Return whether both configurations use the same link."""
         return (self.address, self.netns) == (other.address, other.netns)
+
+
+def _is_number(value: object, highest: float = math.inf) -> bool:
+    """Return whether `value` is None, or an integer from 0 to `highest`."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= highest)
 
 
 @attrs.frozen

@@ -35,7 +35,7 @@ def check_notification_fd(fd: int) -> None:
         os.set_inheritable(fd, False)
     except (OSError, OverflowError):
         raise InvalidArgumentError(
-            f"--notification-fd {fd}: not open (s6 opens the descriptor in the file notification-fd of the service)"
+            f"--notification-fd {fd}: not open (s6 opens the descriptor that the service's notification-fd names)"
         ) from None
     if mode == os.O_RDONLY:
         raise InvalidArgumentError(f"--notification-fd {fd}: open for reading only")

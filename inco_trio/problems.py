@@ -25,12 +25,18 @@ def times(count: int) -> str:
     return f"{count} time{'' if count == 1 else 's'}"
 
 
-def report(line: logging.Logger, level: int, text: str, kind: str = "message", count: int = 0) -> None:
-    """Log a line, and record it in the history of the proxy that the current task serves."""
+def report(
+    line: logging.Logger, level: int, text: str, kind: str = "message", count: int = 0, cause: object = None
+) -> None:
+    """Log a line, and record it in the history of the proxy that the current task serves.
+
+    Lines with the same `cause` (default: the text) are rate-limited. Set `cause` if the text contains a varying value.
+    """
     # Record first: otherwise, a monitor could report an event before the history contains it.
     if (note := noting.get()) is not None:
         note(kind, text, level)
-    line.log(level, "%s", text, extra={"event": kind} | ({"fields": {"count": count}} if count else {}))
+    fields = {"fields": {"count": count}} if count else {}
+    line.log(level, "%s", text, extra={"event": kind, "cause": cause} | fields)
 
 
 @contextlib.contextmanager
@@ -59,17 +65,23 @@ class Problems:
     def __init__(self) -> None:
         self._current: dict[object, str] = {}
 
-    def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
-        """Set the current problem of `key`. If it has changed, log it with the prefix `what` (default: the key)."""
+    def failed(
+        self, key: object, problem: str, what: object = None, event: str = "problem", cause: object = None
+    ) -> None:
+        """Set the current problem of `key`. If it has changed, log it with the prefix `what` (default: the key).
+
+        The default of `cause` is the key; see `report`.
+        """
         if self._current.get(key) != problem:
             self._current[key] = problem
-            report(logger, logging.WARNING, f"{key if what is None else what}: {problem}", event)
+            text = f"{key if what is None else what}: {problem}"
+            report(logger, logging.WARNING, text, event, cause=cause or (event, key))
 
     def well(self, key: object, what: object = None) -> bool:
         """Clear the problem of `key` and log the recovery. Return whether `key` had a problem."""
         if self._current.pop(key, None) is None:
             return False
-        report(logger, logging.INFO, f"{key if what is None else what}: works again", "works")
+        report(logger, logging.INFO, f"{key if what is None else what}: works again", "works", cause=("works", key))
         return True
 
     def said(self, key: object) -> str | None:

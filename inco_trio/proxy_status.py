@@ -139,7 +139,7 @@ class Status:
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""
     mac: str | None = None
-    """The MAC address of the link, or None while an interface has never existed."""
+    """The MAC address of the link, or None if the interface has never existed."""
     receive_buffer: int | None = None
     """The size of the receive buffer of an interface in bytes, or None for a `unix:` link."""
     peer: str | None = None

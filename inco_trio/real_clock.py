@@ -1,4 +1,4 @@
-"""Clocks that keep running while a test has frozen time. They have the names of those in the module `time`.
+"""Clocks that keep running while a test has frozen time. They have the same names as in the module `time`.
 
 Libraries that freeze time for tests, such as freezegun and time-machine, replace the functions of the module `time`,
 even where other modules have imported them. They do not replace CLOCK_MONOTONIC of clock_gettime(2), and freezegun does

@@ -44,6 +44,10 @@ def direction_of(direction: Direction | str) -> Direction:
         raise InvalidArgumentError(f"direction={direction!r}: expected 'inbound' or 'outbound'") from None
 
 
+def _to_path(path: Path | str) -> Path:
+    return path if isinstance(path, Path) else Path(path)
+
+
 def name_fault(name: str) -> str | None:
     """Return why `name` is not a valid wire name, or None if it is valid."""
     if name.isascii() and is_wire_name(name.encode("ascii")):
@@ -64,12 +68,12 @@ class Signal:
     """A named inter-core interrupt.
 
     `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
-    `directory`. Raises ConfigError if one of these values is invalid.
+    `directory`. `direction` may be text. Raises ConfigError if one of these values is invalid.
     """
 
     name: str
-    direction: Direction
-    directory: Path
+    direction: Direction = attrs.field(converter=direction_of)
+    directory: Path = attrs.field(converter=_to_path)
     register: str
 
     def __attrs_post_init__(self) -> None:
@@ -101,7 +105,7 @@ BUILTIN = (
 )
 
 
-def builtin_signals(directory: Path) -> tuple[Signal, ...]:
+def builtin_signals(directory: Path | str) -> tuple[Signal, ...]:
     """Return the three built-in signals with their default registers in `directory`."""
     return tuple(Signal(b.name, b.direction, directory, b.register) for b in BUILTIN)
 

@@ -1,4 +1,4 @@
-"""Validation of JSON from users and other programs: file size limits, rules for values, and mistakes by key path."""
+"""Validation of JSON from users and other programs: file size limits, rules for values, and errors by key path."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ ABSOLUTE_PATH = Rule((str,), "an absolute path", lambda value: value.startswith(
 
 
 def structure(value: object, kind: type[_T], problems: list[str], where: str = "") -> _T | None:
-    """Convert a JSON value to the attrs class `kind`. If it is invalid, add mistakes to `problems` and return None.
+    """Convert a JSON value to the attrs class `kind`. If it is invalid, record errors in `problems` and return None.
 
     A rule in the `Annotated` type of a field replaces the default rule. Unknown keys are ignored.
     """
@@ -150,7 +150,7 @@ def structure(value: object, kind: type[_T], problems: list[str], where: str = "
     try:
         return _converter().structure(value, kind)
     except (cattrs.BaseValidationError, InvalidValueError) as error:
-        # A NUL separates the mistake from the path. Neither contains a NUL, because repr() escapes it.
+        # A NUL separates the error from the path. Neither contains a NUL, because repr() escapes it.
         for line in cattrs.transform_error(error, "\0", _describe):
             what, _, path = line.partition(" @ \0")
             place = (where + re.sub(r"\['([\w*-]+)'\]", r".\1", path)).removeprefix(".")
@@ -201,7 +201,7 @@ def _converter() -> cattrs.Converter:
 
 @attrs.frozen
 class Table:
-    """A JSON object at the key path `where`. Its methods add mistakes to `problems`."""
+    """A JSON object at the key path `where`. Its methods record errors in `problems`."""
 
     values: dict[str, object]
     where: str = ""
@@ -213,11 +213,11 @@ class Table:
         return f"{self.where}.{shown}" if self.where else shown
 
     def fault(self, key: str, what: str) -> None:
-        """Add a mistake in the value of a key to `problems`."""
+        """Record an error in the value of a key in `problems`."""
         self.problems.append(f"{self.path(key)}: {what}")
 
     def only(self, keys: Iterable[str]) -> None:
-        """Add a mistake for each key that is not in `keys`, and for each repeated key."""
+        """Record an error for each key that is not in `keys`, and for each repeated key."""
         known = tuple(keys)
         for key in self.values:
             if key not in known:
@@ -230,7 +230,7 @@ class Table:
             self.fault(key, "given more than once")
 
     def value(self, key: str, rule: Rule) -> Any:
-        """Return the value of a key. If it is missing or breaks the rule, add a mistake and return None."""
+        """Return the value of a key. If the key is missing or its value is invalid, record an error and return None."""
         self._check_once(key)
         try:
             return rule(self.values[key])

@@ -66,9 +66,9 @@ def platforms(machine: str) -> list[str]:
 def download(
     into: Path, *, machine: str, python: str, only: Collection[str] = (), without: Collection[str] = ()
 ) -> None:
-    """Download the dependencies' wheels for a machine and a Python version. Build those that have no wheel.
+    """Download the dependencies' wheels for a machine and a Python version. Build missing wheels.
 
-    `only` and `without` contain the names of dependencies. Without `only`, download all.
+    `only` and `without` contain the names of dependencies. Without `only`, download all dependencies.
     """
     left_out = {*without, *WITHOUT_WHEEL.get(machine, ())}
     # pip evaluates markers for the Python that runs it, so download the dependencies of all versions.

@@ -27,7 +27,7 @@ __all__ = ["SCENARIOS", "Board", "Scenario"]
 SIGNALS = 100
 ROUND_TRIPS = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "2000"))
 KILLS = 10
-FLOOD = 5_000  # Each causes two events, so even a slow consumer's inotify queue (16,384 events) does not overflow.
+FLOOD = 5_000  # Each frame causes two events, so a slow consumer's inotify queue (16,384 events) cannot overflow.
 
 
 class Here:
@@ -175,7 +175,7 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
         board.guest.wait_ready()
         board.first.wait(1 + starts)
         if board.link_knows_its_peer:
-            # The proxy sends all pending frames. QEMU drops the first if the guest has not started its card yet.
+            # The proxy sends all pending frames. QEMU drops the first frame if the guest has not started its card yet.
             arrived = board.counters()["known"] - 1
             assert arrived in (49, 50)
         else:

@@ -103,7 +103,7 @@ class Relay:
 
     def __init__(self, broker: Mosquitto, stack: ExitStack) -> None:
         self.bytes_until_cut: Callable[[], int] = lambda: sys.maxsize
-        """Returns the number of bytes after which a new connection is cut, even in the middle of a packet."""
+        """A function that returns after how many bytes a new connection is cut, even in the middle of a packet."""
         self.connections = 0
         self._broker = broker
         self._pairs: list[_Pair] = []

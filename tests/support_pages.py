@@ -5,7 +5,7 @@ HTML comments, which readers do not see, control how the blocks are run:
     <!-- file NAME -->      write the next code block to this file instead of running it
     <!-- run COMMANDS -->   run commands that readers do not need, such as a loop that waits for the proxy
     <!-- exit 0 or 3 -->    accept these exit codes from the next block (default: 0)
-    <!-- new shell -->      run what follows in another directory and shell
+    <!-- new shell -->      run the following blocks in another directory and shell
     <!-- not run: WHY -->   do not run the next block
     <!-- run by TEST -->    another test runs the next block
 
@@ -132,6 +132,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     """Run a script as root on core 0, with inco-trio's programs in `home`.
 
     The script runs in a directory below a new, empty /run that every user may read. It uses /run/etc/ for /etc/.
+    In the output, the directory is called /home/you.
     """
     (home / "bin").mkdir()
     for name, arguments in (
@@ -162,7 +163,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         except BaseException:
             os.killpg(shell.pid, signal.SIGKILL)
             raise
-    out = out.replace("/run/etc/", "/etc/")
+    out = out.replace("/run/etc/", "/etc/").replace("/run/page", "/home/you")
     return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
@@ -191,6 +192,7 @@ def comparable(text: str) -> set[str]:
     for varying, constant in (
         (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
         (r"receive buffer of .*", "BUFFER"),
+        (r'"boot": "[0-9a-f]+"', '"boot": "BOOT"'),
         (r"never|[\d.]+ \w+ ago", "WHEN"),
         (r"\d+ min \d+ s|[\d.]+ (?:ms|us|s|min)\b", "TIME"),
         (r"(\d+) \([\w.-]+\)", r"\1 (PROGRAM)"),

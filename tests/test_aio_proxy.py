@@ -696,7 +696,7 @@ def test_open_and_close_can_be_cancelled_at_each_step(world: World, cut: Cut, tu
         def check() -> None:
             assert alive() == before
             assert not (world.home / "core0").exists()
-            # Each trigger sends one frame. The call of send() may be cancelled before or after its frame is sent.
+            # Each trigger sends one frame. send() may be cancelled before or after it sends its frame.
             assert triggered <= world.count() <= 2 * triggered
 
         before = alive()

@@ -57,7 +57,7 @@ def open_files() -> set[str]:
     gc.collect()
     found = set()
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # iterdir()'s own descriptor is closed by now.
+        with contextlib.suppress(FileNotFoundError):  # The descriptor that iterdir() used is closed by now.
             found.add(f"{path.name} {path.readlink()}")
     return found
 

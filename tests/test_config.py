@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inco_trio.config import Board, Config, parse_board, read_board
-from inco_trio.errors import ConfigError, ResourceError
-from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
+from inco_trio.errors import ConfigError, InvalidArgumentError, ResourceError
+from inco_trio.signals import BUILTIN, Direction, Signal, SignalTable, builtin_signals
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -550,7 +550,7 @@ registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_
 
 @st.composite
 def boards(draw: st.DrawFn) -> tuple[dict[str, Any], list[Signal]]:
-    """Draw a board file with random devices and signals, and the signals that the file describes."""
+    """Generate a board file with random devices and signals; return it with the signals that it describes."""
     plain = st.text("abcdefgh-_", min_size=1, max_size=8)
     devices = draw(st.dictionaries(plain, plain, max_size=4)) | {"ihub-irq-dev": "IRQ"}
     document: dict[str, Any] = {
@@ -627,3 +627,36 @@ def test_config_and_board_are_frozen() -> None:
     for frozen in (Config("a", ()), Board((), ())):
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
             frozen.signals = ()  # type: ignore[misc] # the assignment is what the test checks
+
+
+def test_a_signal_converts_text(tmp_path: Path) -> None:
+    signal = Signal("a_irq", "inbound", str(tmp_path), "a")
+    assert signal == Signal("a_irq", Direction.INBOUND, tmp_path, "a")
+    assert SignalTable([signal]).inbound == {b"a_irq": signal}
+    with pytest.raises(InvalidArgumentError, match="direction='in': expected 'inbound' or 'outbound'"):
+        Signal("a_irq", "in", tmp_path, "a")
+    assert builtin_signals(str(tmp_path)) == builtin_signals(tmp_path)
+
+
+def test_a_configuration_converts_iterables_and_text(tmp_path: Path) -> None:
+    config = Config("a", (signal for signal in builtin_signals(tmp_path)), netns="/run/netns/b")
+    assert config == Config("a", builtin_signals(tmp_path), netns=Path("/run/netns/b"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"wait_link": "no"}, "wait_link: 'no' is not True or False"),
+        ({"stop_deadline": "5"}, "stop_deadline: '5' is not a number of seconds, 0 or more"),
+        ({"history": "5"}, "history: '5' is not a number from 0 to 65536"),
+        ({"history": True}, "history: True is not a number from 0 to 65536"),
+        ({"owner": "app"}, "owner: 'app' is not a user ID"),
+        ({"group": -1}, "group: -1 is not a group ID"),
+        ({"signals": ["a"]}, "signals: 'a' is not a Signal"),
+        ({"link": None}, "link None: expected the name of an interface, or unix:LOCAL,peer=REMOTE"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**({"link": "a", "signals": ()} | more))
+    assert caught.value.problems == (said,)

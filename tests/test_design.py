@@ -39,7 +39,7 @@ FILES = 3
 
 
 def dotted(path: Path) -> str:
-    """Return a module's dotted name below inco_trio, such as `proxy.fleet`; that of `proxy/__init__.py` is `proxy`."""
+    """Return a module's dotted name below inco_trio, such as `proxy.fleet`. `proxy/__init__.py` is named `proxy`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

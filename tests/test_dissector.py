@@ -174,7 +174,7 @@ def test_only_valid_comments_of_recordings_are_used(home: Path) -> None:
 
 @pytest.mark.tools
 def test_random_frames_do_not_make_the_dissector_fail(home: Path) -> None:
-    """Decode random frames of both EtherTypes, and random changes of valid frames, with a fixed seed."""
+    """Decode random frames of both EtherTypes, and valid frames with random changes, from a fixed seed."""
     chance = random.Random(1)  # noqa: S311 - test data
     recorder = Recorder(home / "whole")
     recorder.append(1, Direction.INBOUND, "b", '/irq/"\\ü😀', None, "rpmsg4000")

@@ -261,7 +261,7 @@ def test_idle_connections_are_limited_and_closed(
                 answer = b"".join([chunk async for chunk in scrape])
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
             assert answer.endswith(b"# EOF\n")
-            # The exporter closed the oldest connection because of its limit. It closes the others at their deadline.
+            # The exporter closed the oldest connection because of its limit, and closes the rest at their deadline.
             assert await idle[0].receive_some() == b""
             clock.jump(http_server.REQUEST_PATIENCE)
             assert caplog.messages.count("connections: more than 20 are open: closing the oldest ones") == 1

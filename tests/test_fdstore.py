@@ -388,7 +388,7 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64 if sys.argv[1] == "hard" else hard))
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs the others."""
+"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs a command."""
 
 
 def limited(limit: str) -> list[str]:
@@ -397,7 +397,7 @@ def limited(limit: str) -> list[str]:
 
 
 class TestDescriptorsInTransit:
-    """All processes of a user together have more descriptors in transit in Unix sockets than the limit of the proxy."""
+    """The processes of one user have more descriptors in transit in Unix sockets than the proxy's limit allows."""
 
     @pytest.fixture(autouse=True)
     def in_transit(self) -> Iterator[None]:
@@ -410,7 +410,7 @@ class TestDescriptorsInTransit:
 
     @pytest.fixture
     def start(self, systemd: socket.socket, tmp_path: Path) -> Iterator[Callable[[str], Proxy]]:
-        """Start a proxy of systemd with a limit of descriptors."""
+        """Yield a function that starts a proxy with a limited number of descriptors under a simulated systemd."""
         environment = {"NOTIFY_SOCKET": systemd.getsockname(), "FDSTORE": "8"}
         arguments: list[str | Path] = [f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", tmp_path / "irq"]
         with ExitStack() as stack:

@@ -45,7 +45,7 @@ def single_events(line: str) -> list[Event]:
 
 
 class Walk(RuleBasedStateMachine):
-    """A random walk with successive followers of a board, a small history limit and an even smaller read-ahead."""
+    """A random test with successive followers of a board, a small history limit and an even smaller read-ahead."""
 
     steady = False
     """Whether the walk has only one follower and one process."""
@@ -150,7 +150,7 @@ class Walk(RuleBasedStateMachine):
 
 
 class SteadyWalk(Walk):
-    """A random walk with a single follower, which receives nothing twice."""
+    """A random test with a single follower, which receives nothing twice."""
 
     steady = True
 

@@ -25,7 +25,7 @@ EXPLAINED = {name: set(KEY.findall(text)) for names, text in ROWS for name in re
 OF_CONTROL = set(KEY.findall((DOCS / "control.md").read_text()))
 OF_DATA = "sent expected came missing surplus unknown left_out notes refused send broker counters"
 BY_NAME = set(OF_DATA.split())
-"""Keys whose objects have keys such as the name of a signal."""
+"""Keys whose values are objects keyed by names, such as signal names."""
 
 
 @pytest.fixture

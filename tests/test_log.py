@@ -8,12 +8,13 @@ import logging
 import os
 import pty
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from inco_trio.service.log import log_statistics, needs_timestamps, set_up_logging
+from inco_trio.problems import Problems, report, working_for
+from inco_trio.service.log import _Lines, log_statistics, needs_timestamps, set_up_logging
 from inco_trio.service.throttle import PERIOD, Throttle
 
 logger = logging.getLogger("inco_trio.somewhere")
@@ -127,7 +128,7 @@ def test_omitted_lines_are_summarized_after_a_second(monkeypatch: pytest.MonkeyP
     # The summary prints the last line for each cause, so that the log ends with the current state.
     for _ in range(2):
         logger.warning("down")
-        logger.info("up", extra={"event": "works"})
+        logger.info("up", extra={"cause": "works"})
     with open(ours) as lines:  # noqa: PTH123 - a file descriptor
         said = [lines.readline() for _ in range(4)]
     os.close(theirs)
@@ -291,15 +292,74 @@ def test_a_cause_is_forgotten_after_its_period() -> None:
     now = 0.0
     throttle = Throttle(lambda: now)
     record = logging.LogRecord("x", logging.WARNING, __file__, 0, "down", None, None)
-    assert [throttle.admit("a", record), throttle.admit("a", record), throttle.admit("b", record)] == [
-        True, False, True,
-    ]  # fmt: skip
+    assert [throttle.admit("", cause, record) for cause in "aab"] == [True, False, True]
     now = PERIOD
     written: list[logging.LogRecord] = []
     throttle.release(written.append)
     assert written == [record]
-    assert [throttle.admit("a", record), throttle.admit("b", record)] == [False, True]
+    assert [throttle.admit("", cause, record) for cause in "ab"] == [False, True]
     throttle.release(written.append)
     now = 3 * PERIOD
-    throttle.admit("c", record)
-    assert list(throttle._causes) == ["c"]
+    throttle.admit("", "c", record)
+    assert list(throttle._boards[""]) == ["c"]
+
+
+def test_many_causes_of_one_board_wait(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.service.throttle.CAUSES_MAX", 60)
+    now = 0.0
+    set_up_logging("text", verbose=False)
+    (handler,) = logging.getLogger("inco_trio").handlers
+    assert isinstance(handler, _Lines)
+    monkeypatch.setattr(handler, "_throttle", Throttle(lambda: now))
+    monkeypatch.setattr(handler, "_start_timer", lambda: None)
+    for number in range(100):
+        logger.warning("register %s", f"r{number}")
+    with working_for("b1"):
+        logger.warning("another board")
+
+    def lines() -> list[str]:
+        return [line.removeprefix("inco-trio: warning: ") for line in capfd.readouterr().err.splitlines()]
+
+    assert lines() == [*(f"register r{number}" for number in range(20)), "b1: another board"]
+    for second in (1, 2):
+        now = second * PERIOD
+        handler._release()
+        left = [f"register r{number}" for number in range(20 * second, 20 * second + 20)]
+        if second == 2:
+            left[-1] += " (40 similar lines omitted)"
+        assert lines() == left
+    logger.warning("register %s", "r0")
+    assert lines() == []  # 20 lines have already been written in this second.
+    handler.flush()
+    assert lines() == ["register r0"]
+
+
+def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.1)
+    monkeypatch.setattr("inco_trio.service.throttle.LINES_MAX", 1)
+    ours, theirs = os.pipe()
+    set_up_logging("text", verbose=False, fd=theirs)
+    for name in "abc":
+        logger.warning("register %s", name)
+    with open(ours) as lines:  # noqa: PTH123 - a file descriptor
+        assert [lines.readline()[-2] for _ in range(3)] == ["a", "b", "c"]
+    os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda number: Problems().failed("x", f"cannot open /home/app/{number}"),
+        lambda number: Problems().failed(number, f"refused user {number}", "control", cause="refused"),
+        lambda number: report(logger, logging.WARNING, f"the link went down after {number} s", cause="down"),
+        lambda number: report(logger, logging.INFO, f"the link came up after {number} s", cause="up"),
+    ],
+    ids=["problem", "user", "down", "up"],
+)
+def test_texts_that_others_vary_have_the_same_cause(
+    say: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_up_logging("text", verbose=False)
+    for number in range(100):
+        say(number)
+    assert len(capfd.readouterr().err.splitlines()) == 1

@@ -168,7 +168,7 @@ def test_a_frame_that_is_larger_than_the_brokers_packets_does_not_block_others(t
         told = counters(bridges[0], len(small))
         assert (told["published"], told["too_large"]) == (len(small), 2)
         assert counters(bridges[1])["missed"] == 0
-        assert "dropped a frame of 1500 bytes (counter too_large): its packet has " in bridges[0].log
+        assert "dropped a frame of 1500 bytes (counted as too_large): its packet has " in bridges[0].log
         for bridge in bridges:
             assert "the broker allows packets of 700 bytes, but the longest frames need " in bridge.log
 

@@ -63,7 +63,7 @@ class Connection:
 
 
 class Source:
-    """Stands for a connection to a proxy."""
+    """A stand-in for a connection to a proxy."""
 
     def __init__(self) -> None:
         self.acknowledged: list[int] = []
@@ -188,7 +188,7 @@ def test_refused_notifications_are_sent_again_before_later_ones(ending: str, cap
             assert source.acknowledged == [1, 2, 3, 4]
 
     run(main)
-    is_logged = ending == "works again"  # The problem ends at once with the other proxy.
+    is_logged = ending == "works again"  # The broker accepts the other proxy's notifications at once.
     assert caplog.text.count("the broker refused notifications: Not authorized") == is_logged
     assert caplog.text.count("works again") == is_logged
 

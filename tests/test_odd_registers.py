@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import ConfigError
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event
 from inco_trio.registers.directory import Directory
 from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
@@ -129,6 +131,54 @@ def test_a_state_file_that_another_user_replaced_is_not_written(
     assert (world.pending, world.stats.delivered) == ({}, 3)
     assert state.path.read_text() == "1"
     assert world.registers.problem(state) is None
+
+
+@odd
+def test_a_state_file_replaced_after_a_write_is_not_written(
+    world: World, stack: ExitStack, why: str, replace: Replace
+) -> None:
+    state, _ = registers(world)
+    world.open()
+    world.write(state)
+    untouched = replace(state.path, stack)
+    world.triggered()
+    if replace is bind_mount:
+        world.registers.mounts_changed()  # A mount causes no event.
+    world.write(state)
+    assert untouched()
+    assert world.pending == {state.name: 1}
+    assert why in str(world.registers.problem(state))
+
+
+def test_a_second_name_of_a_written_state_file_is_noticed(world: World) -> None:
+    state, _ = registers(world)
+    world.open()
+    world.write(state)
+    state.path.with_name("another name").hardlink_to(state.path)
+    world.triggered()
+    world.write(state)
+    assert world.pending == {state.name: 1}
+
+
+def test_lost_events_lead_to_a_new_check(world: World, stack: ExitStack) -> None:
+    state, _ = registers(world)
+    world.open()
+    world.write(state)
+    untouched = hard_link(state.path, stack)
+    world.events()  # Discard the events, as the kernel does when its queue is full.
+    world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])
+    world.write(state)
+    assert untouched()
+
+
+def test_a_failed_write_names_the_cause_before_the_event_is_read(world: World) -> None:
+    state, _ = registers(world)
+    world.open()
+    world.write(state)
+    state.path.unlink()
+    os.mkfifo(state.path)
+    world.write(state)
+    assert "not a regular file but a FIFO" in str(world.registers.problem(state))
 
 
 @odd

@@ -20,7 +20,7 @@ import attrs
 import pytest
 
 from docs.diagrams import DIAGRAMS, IMAGES
-from docs.fields import described, table
+from docs.fields import described, figures, table
 from docs.terminals import TERMINALS, draw, visible
 from inco_trio.board_files import BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parse, parser
@@ -44,7 +44,9 @@ PAGES = (
     "configuration",
     "first-steps",
     "lost",
+    "metrics",
     "migrating",
+    "mqtt",
     "mqtt-link",
     "recording",
     "shell",
@@ -57,7 +59,7 @@ RUN_BY = {
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_command_of_the_page_runs",
-    ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
+    ("mqtt", '{"sequence"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
     ("asyncio", '"""Print each'): "test_aio.py::test_documented_callback",
@@ -134,7 +136,7 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     readme = next(block.text for block in parts("README") if block.text.startswith("def test_"))
     for number, text in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(text)
-    # The test in the README uses the fixture of this page, so join the two.
+    # The README's test uses this page's fixture, so write both to one file.
     fixture = tests[0].partition("\n\ndef test_")[0]
     (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
     plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
@@ -292,6 +294,23 @@ def test_the_configuration_page_lists_each_key() -> None:
         "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
         "| `config` | optional | The absolute path of a udrv.json. |",
     ]
+
+
+def test_the_figures_page_leaves_out_the_earlier_commit() -> None:
+    results = """
+| figure | goal | result | spread | met | medians | note |
+| latency | <= 2 x floor | x 1.5 | 1..2 | yes | inco-trio 3, inco-trio 4e59515 4,000, C 2 us | 3 pairs |
+| latency, against inco-trio 4e59515 |  | x 0.5 | 0..1 |  | inco-trio 3, inco-trio 4e59515 4,000 us |  |
+| memory |  | 3 | 3..3 |  | inco-trio 3, inco-trio 4e59515 4 MiB |  |
+
+Measured on a machine.
+"""
+    assert figures(results) == [
+        "| figure | goal | result | met | medians |",
+        "| latency | <= 2 x floor | x 1.5 | yes | inco-trio 3, C 2 us |",
+        "| memory |  | 3 |  | inco-trio 3 MiB |",
+    ]
+    assert len(figures((DOCS / "bench/results.md").read_text())) > 30
 
 
 def test_the_diagrams_are_up_to_date() -> None:

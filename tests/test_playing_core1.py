@@ -267,6 +267,12 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
                 proxy.events(direction="in"),
             ):
                 pass
+            # No notification would pass both filters.
+            with (
+                pytest.raises(UnknownSignalError, match=rf"{HWWD}: not an outbound signal .*: {NOTIFY}\)$"),
+                proxy.events(signals=[NOTIFY, HWWD], direction="outbound"),
+            ):
+                pass
             with (
                 pytest.raises(TypeError, match=r"expected a collection of names, such as \['x'\]"),
                 core1.events(signals="x"),

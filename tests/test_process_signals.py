@@ -1,4 +1,4 @@
-"""Tests of Unix signals to the daemon at every stage of its life: a stop signal must lead to a clean exit with 0."""
+"""Tests of Unix signals to the daemon at every stage of its life: a stop signal must end it with exit code 0."""
 
 from __future__ import annotations
 

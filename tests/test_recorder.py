@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inco_trio.persist.inflight import Inflight
-from inco_trio.persist.recorder import AREA, COUNT_MAX, EVENTS_SHARE, KEPT, Note, Recorded, Recorder
+from inco_trio.persist.recorder import AREA, COUNT_MAX, EVENTS_SHARE, KEPT, NAMES_MAX, Note, Recorded, Recorder
 from inco_trio.signals import Direction, Signal
 
 IN = Signal("in_irq", Direction.INBOUND, Path("/irq"), "in")
@@ -109,6 +109,36 @@ def test_repeated_events_are_counted(memory: memoryview) -> None:
     assert len(list(recorder.notes())) == 5
 
 
+def test_names_that_the_link_peer_sends_fill_no_table(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("problem", "disk full")
+    recorder.append([IN])
+    for number in range(NAMES_MAX + 1):
+        recorder.note("ignored", "unknown", f"s{number}", Direction.INBOUND, state=1)
+    assert counts(recorder) == [("in_irq", 1, 1)]
+    first, *named, last = recorder.notes()
+    assert first.text == "disk full"
+    assert [(note.text, note.signal, note.direction) for note in named] == [
+        ("unknown", f"s{number}", Direction.INBOUND) for number in range(KEPT // EVENTS_SHARE // 4)
+    ]
+    assert (last.kind, last.signal, last.count) == ("ignored", None, NAMES_MAX + 1 - len(named))
+    assert [note.signal for note in Recorder(memory).notes()] == [None, *(note.signal for note in named), None]
+
+
+def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("problem", "disk full")
+    for number in range(KEPT):
+        recorder.note("link", f"the link changed after {number} s", state=number % 2)
+    first, *links = recorder.notes()
+    assert (first.text, len(links)) == ("disk full", KEPT // EVENTS_SHARE // 4 + 2)
+    assert sum(note.count for note in links) == KEPT
+    for number in range(KEPT // EVENTS_SHARE):
+        recorder.note("problem", f"problem {number}")
+    recorder.note("link", "the link came up", state=1)
+    assert [note.text for note in recorder.notes()][-1] == "the link came up"
+
+
 def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
     recorder = Recorder(memory)
     recorder.note("message", "ö" * 200)
@@ -139,7 +169,7 @@ def record_many(recorder: Recorder, names: Iterable[int]) -> None:
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])
-        recorder.note("ignored", "unknown", f"n{number}_irq", Direction.INBOUND)
+        recorder.note("pending", "no space", f"n{number}_irq", Direction.INBOUND)
 
 
 def names_of(recorder: Recorder) -> tuple[list[str], list[str | None]]:

@@ -154,7 +154,7 @@ class Writes:
 
 
 def put(bank: Bank, sequence: int, names: list[str]) -> None:
-    """Put frames into a bank of the in-flight buffer, as if a process had been killed before it wrote state files."""
+    """Put a batch of frames into the in-flight buffer, as if a process had been killed before it wrote state files."""
     bank.begin(sequence)
     for slot, name in enumerate(names):
         whole = encode(name.encode(), MAC)
@@ -162,7 +162,7 @@ def put(bank: Bank, sequence: int, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("older", [0, 1])
-def test_frames_of_both_banks_are_delivered_in_the_order_of_their_arrival(board: Board, older: int) -> None:
+def test_frames_of_both_batches_are_delivered_in_the_order_of_their_arrival(board: Board, older: int) -> None:
     async def main() -> None:
         await board.leave()
         memory = board.memory()
@@ -204,7 +204,7 @@ def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int)
     def patch(original: Callable[[StateFile], None] = StateFile.write) -> None:
         left = after
 
-        def write(file: StateFile, *, checked: bool = False) -> None:
+        def write(file: StateFile) -> None:
             nonlocal left
             if not left:
                 kill_now()
@@ -222,13 +222,13 @@ def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int)
     killed(board, patch)
     assert writes.names() == [*older, *newer][:after]
     run(board.leave)
-    # The successor repeats the whole bank of frames that its predecessor was handling when it was killed.
+    # The successor repeats all frames of the batch that its predecessor was handling when it was killed.
     assert writes.names() == ([*older, *newer] if after < len(older) else newer)
     writes.close()
 
 
 async def leave_in_flight(board: Board, older: list[str], newer: list[str], first: int = 0) -> None:
-    """Leave events of `older` and `newer` in the two banks, as if a process had been killed before it sent a frame."""
+    """Leave two batches of events in the in-flight buffer, as if a process had been killed before it sent a frame."""
     await board.leave()
     memory = board.memory()
     for sequence, names in ((19, older), (20, newer)):
@@ -409,9 +409,7 @@ def test_pending_notifications_are_not_written_to_a_replaced_directory(
     registers.open(SignalTable((signal,)))
     inflight.pending[b"reset"] = 6
 
-    def write(
-        file: StateFile, original: Callable[[StateFile], None] = StateFile.write, *, checked: bool = False
-    ) -> None:
+    def write(file: StateFile, original: Callable[[StateFile], None] = StateFile.write) -> None:
         nonlocal number
         if number == at:
             irq.rename(tmp_path / "away")

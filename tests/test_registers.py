@@ -1552,6 +1552,10 @@ def test_only_the_directory_of_a_written_file_is_checked(
     monkeypatch.setattr("os.stat", noted)
     world.write(states[3])
     assert looks == [b"state", os.fsencode(states[3].directory)]
+    # The first write has checked the file, and no event has reported a change since.
+    world.write(states[3])
+    world.write(states[3], states[3])
+    assert looks[2:] == [os.fsencode(states[3].directory)] * 2
 
 
 def test_pending_notifications_are_written_in_turns(start: StartWorld, reset: Signal) -> None:

@@ -1,6 +1,6 @@
-"""A random walk that removes no file: each notification is reported exactly once, and nothing else is reported.
+"""A random test that removes no file: each notification is reported exactly once, and nothing else is reported.
 
-The walk of `test_registers_machine` shows that nothing is lost in any situation. In this walk, reloads, restarts, a
+The test `test_registers_machine` shows that nothing is lost in any situation. In this test, reloads, restarts, a
 full disk, overflows and unrelated files must have no visible effect.
 """
 
@@ -32,7 +32,7 @@ states = st.tuples(st.sampled_from(DIRECTORIES), st.sampled_from(("a_state", "b_
 
 
 class Calm(RuleBasedStateMachine):
-    """A random walk of applications that write triggers and watch state files, and of the registers that they use."""
+    """A random test: applications write triggers and watch state files, and the registers must report each write."""
 
     def __init__(self) -> None:
         super().__init__()

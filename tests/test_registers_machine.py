@@ -1,4 +1,4 @@
-"""A random walk over everything that can happen to registers, with a tmpfs, the real inotify and a simulated clock.
+"""A random test of everything that can happen to registers, with a tmpfs, the real inotify and a simulated clock.
 
 After each step the data structures must agree. At the end every trigger must work, every state file must be written,
 and each write of a trigger must have been reported at least once. The fault suite runs longer walks.
@@ -38,7 +38,7 @@ directories = st.sampled_from(DIRECTORIES)
 
 
 class Walk(RuleBasedStateMachine):
-    """A random walk of applications that change the files, and of the registers that follow the changes."""
+    """A random test: applications change the files, and the registers must follow the changes."""
 
     shared = False
     """Whether another board watches directories with the same inotify descriptor."""
@@ -300,7 +300,7 @@ class Walk(RuleBasedStateMachine):
 
 
 class SharedWalk(Walk):
-    """The random walk of `Walk`, with another board in the same process."""
+    """Like `Walk`, but with another board in the same process."""
 
     shared = True
 

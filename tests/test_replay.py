@@ -145,7 +145,7 @@ def test_a_tcpdump_capture_replays_the_same_frames(
             "HOME/1: the link accepts no frames: no process has bound HOME/0 (No such",
         ),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
-        (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
+        (("f", "--as", "core1"), 2, "--as core1 requires LINK, which carries the frames"),
         (
             ("f", "x", "--as", "core0"),
             2,

@@ -182,7 +182,7 @@ def test_a_killed_proxy_under_s6_loses_nothing(boards: Boards) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
-        # The second process inherits the first one's descriptors. The third one inherits those stored by a reload.
+        # The second process inherits the first one's descriptors. The third inherits descriptors that a reload stored.
         for turn in range(3):
             pid = main_process(service.directory)
             assert status_of(pid)["Seccomp"] == "2"

@@ -239,7 +239,7 @@ class TestUnderS6:
         tree.send("core0", f"exit {code}")
         tree.wait_down("core0")
         assert tree.state("core0") == {"up": "false", "wantedup": "false", "exitcode": str(code)}
-        # Do not use -wU: s6-supervise may still report the earlier failure, which -wU would take for a new one.
+        # Do not use -wU: s6-supervise may still report the earlier failure, which -wU would mistake for a new failure.
         tree.svc("-u", "core0")
         assert tree.next_report() == "core0 started 2"
         tree.stop()

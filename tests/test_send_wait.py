@@ -37,7 +37,7 @@ COMMAND = [sys.executable, "-m", "inco_trio"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Remove the user's configuration, put `inco-trio` on PATH, and hide all proxies except that of the test."""
+    """Remove the user's configuration, put `inco-trio` on PATH, and hide all proxies except the test's own proxy."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
@@ -469,7 +469,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
-        "--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'",
+        "--send requires LINK and --as core1; without them, use --after 'inco-trio send SIGNAL'",
     )
 
 

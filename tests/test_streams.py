@@ -49,7 +49,13 @@ def finished(
 
 
 BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
-SAY_MUCH = [["check", "--config", str(SAMPLE)], ["check", "--json", "--config", str(SAMPLE)], ["--version"], ["--help"]]
+SAY_MUCH = [
+    ["check", "--config", str(SAMPLE)],
+    ["check", "--json", "--config", str(SAMPLE)],
+    ["--version"],
+    ["dissector"],
+    ["--help"],
+]
 UNIT = ["s6", "--systemd", "--config", str(SAMPLE)]
 
 

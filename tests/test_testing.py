@@ -681,6 +681,68 @@ def test_a_proxy_retries_although_a_test_has_frozen_time(tmp_path: Path) -> None
         os.link(board.core0.register(HWWD), other)
         board.core1.send(HWWD)
         while "cannot write" not in board.proxy.log:
-            time.sleep(0.01)  # No event reports a line of the log.
+            time.sleep(0.01)  # Poll, because no event reports a new log line.
         other.unlink()
+        board.core0.expect(HWWD, HANG)
+
+
+WRONG: dict[str, Callable[[Board], object]] = {
+    "drop='0.5'": lambda board: board.faults.frames(drop="0.5"),  # type: ignore[arg-type]
+    "double=None": lambda board: board.faults.frames(double=None),  # type: ignore[arg-type]
+    "corrupt=nan": lambda board: board.faults.frames(corrupt=float("nan")),
+    "delay='1'": lambda board: board.faults.frames(delay="1"),  # type: ignore[arg-type]
+    "seed=[1]": lambda board: board.faults.frames(seed=[1]),  # type: ignore[arg-type]
+    "in_process='no'": lambda board: open_board(board.directory / "x", in_process="no").__enter__(),  # type: ignore[arg-type]
+    "signals: 1": lambda board: open_board(board.directory / "x", signals={1: "inbound"}).__enter__(),  # type: ignore[dict-item]
+}
+"""Calls with arguments of the wrong type, by the start of the error."""
+
+
+def test_arguments_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
+    with open_board(str(tmp_path / "board"), in_process=True) as board:
+        for text, call in WRONG.items():
+            with pytest.raises(InvalidArgumentError, match=f"^{re.escape(text)}: expected "):
+                call(board)
+        board.core1.send(HWWD)
+        board.core0.expect(HWWD, HANG)
+
+
+def test_a_wait_in_another_thread_ends_when_the_board_is_closed(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+    with open_board(tmp_path / "board", in_process=True) as board:
+        history = board._rig.history
+
+        def wait() -> None:
+            try:
+                board.core0.expect(HWWD, HANG)
+            except NotificationMissingError as error:
+                failures.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not history._listeners:
+            time.sleep(0.01)  # No event reports that the other thread waits.
+    waiting.join(HANG)
+    assert [str(error).partition("; ")[0] for error in failures] == [
+        f"{HWWD}: did not arrive at core 0 (the board is closed)"
+    ]
+
+
+def test_a_forked_process_cannot_use_the_board(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board", in_process=True) as board:
+        said, saying = os.pipe()
+        if not (child := os.fork()):
+            for use in (lambda: board.history, lambda: board.core0.expect(HWWD, HANG), lambda: board.core1.send(HWWD)):
+                try:
+                    use()
+                except ClosedError as error:
+                    os.write(saying, f"{error}\n".encode())
+            board.close()
+            os._exit(0)
+        os.close(saying)
+        assert os.waitpid(child, 0)[1] == 0
+        refusal = "the board belongs to the parent process (open another board in this process)"
+        with os.fdopen(said) as lines:
+            assert lines.read().splitlines() == [refusal] * 3
+        board.core1.send(HWWD)
         board.core0.expect(HWWD, HANG)

@@ -191,13 +191,13 @@ def test_the_configured_owner_is_trusted(home: Path) -> None:
     link.symlink_to("irq")
     os.lchown(link, OWNER, OWNER)
     assert refusal(link, owner) is None
-    # The owner could otherwise redirect the proxy to any directory of root.
+    # The owner could otherwise redirect the proxy to any directory that root owns.
     give(irq, 0)
-    assert refusal(irq, owner) == f"{irq} belongs to root (uid 0), but is reached through uid {OWNER}"
+    assert refusal(irq, owner) == f"{irq} belongs to root (uid 0), but uid {OWNER} owns an earlier part of the path"
     link.unlink()
     link.symlink_to(home)
     os.lchown(link, OWNER, OWNER)
-    assert refusal(link, owner) == f"/ belongs to root (uid 0), but is reached through uid {OWNER}"
+    assert refusal(link, owner) == f"/ belongs to root (uid 0), but uid {OWNER} owns an earlier part of the path"
 
 
 def test_the_configured_group_may_write(home: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_missing_directory_is_created_for_its_owner(home: Path) -> None:
     ]  # fmt: skip
     give(home / "a", OWNER)
     (home / "a" / "irq").rmdir()
-    with pytest.raises(UnfitFileError, match=f"not trusted: {home}/a/irq is missing below a directory of uid {OWNER}"):
+    with pytest.raises(UnfitFileError, match=f"{home}/a/irq is missing below a directory that uid {OWNER} owns"):
         open_trusted(home / "a" / "irq", Trust(OWNER), make=True)
 
 
@@ -257,7 +257,7 @@ def test_the_overflow_user_is_never_trusted(home: Path, monkeypatch: pytest.Monk
 
 
 def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a user namespace of an ordinary user, the host's root appears as the overflow user ID.
+    # In a user namespace that an ordinary user created, the host's root appears as the overflow user ID.
     monkeypatch.setattr(trust_module, "overflow_uid", lambda: 0)
     assert refusal(Path("/tmp")) == "/ belongs to uid 0, which stands for all unmapped users"  # noqa: S108
     monkeypatch.setattr(trust_module, "_maps_all_users", lambda: False)
@@ -266,7 +266,7 @@ def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pyte
 
 
 def attack_parent(irq: Path) -> Path:
-    """Replace the IRQ directory by a symlink to another directory of root."""
+    """Replace the IRQ directory with a symlink to another directory that root owns."""
     victim = give(irq.parent.parent / "victim", 0)
     irq.rename(irq.with_name("old"))
     irq.symlink_to(victim)
@@ -335,7 +335,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
 
 @contextmanager
 def as_stranger(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in a loop in a process of another user while the block runs."""
+    """Call `act` in a loop, in a process that another user owns, while the block runs."""
     child = os.fork()
     if child == 0:
         try:
@@ -356,7 +356,7 @@ def as_stranger(act: Callable[[], object]) -> Iterator[None]:
 def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     home: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger who owns the parent exchanges the IRQ directory with a symlink to a directory of root."""
+    """Another user, who owns the parent, swaps the IRQ directory with a symlink to a directory that root owns."""
     parent = give(home / "theirs", OWNER)
     victim = give(home / "victim", 0)
     for name in ("state", "trig"):
@@ -365,7 +365,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     (parent / "link").symlink_to(victim)
     for path in (parent, irq, parent / "link"):
         os.lchown(path, STRANGER, STRANGER)
-    place = os.open(parent, os.O_PATH)  # The stranger may not search pytest's directories.
+    place = os.open(parent, os.O_PATH)  # The other user may not search pytest's directories.
 
     def swap() -> None:
         libc.renameat2(place, ctypes.c_char_p(b"irq"), place, ctypes.c_char_p(b"link"), RENAME_EXCHANGE)
@@ -387,7 +387,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             finally:
                 world.ending.close()
     os.close(place)
-    assert all("reached through" in text for text in refused)
+    assert all("owns an earlier part of the path" in text for text in refused)
     assert sorted(path.name for path in victim.iterdir()) == ["state", "trig"]
     assert {path.read_text() for path in victim.iterdir()} == {"untouched"}
 

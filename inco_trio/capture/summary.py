@@ -47,7 +47,7 @@ class Flow:
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def waits(self) -> list[tuple[int, int]]:
-        """Return the start and end of each period in which notifications were pending that were delivered later."""
+        """Return the start and end of each period in which any of the notifications in `delays` was pending."""
         periods: list[tuple[int, int]] = []
         for start, end in sorted((late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)):
             if periods and start <= periods[-1][1]:

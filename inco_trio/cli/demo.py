@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from inco_trio.cli.options import absolute
+from inco_trio.cli.options import absolute, positive, rate
 from inco_trio.cli.streams import output, writing
 
 
@@ -20,8 +20,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="run real firmware as core 1 in QEMU, and measure round trips (root is not required)",
     )
     sub.add_argument("--record", metavar="FILE", help="record to FILE, for Wireshark, `replay` and `plot`")
-    sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications per signal (default: 80)")
-    sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications per second (default: 100)")
+    sub.add_argument("--count", type=positive, default=80, metavar="N", help="notifications per signal (default: 80)")
+    sub.add_argument("--rate", type=rate, default=100.0, metavar="R", help="notifications per second (default: 100)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -169,7 +169,7 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
 def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that select a running proxy."""
     sub.add_argument("link", nargs="?", metavar="LINK", help="link or board directory of the proxy")
-    sub.add_argument("--control", metavar="PATH", help="control socket (default: that of the only proxy)")
+    sub.add_argument("--control", metavar="PATH", help="control socket (default: the socket of the only proxy)")
 
 
 def add_color(sub: argparse.ArgumentParser) -> None:

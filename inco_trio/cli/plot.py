@@ -41,7 +41,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--past", nargs="?", const="", metavar="LINK",
-        help="plot the history of the proxy of LINK (default: the only proxy) instead of FILE",
+        help="plot the history of LINK's proxy (default: the only proxy) instead of FILE",
     )  # fmt: skip
     sub.add_argument(
         "--out",

@@ -84,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.side is None:
         args.side = "core0" if args.link is None else "core1"
     if args.side == "core1" and args.link is None:
-        raise UsageError("--as core1 needs the LINK to send frames on")
+        raise UsageError("--as core1 requires LINK, which carries the frames")
     if args.side == "core0" and args.link is not None:
         raise UsageError("--as core0 writes trigger files and does not use LINK: give --irq-dir or --config")
     if args.link is not None:

@@ -19,7 +19,7 @@ SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
 _WHERE = {"board": "through {}", "register": "by {}", "link": "as core 1 on {}"}
-"""What the notifications are sent through, as keys of the JSON, with the text for each."""
+"""The printed text for each JSON key that says how notifications are sent."""
 HINT = "core 1 sends it (LINK --as core1)"
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """The times at which notifications are due. They have fixed intervals, no matter how long each send takes.
+    """The times at which notifications are due: at fixed intervals, no matter how long each send takes.
 
     `check` raises TimeoutError `timeout` seconds after the start.
     """

@@ -102,7 +102,9 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
         return
     known, _ = signals_of(client, args.board)
     for name in args.signal:
-        if name not in known:
+        if args.direction not in (None, known.get(name, args.direction)):
+            remark(f"{name}: is {known[name]}, so --direction {args.direction} excludes it")
+        elif name not in known:
             remark(f"{name}: not in the signal table (available: {', '.join(known) or 'none'})")
 
 
@@ -126,7 +128,7 @@ def link_of(args: argparse.Namespace) -> str:
     if args.core1 != "core1":
         raise UsageError(f"--as {args.core1}: unknown core (expected core1)")
     if link is None:
-        raise UsageError("--as core1 needs the LINK of core 1")
+        raise UsageError("--as core1 requires LINK, the link of core 1")
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 CLEAR = "\x1b[H\x1b[J"
-"""Move the cursor home, and erase the rest of the screen."""
+"""The escape sequences that move the cursor home and erase the rest of the screen."""
 STYLES = (
     (r"(?<=: )up\b|\bthe link came up\b|\bworks again\b|^ok\b", "green"),
     (r"(?<=: )(down|not open)\b|\bthe link went down\b|^fail\b|\b\d+ dropped\b|\bevents lost\b", "bold red"),

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Return 0 once all notifications arrived, 1 after the timeout, or 4 if the command failed. Raises IncoError."""
     signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
-        raise UsageError("--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'")
+        raise UsageError("--send requires LINK and --as core1; without them, use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = signalling.link_of(args)
@@ -132,7 +132,7 @@ class _Waiting:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Return whether the `--after` command failed, and print its exit code if it did. It must have ended."""
+        """Return whether the `--after` command, which must have ended, has failed. If so, print its exit code."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:

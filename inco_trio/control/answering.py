@@ -280,7 +280,7 @@ class Connection:
         try:
             return os.write(self._stream.socket.fileno(), lines)
         except OSError:
-            return 0  # The socket is full, or the task that reads or writes ends the connection.
+            return 0  # The socket is full, or it failed; the reading task then ends the connection.
 
     async def _write(self, lines: bytes) -> None:
         try:

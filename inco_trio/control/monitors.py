@@ -193,7 +193,7 @@ class _Cursor:
             return
         if merged := self._merged():
             self.merged, self.merged_to = merged, self.history.floor
-            # Only the last event has the number that acknowledges them, in case the follower has not read all of them.
+            # Only the last event has the acknowledging number, in case the follower reads only some of the events.
             for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
@@ -211,7 +211,7 @@ class _Cursor:
         return records
 
     def rest(self, board: str) -> Iterator[Event]:
-        """Yield all remaining events before another history replaces this one."""
+        """Yield all remaining events before another history replaces this history."""
         while self.sent < self.history.sequence:
             self.records.clear()
             yield from self.take(AHEAD, board)
@@ -230,7 +230,7 @@ class _Cursor:
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()
-            if record.sequence <= self.history.merged_to:  # The history merged it after it was sent.
+            if record.sequence <= self.history.merged_to:  # The history merged this record after it was sent.
                 done.append(Merged(record.direction, record.name, 1))
         if self.merged and sequence >= self.merged_to:
             done += self.merged
@@ -250,7 +250,7 @@ class Follower(Monitor):
     process: int = 0
     """The PID of the client."""
     gone: Callable[[], bool] = bool
-    """Returns whether the client has closed its connection."""
+    """A function that returns whether the client has closed its connection."""
     transmit: Callable[[bytes], int] | None = None
     """A function that sends lines without waiting, and returns how many bytes it has sent."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
@@ -282,7 +282,7 @@ class Follower(Monitor):
                 self._put(batch, len(batch.signals))
         elif batch.board in self.cursors:
             if self._is_idle and not self._arrived.is_set() and self.transmit and trio.current_time() >= self._due:
-                # Do not wake the task that calls `take`, because that takes longer than everything else here.
+                # Do not wake the task that calls `take`, because waking takes longer than the write itself.
                 self._behind[batch.board] = None
                 self._transmit(self.transmit)
             else:

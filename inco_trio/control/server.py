@@ -132,7 +132,8 @@ class Control:
         peer = client.peer
         if self._limits.said((peer.user, what)) is None:
             text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
-            self._limits.failed((peer.user, what), text, "control")
+            # One person may have many user IDs (subuid(5)), and may use another process for each connection.
+            self._limits.failed((peer.user, what), text, "control", cause=what)
 
     def _refusal(self, client: Connection) -> str | None:
         """Return the quota that a client exceeds, or None. Connections that their clients have closed do not count."""

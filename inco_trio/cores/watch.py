@@ -18,7 +18,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["OverflowedError", "Report", "Watch", "register_error", "trigger"]
 
 Report = Callable[[Signal | IncoError], None]
-"""Called with the signal of each notification, or with an error if notifications may be missing."""
+"""A callback. It receives the signal of each notification, or an error if notifications may be missing."""
 
 # A register directory may be the parent of another one. IN_MASK_ADD keeps the mask of the existing watch.
 _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD

@@ -84,7 +84,7 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
 def _interface(
     address: InterfaceAddress, processes: Processes, start: str | None, signals: Sequence[Signal]
 ) -> tuple[list[Result], Users]:
-    from inco_trio.links.packet import RECEIVE_BUFFER  # Imported lazily: `unix:` links do not need it.
+    from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
 
     users = _NO_USERS
     found, state = links.interface(address.name)

@@ -71,7 +71,7 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
 
 def short_names(found: Interface, signals: Iterable[Signal]) -> Iterator[Result]:
     """Check that the kernel sends the frames of all outbound signals."""
-    from inco_trio.links.packet import too_short  # Imported lazily: `unix:` links do not need it.
+    from inco_trio.links.packet import too_short  # Import lazily: `unix:` links do not need this.
 
     outbound = (signal.name.encode() for signal in signals if signal.direction is Direction.OUTBOUND)
     if fault := too_short(found, outbound):

@@ -79,6 +79,8 @@ class UnixAddress:
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
     """Parse the address of a link. Raises InvalidArgumentError."""
+    if not isinstance(text, str):
+        raise InvalidArgumentError(repr(text), "expected the name of an interface, or unix:LOCAL,peer=REMOTE")
     if text.startswith(UNIX):
         try:
             return _parse_unix(text.removeprefix(UNIX))

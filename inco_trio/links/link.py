@@ -28,7 +28,7 @@ class Link(Protocol):
 
     @property
     def mac(self) -> bytes:
-        """The MAC address, or b"" while the link has never existed."""
+        """The MAC address, or b"" if the link has never existed."""
 
     @property
     def granted(self) -> int | None:

@@ -29,7 +29,7 @@ class Watched:
     places: frozenset[tuple[int, bytes]] = frozenset()
     """For each path, the watch descriptor of a directory and the name of the directory entry to wait for."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """Places whose entry is a path's last component. Events for these entries do not change what to watch."""
+    """The elements of `places` that name a path's last component. Their events do not change the set of watches."""
     moved: bool = True
     """Whether a directory on one of the paths may have been replaced."""
     all_found: bool = False

@@ -30,7 +30,7 @@ __all__ = ["PacketLink"]
 logger = logging.getLogger(__name__)
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Requested size in bytes. The kernel doubles it, so that 20,000 frames fit even if each of them takes 2.4 kB."""
+"""Requested receive buffer in bytes. The kernel doubles it, so 20,000 frames fit even if each of them takes 2.4 kB."""
 
 HEAD: tuple[Instruction, ...] = (
     # Accept only frames of our EtherType.
@@ -110,7 +110,7 @@ class PacketLink:
     def open(cls, name: str) -> PacketLink:
         """Open a socket; `refresh` binds it. Raises PermissionDeniedError without CAP_NET_RAW, and ResourceError."""
         try:
-            # With protocol 0, the kernel queues nothing until bind(2); by then, options and filter are set.
+            # With protocol 0, the kernel queues nothing until bind(2); by then, the options and filter are set.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
             raise PermissionDeniedError(
@@ -255,7 +255,7 @@ class PacketLink:
             # If this call has read frames, they may be older than the filter.
             self._sampled = self._sampled or not lengths
         except OSError as error:
-            # Return the frames that were read. A persistent error occurs again in the next call.
+            # Return the frames that were read before the error. If the error persists, the next call handles it.
             if not lengths:
                 self._not_down(error)
         return lengths
@@ -278,7 +278,7 @@ class PacketLink:
     def frame(self, name: str) -> bytes:
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # The interface has not existed yet.
+            if not self.mac:  # The interface has never existed.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame

@@ -133,7 +133,7 @@ class UnixLink:
     def refresh(self) -> bool:
         """Bind the socket if its file is missing or was replaced. Return whether the socket is bound.
 
-        If the socket was bound before, a new socket replaces it. The frames queued in the old one are received first.
+        If the socket was bound before, a new socket replaces it. Frames in the old socket's queue are received first.
         """
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
@@ -308,7 +308,7 @@ class UnixLink:
                 known = False
         if not known and not self.foreign:
             logger.warning(
-                "%s: ignoring datagrams from %s, because the peer is %s (counter foreign)",
+                "%s: ignoring datagrams from %s, because the peer is %s (they are counted as `foreign`)",
                 self.name,
                 repr(sender) if sender else "a socket without a path",
                 self._address.peer,

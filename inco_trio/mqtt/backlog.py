@@ -58,7 +58,7 @@ class Board:
     generation: int = 0
     """How often the queue was cleared because another proxy repeats the notifications."""
     push: Callable[[], None] = do_nothing
-    """Publishes the queue, without waiting; see `Publisher.push`."""
+    """A function that publishes the queue without waiting; see `Publisher.push`."""
     _last: tuple[str, int] = ("", 0)
     """The history (`Event.boot`) and sequence number of the last published notification."""
 
@@ -105,7 +105,7 @@ class Board:
         return not entry.merged and entry.boot == boot and entry.sequence <= number
 
     def finish(self, entry: Entry, generation: int, *, counts: bool) -> None:
-        """Remove `entry`, the first of the queue of a `generation`. If it `counts`, count it as published."""
+        """Remove `entry` from the queue unless another `generation` has begun. With `counts`, count it as published."""
         if generation == self.generation:
             self.waiting.popleft()
         if counts:

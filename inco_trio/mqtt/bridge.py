@@ -255,13 +255,14 @@ class Bridge:
 
     def _refuse(self, received: Received) -> None:
         self.counts.malformed += 1
-        what = "dropped a message that is not from a bridge (counter malformed)"
+        what = "dropped a message that is not from a bridge (counted as malformed)"
         self._problems.failed("malformed", what, received.topic)
 
     def _take_status(self, is_online: bool) -> None:
         if is_online is not self._other_is_online:
             self._other_is_online = is_online
-            logger.info("%s: %s is %s", self._broker, self._other, "online" if is_online else "offline")
+            state = "online" if is_online else "offline"
+            logger.info("%s: %s is %s", self._broker, self._other, state, extra={"cause": state})
             self._reported.set()  # Request a report again: the broker may have dropped the last request.
         self._change()
 
@@ -307,7 +308,7 @@ class Bridge:
         message = Message(self._topic(self._end, "frames"), batch.encode())
         refusal = await self._publish(connection, message, heard=True)
         if refusal is not None and len(batch.frames) == 1:
-            text = f"dropped a frame of {len(batch.frames[0])} bytes (counter too_large): {refusal}"
+            text = f"dropped a frame of {len(batch.frames[0])} bytes (counted as too_large): {refusal}"
             self._problems.failed("too large", text, self._link.name)
         return refusal is None
 

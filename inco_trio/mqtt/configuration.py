@@ -59,9 +59,9 @@ class Credentials:
     key_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The private key of the certificate, in PEM format and not encrypted."""
     user_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """A file with one line, the user name of the gateway."""
+    """A file with one line: the user name of the gateway."""
     password_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """A file with one line, the password of the gateway."""
+    """A file with one line: the password of the gateway."""
 
     def read(self) -> Identity:
         """Read the user name and the password. Raises ConfigError, ResourceError."""

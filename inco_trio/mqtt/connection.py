@@ -92,7 +92,7 @@ class Connection:
         self.ended = trio.Event()
         """An event that is set when the connection is lost."""
         self.room_changed: Callable[[], None] = do_nothing
-        """Called when the broker may accept more messages."""
+        """A function that is called when the broker may accept more messages."""
         self._broker, self._stream, self._session, self._patience = broker, stream, session, patience
         self._lost: IncoError | None = None
         self._answered = trio.Event()
@@ -245,8 +245,8 @@ class Connection:
                 self._is_cut = False
                 self._last_sent = trio.current_time()
                 if session.out:
-                    # Large messages take time to send. Do not do this for the last part: the kernel may accept it
-                    # although the broker is lost, and frequent messages would hide that.
+                    # A large message takes time to send, so each part counts as progress. The last part does not: the
+                    # kernel may accept it although the broker is lost, and frequent messages would hide that.
                     self._progress = self._last_sent
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another
@@ -297,7 +297,7 @@ class Connection:
         stream = self._stream
         if not isinstance(stream, trio.SocketStream):
             return await stream.receive_some(CHUNK)
-        while True:  # `receive_some` would read before it waits, which is mostly in vain.
+        while True:  # `receive_some` would read before it waits, and usually find no data.
             await trio.lowlevel.wait_readable(stream.socket)
             try:
                 return os.read(stream.socket.fileno(), CHUNK)

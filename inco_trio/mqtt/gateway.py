@@ -63,7 +63,7 @@ TWO_PROXIES = 1.0
 
 
 class Gateway:
-    """A publisher of the configured boards of the proxies at `controls` (default: all proxies on this host)."""
+    """Publishes the configured boards of the proxies at `controls` (default: all proxies on this host)."""
 
     def __init__(self, broker: Broker, config: GatewayConfig, controls: Sequence[Path] | None = None) -> None:
         self._broker = broker

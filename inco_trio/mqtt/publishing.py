@@ -1,7 +1,7 @@
-"""Publishes the queue of a board on one connection to the broker.
+"""Publish a board's queue on one connection to the broker.
 
-`Publisher.push` sends packets from the task that has received a notification or an acknowledgement. Another task would
-have to be woken for each notification, which takes longer than everything that the gateway does with it.
+`Publisher.push` sends packets from the task that has received a notification or an acknowledgement. Waking another
+task would take longer than the rest of the gateway's work for a notification.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class _Flight:
     generation: int
     """The value of `Board.generation` when the notification was sent."""
     counts: bool
-    """Whether the notification is no duplicate, so that `Board.published` includes it."""
+    """Whether `Board.published` includes the notification. It does not include duplicates."""
     is_done: bool = False
 
 
 class Publisher:
-    """Publishes the queue of `board`, and acknowledges notifications to the proxy once the broker has done so."""
+    """Publishes the queue of `board` and acknowledges notifications to the proxy once the broker has done so."""
 
     heard = False
     """Notifications without subscribers do not count as refused; see `Receipts.heard`."""
@@ -50,12 +50,12 @@ class Publisher:
     def __init__(self, board: Board, topics: Topics, connection: Connection, problems: Problems) -> None:
         self._board, self._topics, self._connection, self._problems = board, topics, connection, problems
         self._flights: deque[_Flight] = deque()
-        """The first notifications of the queue, which were sent. The first one has the number `_first`."""
+        """The notifications at the head of the queue that were sent, numbered from `_first`."""
         self._first = self._unanswered = 0
         self._refused: dict[int, Refusal] = {}
-        """By number, the notifications that the broker has refused, even if they were sent again."""
+        """The reason of each refusal, by the notification's number, even if the notification was sent again."""
         self._again: deque[int] = deque()
-        """The refused notifications that are to be sent again."""
+        """The numbers of the refused notifications to send again."""
         self._stuck = trio.Event()
 
     async def run(self) -> None:
@@ -96,7 +96,7 @@ class Publisher:
                 self._stuck.set()
             room = self._room()
             numbers = [self._again.popleft() for _ in range(min(room, len(self._again)))]
-            # Publish no further notifications before the refused ones, so that the order changes little.
+            # Send refused notifications before new notifications, so that the order changes little.
             new = () if self._refused or not room else tuple(islice(board.waiting, len(flights), len(flights) + room))
             for entry in new:
                 flight = _Flight(entry, board.source, board.generation, not board.is_duplicate(entry))
@@ -132,7 +132,7 @@ class Publisher:
             if flight.source is not None:
                 flight.source.acknowledge(board.name, flight.entry.boot, flight.entry.sequence)
         if flights and flights[0].generation != board.generation and not self._unanswered:
-            # The broker has refused the first one. The next proxy repeats it, and all later ones.
+            # The broker has refused the first notification. The next proxy repeats it and all later notifications.
             self._first += len(flights)
             for each in (flights, self._refused, self._again):
                 each.clear()

@@ -134,7 +134,7 @@ class Refusal:
 
 
 class Answered(Protocol):
-    """Receives the answers of the broker to messages."""
+    """A receiver of the broker's answers to messages."""
 
     @property
     def heard(self) -> bool:

@@ -9,8 +9,9 @@ left the kernel's queue is therefore complete in this memory. The proxy stores n
 storing it. Unused memory is blank (zeros), which shows where the data ends. Each slot for a frame ends with 8 random
 bytes (the mark). Only a frame that is too long for a slot overwrites the mark.
 
-Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder (`recorder`).
+Layout: a header page; room for two batches of frames and two batches of inotify events; two tables (`tables`); a queue
+of events for processes with many boards (`queue`, `proxy.share`); a history (`followed`); the flight recorder
+(`recorder`).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Bank:
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the sequence number of the next batch. Call this method before reading into the bank."""
+        """Store the sequence number of the next batch. Call this method before reading the batch."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
@@ -186,9 +187,9 @@ class Inflight:
 
 
 def frames_in(bank: Bank) -> list[bytes]:
-    """Return the frames in a bank, without NUL padding, in order of arrival."""
+    """Return the frames of a batch in the in-flight buffer, without NUL padding, in order of arrival."""
     if bytes(bank.view) == bank.blank:
-        return []  # Usually the bank is empty. Skipping the scan saves time when many boards start.
+        return []  # Usually there are no frames. Skipping the scan saves time when many boards start.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])

@@ -16,13 +16,13 @@ from inco_trio.linux.libc import libc
 
 __all__ = ["check_memory", "map_memory", "new_memory"]
 
-# The offset has 64 bits in mmap64 of glibc and in mmap of musl, also on 32-bit machines.
+# glibc's mmap64 and musl's mmap have a 64-bit offset even on 32-bit machines.
 _mmap = getattr(libc, "mmap64", libc.mmap)
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _mmap.restype = ctypes.c_void_p
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
-"""The result of mmap(2) for an error, MAP_FAILED."""
+"""MAP_FAILED, the result of mmap(2) on error."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -56,7 +56,7 @@ def check_memory(fd: int, size: int, head: bytes) -> None:
 def map_memory(fd: int, size: int) -> memoryview:
     """Map `size` bytes of a memfd, and return a view of them. Raises OSError (mmap(2)).
 
-    The memory stays mapped until the last view is deleted, also if `fd` is closed before. The class `mmap.mmap` would
+    The memory stays mapped until the last view is deleted, even if `fd` is closed earlier. The class `mmap.mmap` would
     keep a duplicate of `fd` open until then.
     """
     address = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)

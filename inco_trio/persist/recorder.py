@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +38,8 @@ EVENTS_SHARE = 8
 EVENTS_MIN = 16
 RECENT = 16
 """Number of recent events that a new event is compared with. If one is equal, only its count is increased."""
+FROM_OUTSIDE = ("ignored", "link")
+"""The kinds of events that the link peer can cause at any rate. Each may fill at most a quarter of the ring."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
@@ -114,6 +116,8 @@ class Recorder:
         self._unused: list[int] = []
         """The indexes of names that no record contains. `_ids` does not have these names."""
         self._recent: dict[tuple[object, ...], int] = {}
+        self._outside: dict[str, deque[int]] = {}
+        """For each kind of `FROM_OUTSIDE`, the numbers of its last events, at most a quarter of the ring."""
         self._clock = WallClock()
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
@@ -144,7 +148,7 @@ class Recorder:
         numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
         numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, max(EVENTS_MIN, kept // EVENTS_SHARE)
         numbers[_WRITTEN] = numbers[_NOTED] = numbers[_NAMES] = 0
-        self._names, self._ids, self._unused, self._recent = [], {}, [], {}
+        self._names, self._ids, self._unused, self._recent, self._outside = [], {}, [], {}, {}
         self._written = self._noted = 0
         self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
         for each in before[-kept:]:
@@ -167,7 +171,7 @@ class Recorder:
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
-            # A process may have been killed while it replaced a name that no record contains.
+            # An invalid name is harmless: a process was killed while it replaced a name that no record uses.
             self._add(name.decode("ascii") if is_wire_name(name) else "")
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
@@ -273,11 +277,17 @@ class Recorder:
         count: int = 1,
         state: int = 0,
     ) -> None:
-        """Record an event. If it equals one of the last RECENT events, increase the count of that event instead."""
+        """Record an event. If it equals one of the last RECENT events, increase the count of that event instead.
+
+        If the link peer has filled its share of the ring, its further events count as equal, whatever their names.
+        """
         monotonic = real_clock.monotonic_ns()
-        key = kind, text, signal, direction, state
+        key: tuple[object, ...] = kind, text, signal, direction, state
+        is_crowded = kind in FROM_OUTSIDE and self._is_crowded(kind)
+        if is_crowded:
+            key, signal = (kind, state), None
         number = self._recent.get(key, -1)
-        if kind != "link" and number >= max(0, self._noted - RECENT):
+        if (kind != "link" or is_crowded) and number >= max(0, self._noted - RECENT):
             place = number % (self._events_kept + 1) * _EVENT.size
             first = _EVENT.unpack_from(self._events, place)
             total = min(first[3] + count, 0xFFFFFFFF)
@@ -286,15 +296,25 @@ class Recorder:
         self._recent[key] = self._noted
         if len(self._recent) > 2 * RECENT:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
+        if kind in FROM_OUTSIDE:
+            self._outside[kind].append(self._noted)
         self._write_note(Note(kind, real_clock.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
 
+    def _is_crowded(self, kind: str) -> bool:
+        """Return whether a quarter of the events in the ring are of this kind."""
+        numbers = self._outside.setdefault(kind, deque(maxlen=max(1, self._events_kept // 4)))
+        return len(numbers) == numbers.maxlen and numbers[0] >= self._noted - self._events_kept
+
     def _write_note(self, note: Note) -> None:
-        number = _NO_SIGNAL
-        if note.signal is not None and is_wire_name(note.signal.encode("ascii", "replace")):
-            number = self._ids.get(note.signal, -1)
-            number = self._new_name(note.signal) if number < 0 else number
-            number |= _OUTBOUND * (note.direction is Direction.OUTBOUND)
-        text = note.text.encode("utf-8", "backslashreplace")
+        number, text = _NO_SIGNAL, note.text.encode("utf-8", "backslashreplace")
+        if note.signal is not None and is_wire_name(name := note.signal.encode("ascii", "replace")):
+            known = self._ids.get(note.signal, -1)
+            if known < 0 and note.kind == "ignored":
+                # The link peer chooses these names. The table holds at most 32,767 names.
+                text += b" " + name
+            else:
+                number = self._new_name(note.signal) if known < 0 else known
+                number |= _OUTBOUND * (note.direction is Direction.OUTBOUND)
         if len(text) > _TEXT:
             text = text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
         _EVENT.pack_into(
@@ -348,11 +368,13 @@ class Recorder:
             if kind >= len(KINDS):
                 raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
-            name = None if signal == _NO_SIGNAL else self._name(signal & ~_OUTBOUND)
-            yield Note(
-                KINDS[kind], wall, first, last, count, None if name is None else direction, name, state,
-                text.rstrip(b"\0").decode("utf-8", "replace"),
-            )  # fmt: skip
+            name, words = None, text.rstrip(b"\0").decode("utf-8", "replace")
+            if signal != _NO_SIGNAL:
+                name = self._name(signal & ~_OUTBOUND)
+            elif KINDS[kind] == "ignored" and " " in words:
+                words, _, name = words.partition(" ")
+                direction = Direction.INBOUND
+            yield Note(KINDS[kind], wall, first, last, count, None if name is None else direction, name, state, words)
 
     def _raw_notes(self) -> Iterator[tuple[Any, ...]]:
         for number in range(max(0, self._noted - self._events_kept), self._noted):

@@ -96,7 +96,7 @@ class _Plan:
     now: dict[str, Config]
     """Boards to open or reload immediately."""
     later: dict[str, Config]
-    """Boards to open once those in `removed` and `moved` have stopped and have released their links and directories."""
+    """Boards to open once the boards in `removed` and `moved` have stopped and released their links and directories."""
     staying: Collection[str]
 
 
@@ -188,7 +188,7 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def configs(self) -> Mapping[str, Config]:
-        """The current configuration of each board, including those that are not open."""
+        """The current configuration of each board, including boards that are not open."""
         return {name: board.config for name, board in self._boards.items()}
 
     @property

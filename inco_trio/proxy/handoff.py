@@ -25,7 +25,7 @@ class Batch(Generic[Item]):
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """The in-flight memory banks to clear once all items are finished, each with the number of bytes in use."""
+    """The parts of the in-flight buffer to clear once all items are finished, each with the number of bytes in use."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
     """The watches to store once all items are finished; see `Triggered.watches`."""
     drained: bool = True

@@ -60,7 +60,7 @@ class Inbound:
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The slots of each bank, created on first use because many boards only ever receive single frames."""
+        """The in-flight buffer's frame slots, created on first use because many boards only receive single frames."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
@@ -82,10 +82,10 @@ class Inbound:
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
             text = f"{self._link.name}: {dropped} frames dropped: the receive queue was full"
-            report(logger, logging.WARNING, text, "dropped", dropped)
+            report(logger, logging.WARNING, text, "dropped", dropped, cause="dropped")
 
     def _read(self, link: Link) -> Batch[StateFile] | None:
-        """Read as many queued frames as fit into the next bank. Return None if the queue is empty."""
+        """Read queued frames into a new batch until it is full. Return None if the queue is empty."""
         turn = self._fills & 1
         bank, rooms = self._inflight.frames[turn], self._rooms[turn]
         bank.begin(self._fills + 1)

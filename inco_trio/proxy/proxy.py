@@ -180,9 +180,10 @@ class Proxy:
         if isinstance(signals, str):  # A str is a collection of characters, not of names.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
-        for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
-            raise self._unknown(name, "a signal", self._registers.table)
         chosen = None if direction is None else direction_of(direction)
+        known = [signal for signal in self._registers.table if chosen in (None, signal.direction)]
+        for name in (names or frozenset()) - {signal.name for signal in known}:
+            raise self._unknown(name, "a signal" if chosen is None else f"an {chosen.value} signal", known)
 
         def wanted(signal: Signal) -> bool:
             return (names is None or signal.name in names) and chosen in (None, signal.direction)
@@ -351,7 +352,7 @@ class Proxy:
         if before is not None:
             # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
-            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
+            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link", "cause": ("link", running)})
         self._parts.events.link_changed(running, text)
 
     async def _restore(self, health: Health) -> None:

@@ -45,7 +45,7 @@ class _Watch:
 
 
 class SharedInotify:
-    """The descriptor that all boards share. `bank` contains events that are not in the queues of the boards yet."""
+    """The descriptor that all boards share. `bank` stores events that are not yet in a board's queue."""
 
     def __init__(self, held: int | None, bank: Bank) -> None:
         """Open a descriptor, or use the inherited descriptor `held`. Raises OSError (inotify_init(2))."""
@@ -70,7 +70,7 @@ class SharedInotify:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
-        """Move the events in `bank` to their boards after a restart. Call `share` for all inherited boards first."""
+        """Move a predecessor's events from `bank` to their boards. Call `share` for all inherited boards first."""
         self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
@@ -146,7 +146,7 @@ class SharedInotify:
         """Reduce the watch `wd` to the events that its boards need.
 
         Do nothing while a board has not watched an inherited `wd` again: its mask is unknown, and a guess would add
-        events. A board takes a close event of an unknown watch for a notification, and sends all of its triggers.
+        events. A board would respond to a close event of an unknown watch with a frame for each of its triggers.
         """
         wanted = 0
         for watch in self._watches[wd].values():

@@ -107,6 +107,7 @@ class Directories:
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
+        directory.checked.clear()
         directory.shared = self.trust.shares(found)
         self._by_wd[wd] = directory
         if former not in (0, wd):
@@ -257,6 +258,8 @@ class Directories:
         if mask & APPEARED and (awaited := self._awaited.get(wd)):
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
+        if mask & APPEARED and directory is not None:
+            directory.checked.clear()  # A state file may have been replaced, or have a second name.
         if mask & VANISHED and directory is not None and directory.wd == wd:
             directory.vanished_at = real_clock.monotonic()
             if os.fsdecode(name) in directory.states:
@@ -310,6 +313,7 @@ class Directories:
         """Schedule a check of all directories and files, because events may have been lost."""
         for directory in self.by_path.values():
             directory.making_in = directory.any_making_in = 0
+            directory.checked.clear()
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:

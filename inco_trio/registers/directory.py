@@ -60,6 +60,11 @@ class Directory:
     identity: tuple[int, int] = (0, 0)
     shared: bool = False
     """Whether a user other than root and the proxy's own user may change the names in the directory."""
+    checked: set[bytes] = attrs.Factory(set)
+    """The names of state files that passed `check` and that no event has reported as changed since.
+
+    Not used for a `shared` directory, where another user could replace a file before the proxy reads its event.
+    """
     devices: set[int] = attrs.Factory(set)
     """The device numbers of files on the directory's filesystem. An overlayfs may have several."""
     above: set[int] = attrs.Factory(set)
@@ -76,7 +81,7 @@ class Directory:
     making_in: int = 0
     """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
     any_making_in: int = 0
-    """The same for the temporary name of any proxy, such as a predecessor that was killed."""
+    """Like `making_in`, but for the temporary file of any proxy, such as a predecessor that was killed."""
     retry_at: float = math.inf
     troubled_again: bool = False
     """Whether another operation in the directory failed during the last retry."""

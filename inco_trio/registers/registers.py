@@ -147,6 +147,8 @@ class Registers:
     def mounts_changed(self) -> int:
         """Make `restore` check all directories and triggers, because a mount may hide them. Return their number."""
         self._may_be_covered = True
+        for directory in self.directories.by_path.values():
+            directory.checked.clear()
         self.troubled.set()
         return len(self.directories.by_path) + len(self.triggers.by_path)
 

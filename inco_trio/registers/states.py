@@ -53,18 +53,17 @@ class StateFile:
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
 
-    def write(self, *, checked: bool = False) -> None:
+    def write(self) -> None:
         """Write one notification. Raises OSError.
 
-        Never create the file, because its directory may be about to vanish. With `checked`, skip the check of the file,
-        unless a user other than root and the proxy's own user may change the directory.
+        Never create the file, because its directory may be about to vanish.
         """
         fd = self.fd
         if fd >= 0:
             self._check_still_there()
             fd, self.fd = self.fd, -1
         if fd < 0:
-            fd = self._open(checked=checked)
+            fd = self._open()
         try:
             os.write(fd, b"1")
         except OSError:
@@ -72,16 +71,22 @@ class StateFile:
             raise
         os.close(fd)
 
-    def _open(self, *, checked: bool) -> int:
-        directory = self.directory
+    def _open(self) -> int:
+        directory, register = self.directory, self._register
         if directory.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-        if not checked or directory.shared:
-            directory.check(self._register)  # Check before open(2), which has effects on some devices.
-        fd = os.open(self._register, WRITE_FLAGS, dir_fd=directory.fd)
+        if directory.shared or register not in directory.checked:
+            directory.check(register)  # Check before open(2), which has effects on some devices.
+            directory.checked.add(register)
+        try:
+            fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
+        except OSError:
+            directory.checked.discard(register)
+            directory.check(register)  # The error of the check names the cause, such as a FIFO without a reader.
+            raise
         if directory.shared:
             try:
-                directory.check(self._register, fd)  # Another user may have replaced the file before open(2).
+                directory.check(register, fd)  # Another user may have replaced the file before open(2).
             except OSError:
                 os.close(fd)
                 raise
@@ -144,7 +149,7 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """Called with files whose pending notifications were written, and the time when these became pending."""
+        """A callback. It receives files with written pending notifications, and when these became pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""
@@ -199,7 +204,7 @@ class StateFiles:
         """
         if not self._current.issuperset(files):
             return self._write_renewed(files)
-        pending, unwritten, checked = self._pending, [], set[StateFile]()
+        pending, unwritten = self._pending, []
         any_pending = bool(pending.places)
         if len(files) == 1 and not any_pending:
             return self._write_alone(files[0])
@@ -207,8 +212,7 @@ class StateFiles:
             # Do not write while older notifications of the same signal are pending.
             if not (any_pending and pending[file.signal.name.encode()]):
                 try:
-                    file.write(checked=file in checked)
-                    checked.add(file)
+                    file.write()
                     continue
                 except OSError as error:
                     self._failed(file, error)
@@ -313,7 +317,7 @@ class StateFiles:
     def _write_some(self, file: StateFile, number: int) -> tuple[int, bool]:
         for written in range(number):
             try:
-                file.write(checked=written > 0)
+                file.write()
             except OSError as error:
                 if self._is_missing(file, error) and file.directory.states_missing_since is None:
                     self._directories.miss_states(file.directory)

@@ -58,7 +58,7 @@ class Trigger:
     made_in: int = 0
     """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
     inherited_made_in: int = 0
-    """The same for the file that an earlier process created."""
+    """Like `made_in`, but for a file that an earlier process created."""
     replaced: deque[int] = attrs.Factory(deque)
     """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
     path: Path = attrs.field(init=False)
@@ -420,7 +420,7 @@ class Triggers:
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:
-        """Return the notifications of replaced files that no event will report."""
+        """Count replaced files that no event will report, and return their notifications."""
         triggered = Triggered()
         self._count_replaced(triggered)
         return triggered

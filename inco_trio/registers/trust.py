@@ -1,8 +1,8 @@
 """Open an IRQ directory so that no untrusted user can redirect its path to another directory.
 
 This module opens each component of the path in turn and resolves symlinks itself (path_resolution(7)). Each directory
-and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory of
-the configured owner must also belong to that owner. No other user may be able to rename a component.
+and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory
+that the configured owner owns must also belong to that owner. No other user may be able to rename a component.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Walk:
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
         self._symlinks = 0
         self._below: int | None = None
-        """The configured owner, once the path has passed through a directory or symlink of this owner."""
+        """The configured owner, once the path has passed through a directory or symlink that this owner owns."""
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)
@@ -125,7 +125,7 @@ class _Walk:
         """Create a directory that untrusted users cannot change."""
         place = Path(self._place, name)
         if self._below is not None:
-            what = f"{place} is missing below a directory of {user_name(self._below)}"
+            what = f"{place} is missing below a directory that {user_name(self._below)} owns"
             raise self._untrusted(what, f"let that user create {self._path}")
         trust = self._trust
         shared = not self._names and (trust.owner, trust.group) != (None, None)
@@ -147,8 +147,9 @@ class _Walk:
             what = f"{self._place} belongs to uid {uid}, which stands for all unmapped users"
             raise self._untrusted(what, "use a directory that belongs to root or to a dedicated system user")
         if self._below is not None and uid != self._below:
-            what = f"{self._place} belongs to {user_name(uid)}, but is reached through {user_name(self._below)}"
-            raise self._untrusted(what, f"use a path whose lower directories all belong to {user_name(self._below)}")
+            owner = user_name(self._below)
+            what = f"{self._place} belongs to {user_name(uid)}, but {owner} owns an earlier part of the path"
+            raise self._untrusted(what, f"use a path on which {owner} owns all further directories")
         if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
         elif uid not in (0, self._trust.user):

@@ -5,7 +5,8 @@ Text has timestamps unless the supervisor's logger adds them. In systemd's journ
 and the next line that can be written reports their number.
 
 Warnings and errors with the same cause, such as a link that goes up and down, are logged at most once per second: the
-first one immediately, then the latest one with the number of omitted lines (see `service.throttle`).
+first one immediately, then the latest one with the number of omitted lines (see `service.throttle`). The
+attribute `cause` of a record names its cause, if other users or the link peer can vary its text.
 """
 
 from __future__ import annotations
@@ -84,25 +85,37 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or hold it if its cause was logged less than a second ago."""
-        if record.levelno < logging.WARNING and getattr(record, "event", "") != "works":
-            self._write(record)
-            return
-        args = record.args if isinstance(record.args, tuple) else ()
-        cause = (board_name.get(), record.msg, *(arg for arg in args if not isinstance(arg, int)))
-        if self._throttle.admit(cause, record):
+        cause = getattr(record, "cause", None)
+        if cause is None:
+            if record.levelno < logging.WARNING:
+                self._write(record)
+                return
+            args = record.args if isinstance(record.args, tuple) else ()
+            cause = (record.msg, *(arg for arg in args if not isinstance(arg, int)))
+        if self._throttle.admit(board_name.get(), cause, record):
             self._write(record)
         elif self._timer is None:
-            self._timer = threading.Timer(throttle.PERIOD, self.flush)
-            self._timer.daemon = True
-            self._timer.start()
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer = threading.Timer(throttle.PERIOD, self._release)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _release(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            self._timer = None
+            self._throttle.release(self._write)
+            if self._throttle.is_holding:
+                self._start_timer()
 
     def flush(self) -> None:
-        """Write the held records. The logging module also calls this at the end of the process."""
+        """Write all held records. The logging module calls this at the end of the process."""
         with self.lock or contextlib.nullcontext():
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            self._throttle.release(self._write)
+            self._throttle.release(self._write, everything=True)
 
     def _write(self, record: logging.LogRecord) -> None:
         try:

@@ -152,7 +152,7 @@ def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
 def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
     found = list(users.proxies)
     # This user may not inspect these processes, but every user may read their command lines. They may serve a link
-    # of the same name in another network namespace. So require a socket that belongs to no other process.
+    # of the same name in another network namespace. Therefore, require a socket that belongs to no other process.
     hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
     if hidden and users.unseen and users_of(address, look()).unseen:
         found += hidden

@@ -1,4 +1,8 @@
-"""A rate limit for log lines with the same cause: the first line immediately, then at most one line per period."""
+"""A rate limit for log lines, so that other users and the link peer cannot fill the disk.
+
+The first line of a cause is written immediately, and further lines of this cause at most once per period. If one board
+has many causes, at most LINES_MAX of its lines are written per period; other lines wait.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,10 @@ __all__ = ["PERIOD", "Throttle"]
 
 PERIOD = 1.0
 """Minimum number of seconds between two log lines with the same cause."""
+LINES_MAX = 20
+"""Maximum number of log lines per board and period."""
+CAUSES_MAX = 1000
+"""Maximum number of causes per board whose lines wait. Lines of further causes are only counted."""
 
 
 @attrs.define
@@ -28,26 +36,42 @@ class Throttle:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._causes: dict[object, _Cause] = {}
+        self._boards: dict[str, dict[object, _Cause]] = {}
 
-    def admit(self, cause: object, record: logging.LogRecord) -> bool:
+    @property
+    def is_holding(self) -> bool:
+        """Whether any record waits to be written."""
+        return any(each.held for causes in self._boards.values() for each in causes.values())
+
+    def admit(self, board: str, cause: object, record: logging.LogRecord) -> bool:
         """Return whether to write the record now. If not, hold it until `release`."""
         now = self._now()
-        self._causes = {key: each for key, each in self._causes.items() if each.held or now - each.logged < PERIOD}
-        found = self._causes.pop(cause, None)
+        before = self._boards.get(board, {})
+        causes = {key: each for key, each in before.items() if each.held or now - each.logged < PERIOD}
+        self._boards[board] = causes
+        found = causes.pop(cause, None)
         if found is None:
-            self._causes[cause] = _Cause(now)
-            return True
+            if sum(now - each.logged < PERIOD for each in causes.values()) < LINES_MAX:
+                causes[cause] = _Cause(now)
+                return True
+            if len(causes) >= CAUSES_MAX:
+                causes[next(reversed(causes))].number += 1
+                return False
+            found = _Cause(now - PERIOD)
         found.held, found.number = (record, contextvars.copy_context()), found.number + 1
-        self._causes[cause] = found  # Move to the end: `release` writes the latest record last.
+        causes[cause] = found  # Move to the end: `release` writes the latest record last.
         return False
 
-    def release(self, write: Callable[[logging.LogRecord], None]) -> None:
-        """Write the held records, each in its context. Set `record.left_out` to the number of omitted records."""
+    def release(self, write: Callable[[logging.LogRecord], None], *, everything: bool = False) -> None:
+        """Write held records, each in its context. Set `record.left_out` to the number of omitted records.
+
+        Write the records that were held first, at most LINES_MAX of each board. With `everything`, write all records.
+        """
         now = self._now()
-        for found in self._causes.values():
-            if found.held:
-                (record, context), number = found.held, found.number
+        for causes in self._boards.values():
+            held = [(each, *each.held) for each in causes.values() if each.held]
+            for found, record, context in held if everything else held[:LINES_MAX]:
+                record.left_out = found.number - 1
                 found.logged, found.held, found.number = now, None, 0
-                record.left_out = number - 1
                 context.run(write, record)
+        self._boards = {board: causes for board, causes in self._boards.items() if causes}

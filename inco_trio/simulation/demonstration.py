@@ -77,7 +77,7 @@ def _play(waiter: Waiter, applications: Applications, traffic: Sequence[Traffic]
 
 
 def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
-    """Wait until the proxy is ready. From then on, `waiter` raises ProxyError if the proxy ends. Raises ProxyError."""
+    """Wait until the proxy is ready, or raise ProxyError. If the proxy ends later, `waiter` raises ProxyError."""
 
     def failed(what: str) -> ProxyError:
         sys.stderr.write(proxy.log)

@@ -140,7 +140,7 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
         return Path(f"/proc/self/fd/{self.fd}")
 
     def enter(self) -> None:
-        """Move the calling thread into the namespace permanently. Can be the `preexec_fn` of a subprocess."""
+        """Move the calling thread into the namespace permanently. This method can be a `preexec_fn`."""
         set_network(self.fd)
 
     def run(self, function: Callable[[], T]) -> T:

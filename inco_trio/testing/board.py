@@ -90,7 +90,7 @@ class BoardCore0(_Core):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for a program under test: that of the test process, plus UDRV_JSON_PATH."""
+        """The environment for a program under test: the test process's variables, plus UDRV_JSON_PATH."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
@@ -128,6 +128,7 @@ class BoardCore1(_Core):
 
     def _check_no_guest(self) -> None:
         __tracebackhide__ = True
+        self._board._check_open()
         if self._board._guests:
             raise InvalidArgumentError("core 1 is a guest: only its firmware can send")
 
@@ -230,6 +231,7 @@ class Board:
 
     def __init__(self, of: Engine, plan: Plan, rig: Rig, resources: contextlib.ExitStack) -> None:
         self._engine = of
+        self._process = os.getpid()
         self._layout = plan.layout
         self._plan = plan
         self._open_rig: Rig | None = rig
@@ -246,6 +248,8 @@ class Board:
         __tracebackhide__ = True
         if self._open_rig is None:
             raise ClosedError("the board is closed")
+        if self._process != os.getpid():
+            raise ClosedError("the board belongs to the parent process (open another board in this process)")
         return self._open_rig
 
     def _check_open(self) -> None:
@@ -326,6 +330,10 @@ class Board:
     def close(self) -> None:
         """Stop the proxy and remove its sockets, but no other files. Do nothing if the board is already closed."""
         _open.discard(self)
+        if self._process != os.getpid():
+            return  # A forked process has neither the thread of the engine nor a proxy.
+        if self._open_rig is not None:
+            self._open_rig.history.fail("the board is closed")  # Other threads may wait for notifications.
         self._open_rig = None
         self._resources.close()
 
@@ -348,7 +356,7 @@ def open_boards() -> frozenset[Board]:
 
 @contextlib.contextmanager
 def open_board(
-    directory: Path,
+    directory: Path | str,
     *,
     config: Path | str | Mapping[str, Any] | None = None,
     signals: Mapping[str, str] | None = None,
@@ -365,9 +373,11 @@ def open_board(
     """
     if link not in {"unix", "interface"}:
         raise InvalidArgumentError(f"link={link!r}: expected 'unix' or 'interface'")
+    if not isinstance(in_process, bool):
+        raise InvalidArgumentError(f"in_process={in_process!r}: expected True or False")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
-        layout = make_layout(directory, config, signals)
+        layout = make_layout(Path(directory), config, signals)
         resources.callback(layout.remove)
         of = engine()
         address = layout.address("core0", "wire") if cores is None else cores.link

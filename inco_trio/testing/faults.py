@@ -34,9 +34,12 @@ class FrameFaults:
 
     def __attrs_post_init__(self) -> None:
         for name in RATES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: expected a rate from 0 to 1")
-        if not 0 <= self.delay < float("inf"):
+            rate = getattr(self, name)
+            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise InvalidArgumentError(f"{name}={rate!r}: expected a rate from 0 to 1")
+        if not isinstance(self.seed, int):
+            raise InvalidArgumentError(f"seed={self.seed!r}: expected an integer")
+        if not isinstance(self.delay, int | float) or not 0 <= self.delay < float("inf"):
             raise InvalidArgumentError(f"delay={self.delay!r}: expected a number of seconds, 0 or more")
         self._random = random.Random(self.seed)  # noqa: S311 - reproducible on purpose
 

@@ -29,21 +29,21 @@ class Happening:
     name: str
     """The wire name, or an empty string."""
     monotonic_ns: int
-    """The time (time.monotonic_ns()) at which the test saw the happening."""
+    """The time (time.monotonic_ns()) at which the test saw the event."""
     time_ns: int
-    """The time (time.time_ns()) at which the test saw the happening."""
+    """The time (time.time_ns()) at which the test saw the event."""
     direction: Direction | None = None
     frame: bytes | None = None
 
 
 class History:
-    """The happenings in the order in which they occurred. One thread adds happenings. Any thread may wait for them."""
+    """The events in the order in which they occurred. One thread adds events. Any thread may wait for them."""
 
     def __init__(self) -> None:
         self._happenings: list[Happening] = []
         self._taken: dict[tuple[int, str], int] = {}
         self.failure: str | None = None
-        """The reason why no more happenings are expected, or None."""
+        """The reason why no more events are expected, or None."""
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], object]] = set()
 
@@ -72,7 +72,7 @@ class History:
             listener()
 
     def all(self, core: int | None = None) -> list[Happening]:
-        """Return the happenings at a core, or all happenings."""
+        """Return the events at a core, or all events."""
         with self._lock:
             return [each for each in self._happenings if core is None or each.core == core]
 
@@ -103,7 +103,7 @@ class History:
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
-        __tracebackhide__ = True  # Make pytest show the test's line instead of this one.
+        __tracebackhide__ = True  # Make pytest show the caller's line instead of this line.
         news = threading.Event()
         end = real_clock.monotonic() + timeout
         with self._listening(news.set):

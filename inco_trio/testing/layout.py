@@ -45,7 +45,7 @@ class Layout:
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
         """Return the signal with the given name and, optionally, `direction`. Raises InvalidArgumentError."""
-        __tracebackhide__ = True  # Make pytest show the test's line instead of this one.
+        __tracebackhide__ = True  # Make pytest show the caller's line instead of this line.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
             if signal.name == name:
@@ -81,6 +81,8 @@ def make_layout(
         devices[DEVICE] = {"path": str(directory / "registers" / DEVICE)}
     added = _tables(_tables(_tables(document, "misc"), "inco_proxy"), "signals")
     for name, direction in (signals or {}).items():
+        if not isinstance(name, str):
+            raise InvalidArgumentError(f"signals: {name!r}: expected a wire name")
         try:
             chosen = direction_of(direction)
         except InvalidArgumentError as error:

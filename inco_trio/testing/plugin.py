@@ -95,7 +95,7 @@ def _open_boards() -> frozenset[Board]:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Return whether the error means that this machine lacks QEMU or namespaces."""
+    """Return whether the error means that this machine cannot run QEMU or create namespaces."""
     if "inco_trio.testing.board" not in sys.modules:
         return False
     from inco_trio.simulation.guest import QemuNotFoundError

@@ -11,12 +11,12 @@ from inco_trio.testing.happenings import Happening
 __all__ = ["record", "side_by_side"]
 
 SHOWN = 200
-"""Maximum number of happenings in the table. The table omits older happenings."""
+"""Maximum number of events in the table. The table omits older events."""
 WIDTH = 36
 
 
 def side_by_side(happenings: Sequence[Happening]) -> str:
-    """Return a table of the happenings at core 0 and core 1, with the seconds since the first one."""
+    """Return a table of the events at core 0 and core 1, with the seconds since the first event."""
     if not happenings:
         return "nothing happened at either core"
     first = happenings[0].monotonic_ns

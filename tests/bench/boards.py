@@ -194,7 +194,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
 
 
 def _of_processes(lab: Lab) -> str:
-    """Estimate the memory of 1,000 one-board processes from the proportional set size (PSS) of a few."""
+    """Estimate the memory of 1,000 one-board processes from the PSS (proportional set size) of PROCESSES."""
     said = []
     for program in (C, INCO):
         with ExitStack() as stack:

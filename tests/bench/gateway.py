@@ -56,7 +56,7 @@ class Subscriber:
                 return packet
 
     def receive(self, count: int) -> tuple[float, list[float]]:
-        """Receive `count` messages; return the time from the first to the last, and the latency of each in us."""
+        """Receive `count` messages; return the seconds from the first to the last message, and each latency in us."""
         latencies: list[float] = []
         numbers: set[int] = set()
         begin = 0.0
@@ -122,7 +122,7 @@ class _Rig:
         return latencies
 
     def floor(self, count: int, pause: float = 0) -> tuple[float, float, list[float]]:
-        """Run the minimal program; return its rate, its CPU time per message and the latencies, both in us."""
+        """Run the minimal program; return messages per second, CPU time per message in us and latencies in us."""
         words = [sys.executable, str(Path(__file__).with_name("mqtt_floor.py"))]
         words += [str(self.broker.port), str(count), str(pause)]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as process:

@@ -79,9 +79,9 @@ class Size:
     million: int
     """Number of notifications in the memory measurement."""
     steady: float
-    """Length of a run with 1,000 notifications per second in each direction."""
+    """Length in seconds of a run with 1,000 notifications per second in each direction."""
     point: float
-    """Length of the run for one point of the load curve."""
+    """Length in seconds of the run for one point of the load curve."""
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
     boards: int = 1000

@@ -2,8 +2,8 @@
 
 usage: mqtt_floor.py PORT COUNT PAUSE
 
-The program publishes COUNT messages at QoS 1, waits PAUSE seconds before each, and prints the CPU time in seconds. It
-obeys Receive Maximum, but gives none of the gateway's guarantees: no checks, no reconnects, no pings.
+The program publishes COUNT messages at QoS 1, waits PAUSE seconds before each message, and prints the CPU time in
+seconds. It obeys Receive Maximum, but gives none of the gateway's guarantees: no checks, no reconnects, no pings.
 """
 
 import sys
@@ -36,7 +36,7 @@ async def main(port: int, count: int, pause: float) -> None:
         nursery.start_soon(receive)
         for sequence in range(1, count + 1):
             if pause:
-                await trio.sleep(pause)  # Limit the rate of the messages.
+                await trio.sleep(pause)  # Limit the message rate.
             await window.acquire()
             body = (
                 f'{{"sequence": {sequence}, "boot": "{0:016x}", "time": {time.time()!r}, '

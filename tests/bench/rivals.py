@@ -47,10 +47,10 @@ PROJECT = HERE.parents[1]
 
 
 _NAP_US = 500
-"""Pause between two reads by the load generator in us. At 600,000/s, the inotify queue fills in 27 ms."""
+"""Pause in microseconds between two reads by the load generator. At 600,000/s, the inotify queue fills in 27 ms."""
 
 _QUIET_MS = 1000
-"""A run ends after this many ms without an arrival. Notifications that are still missing count as lost."""
+"""A run ends after this many milliseconds without an arrival. Notifications that are still missing count as lost."""
 
 _REPEATS = 3
 """Maximum number of times that a run is started if the load generator cannot count all arrivals."""
@@ -113,7 +113,7 @@ SCRIPT = Program("script", reports_drops=False)
 
 
 def another(checkout: Path) -> Program:
-    """Return `checkout` as a program, labelled with its commit if known. Raise `BenchError` if there is none."""
+    """Return `checkout` as a program, labelled with its commit if known. Raise `BenchError` if it is unusable."""
     checkout = checkout.resolve()
     found = subprocess.run(
         [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
@@ -136,7 +136,8 @@ class Flow:
     """The notifications of one direction.
 
     `lost` and `extra` are counted per signal. `send_s` and `total_s` are the seconds from the first send to the last
-    send and to the last arrival. `latencies` has the nanoseconds of all arrived notifications, if requested.
+    send and to the last arrival. `latencies` contains the latency of each arrived notification in nanoseconds, if
+    requested.
     """
 
     sent: int

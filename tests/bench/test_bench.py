@@ -152,7 +152,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
 
 
 def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:
-    """Return a model of a program that handles `capacity` per second. Its generator sends at most `generator`."""
+    """Return a model of a program and its load generator. The arguments are in notifications per second."""
 
     def attempt(rate: float) -> Tried:
         offered = min(rate, generator)

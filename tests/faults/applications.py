@@ -1,6 +1,6 @@
 """The applications of core 0: they write triggers, read state registers, and replace, move or remove the files.
 
-Because directories and files are replaced, a state register's path may lead to several files in turn. A notification
+Because directories and files are replaced, a state register's path may refer to several files in turn. A notification
 counts as delivered only if an application could find it: in a file that was at the path when the notification was sent,
 or later.
 """
@@ -223,7 +223,7 @@ class Applications(Recorder):
         return os.fstat(place.fd).st_ino in inodes and missing <= watched
 
     def replace_directory(self) -> None:
-        """Replace the IRQ directory atomically by an empty one (renameat2(2))."""
+        """Atomically replace the IRQ directory with an empty directory (renameat2(2))."""
         new = self._beside(self.directory)
         new.mkdir()
         current = self._directories[-1]

@@ -33,7 +33,7 @@ from tests.support_control import MAC, Client
 SIGNALS = [f"in_{number}_irq" for number in range(50)]
 TRIGGERS = [f"out_{number}_irq" for number in range(10)]
 FENCES = "in_fence_irq", "out_fence_irq"
-"""The signals that are sent last, one in each direction. Once they have arrived, all others have arrived, too."""
+"""The signals that are sent last, one in each direction. When they have arrived, all signals have arrived."""
 SECONDS = float(os.environ.get("INCO_TRIO_GATEWAY_SECONDS") or (8 if environment_form() == "short" else 60))
 
 

@@ -1,4 +1,4 @@
-"""Long random walks over registers: 100,000 steps each when the full fault suite runs."""
+"""Long random tests of registers: 100,000 steps each when the full fault suite runs."""
 
 from __future__ import annotations
 

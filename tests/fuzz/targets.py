@@ -198,7 +198,7 @@ def proxies(data: bytes) -> None:
 
 
 def _mutation(data: bytes) -> Callable[[memoryview, dict[str, int]], None]:
-    """Return a function that patches memory: of every 12 input bytes, 4 select a place and 8 are written there."""
+    """Return a function that patches memory: of every 12 input bytes, 4 select an offset and 8 are the new content."""
 
     def write(whole: memoryview, at: dict[str, int]) -> None:
         places = sorted(at.values())
