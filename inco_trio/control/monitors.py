@@ -193,7 +193,7 @@ class _Cursor:
             return
         if merged := self._merged():
             self.merged, self.merged_to = merged, self.history.floor
-            # Only the last event has the acknowledging number, in case the follower reads only some of the events.
+            # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
             for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
@@ -232,9 +232,10 @@ class _Cursor:
             record = self.records.popleft()
             if record.sequence <= self.history.merged_to:  # The history merged this record after it was sent.
                 done.append(Merged(record.direction, record.name, 1))
-        if self.merged and sequence >= self.merged_to:
-            done += self.merged
-            self.merged = ()
+        # Each event `merged` has its own number; see `_take_merged`.
+        number = max(0, sequence - self.merged_to + len(self.merged))
+        done += self.merged[:number]
+        self.merged = self.merged[number:]
         self.history.acknowledge(sequence, done)
         return sequence
 
