@@ -6,7 +6,6 @@ keys of files from the classes that parse them, and the library reference from d
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -17,9 +16,9 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["COLUMNS"] = "100"  # argparse wraps the help texts at this width.
 
 from docs.fields import figures, hide_constructors, table
+from docs.manual.page import markdown
 from inco_trio import config
 from inco_trio.board_files import BoardFile
 from inco_trio.cli.parser import COMMANDS, drop_in_parser, parser
@@ -58,15 +57,14 @@ hide_constructors()
 
 
 class Help(Directive):
-    """A directive that shows the output of `--help` for each command."""
+    """A directive that explains each command, with the texts of `--help`."""
 
     def run(self) -> list[nodes.Node]:
         sections: list[nodes.Node] = []
         commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         for each in (*(commands[name] for name in COMMANDS), drop_in_parser()):  # type: ignore[index]
             section = nodes.section(ids=[each.prog.replace(" ", "-")])
-            text = each.format_help()
-            section += [nodes.title(text=each.prog), nodes.literal_block(text, text, language="text")]
+            section += [nodes.title(text=each.prog), *_parsed(self, markdown(each), "inco_trio.cli")]
             sections.append(section)
         return sections
 

@@ -41,7 +41,7 @@ class Config:
     """The configuration of one proxy. Raises `ConfigError` for an invalid link, signal or deadline."""
 
     link: str
-    """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"; see `links.address`."""
+    """The address of the link: an interface name or "unix:LOCAL,peer=REMOTE"."""
     signals: tuple[Signal, ...] = attrs.field(converter=_to_tuple)
     """The signals that the proxy carries."""
     wait_link: bool = False

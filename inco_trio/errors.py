@@ -75,7 +75,7 @@ class LinkNotFoundError(UnavailableError, FileNotFoundError):
 
 
 class ProxyNotFoundError(UnavailableError, FileNotFoundError):
-    """No running proxy answers on a control socket."""
+    """No proxy is running: none answers on a control socket, or none has created the IRQ directory."""
 
 
 class ProtocolError(ProxyNotFoundError):

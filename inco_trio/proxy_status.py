@@ -54,7 +54,7 @@ class Counters:
 
 @attrs.frozen
 class Stats(Counters):
-    """A snapshot of `Counters`."""
+    """The counters of a proxy at one moment."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""

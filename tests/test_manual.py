@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from docs.manual.generated import COMPLETION, MAN, MAN5, ROOT, generate, stale
-from docs.manual.page import drop_in_page
+from docs.manual.page import drop_in_page, markdown
 from inco_trio.cli.parser import COMMANDS, GROUPS
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
@@ -100,6 +100,26 @@ def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
         ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
     ):
         assert part in page
+
+
+def test_the_site_explains_a_command_with_the_texts_of_its_help() -> None:
+    parser = argparse.ArgumentParser(
+        prog="inco-trio do",
+        usage="%(prog)s [OPTION ...] NAME",
+        description="What it does.",
+        epilog="more about it\nexit codes: 0 fine,\n1 bad\nexample: inco-trio do x",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="what is named")
+    parser.add_argument("--to", metavar="PATH|none", help="one | two (default: %(default)s)", default=3)
+    parser.add_argument("--hidden", help=argparse.SUPPRESS)
+    assert markdown(parser) == [
+        *("```text", "usage: inco-trio do [OPTION ...] NAME", "```", "", "What it does.", ""),
+        *("| argument | meaning |", "|---|---|", "| `NAME` | what is named |"),
+        "| `-h, --help` | show this help message and exit |",
+        "| `--to PATH\\|none` | one \\| two (default: 3) |",
+        *("", "More about it.", "", "Exit codes: 0 fine, 1 bad.", ""),
+        *("```sh", "inco-trio do x", "```"),
+    ]
 
 
 def test_each_command_has_a_page() -> None:

@@ -133,6 +133,9 @@ def test_the_programs_on_the_pages_run(cores: Cores, tmp_path: Path, page: str, 
 @pytest.mark.qemu
 def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     *tests, program = [text for _, text in blocks("python", "testing")]
+    (watch,) = (text for _, text in blocks("c", "application") if "int main" in text)
+    (tmp_path / "watch.c").write_text(watch)
+    subprocess.run(["gcc", "-o", "watch", "watch.c"], cwd=tmp_path, check=True)
     readme = next(block.text for block in parts("README") if block.text.startswith("def test_"))
     for number, text in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(text)
@@ -149,7 +152,7 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "7 passed" in done.stdout
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (0, "ihub_hwwd_irq\n")
     (shown,) = [text for _, text in blocks("text", "testing")]

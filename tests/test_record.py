@@ -514,3 +514,10 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     assert (tmp_path / "f.svg").stat().st_size > 1000
     done = subprocess.run([*COMMAND, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, "give either FILE or --past" in done.stderr) == (2, True)
+    # If several proxies answer, the error suggests --control.
+    command = [*COMMAND, "plot", "--control", str(board.path), "--json"]
+    done = subprocess.run([*command, "--past"], capture_output=True, text=True, timeout=HANG, check=True)
+    assert json.loads(done.stdout)["version"] == 1
+    done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("inco-trio: error: --control selects the proxy of --past (add --past, or omit --control)\n")

@@ -185,6 +185,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_t
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a plot -d 'Plot a recording: timelines, rates, gaps, response times, faults.'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l past -xka "(__fish_print_interfaces)" -d 'plot the history of LINK'"'"'s proxy (default: the only proxy) instead of FILE'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'with --past: control socket of the proxy'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'output file (.svg or .png), or - for SVG on standard output (default: FILE with the suffix .svg)'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l pair -x -d 'measure the time from SIGNAL to ANSWER; may be repeated'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'path of udrv.json (default: $UDRV_JSON_PATH)'

@@ -1,4 +1,4 @@
-"""Man pages in roff; see man-pages(7) and groff_man(7).
+"""Man pages in roff, see man-pages(7) and groff_man(7), and the same texts in Markdown for the site.
 
 argparse-manpage is not used, because it adds a date, keeps the line breaks that argparse inserts for a terminal, and
 joins the lines of the epilogs, which contain the exit codes and the examples.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS
 
-__all__ = ["command_pages", "configuration_page", "drop_in_page"]
+__all__ = ["command_pages", "configuration_page", "drop_in_page", "markdown"]
 
 ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"})
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
@@ -99,9 +99,8 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     else:
         codes = {code: what for code, what in codes.items() if code not in OF_A_COMMAND} | _codes(notes.codes)
     lines.append(".SH OPTIONS")
-    for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
-        if action.help not in (None, argparse.SUPPRESS) and not isinstance(action, argparse._SubParsersAction):
-            lines += [".TP", words.head(action), *words.paragraph(_help(parser, action))]
+    for action in _shown(parser):
+        lines += [".TP", words.head(action), *words.paragraph(_help(parser, action))]
     lines.append(".SH EXIT STATUS")
     for code, what in sorted(codes.items()):
         lines += [".TP", f".B {code}", *words.paragraph(what)]
@@ -150,6 +149,33 @@ def configuration_page(keys: Sequence[tuple[str, str]], files: Sequence[str], ex
         *(".SH SEE ALSO", ".BR inco\\-trio\\-check (1),", ".BR inco\\-trio\\-run (1)"),
     ]
     return {"udrv.json.5": "\n".join(lines) + "\n"}
+
+
+def markdown(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the help of a command as lines of Markdown. Its arguments are a table, which fits any screen."""
+    notes = _Notes(parser.epilog or "")
+    rows = []
+    for action in _shown(parser):
+        options = action.option_strings or [""]
+        values = _values(action) if action.option_strings else _values(action).strip("[]")
+        head = ", ".join(f"{option} {values}".strip() for option in options)
+        rows.append(f"| `{_cell(head)}` | {_cell(_help(parser, action))} |")
+    lines = ["```text", " ".join(parser.format_usage().split()), "```", "", parser.description or "", ""]
+    lines += ["| argument | meaning |", "|---|---|", *rows, ""]
+    for paragraph in [*notes.paragraphs, *([" ".join(notes.codes.split())] if notes.codes else [])]:
+        lines += [paragraph[0].upper() + paragraph[1:].rstrip(".") + ".", ""]
+    return [*lines, "```sh", *notes.examples, "```"] if notes.examples else lines
+
+
+def _shown(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the arguments that a page explains, positional ones first."""
+    actions = sorted(parser._actions, key=lambda action: bool(action.option_strings))
+    hidden = (None, argparse.SUPPRESS)
+    return [each for each in actions if each.help not in hidden and not isinstance(each, argparse._SubParsersAction)]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 class _Notes:

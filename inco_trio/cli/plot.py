@@ -43,6 +43,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--past", nargs="?", const="", metavar="LINK",
         help="plot the history of LINK's proxy (default: the only proxy) instead of FILE",
     )  # fmt: skip
+    sub.add_argument("--control", metavar="PATH", help="with --past: control socket of the proxy")
     sub.add_argument(
         "--out",
         metavar="FILE",
@@ -60,13 +61,15 @@ def run(args: argparse.Namespace) -> int:
     """Plot the recording; return the exit code. Raises IncoError."""
     if (args.file is None) == (args.past is None):
         raise UsageError("give either FILE or --past")
+    if args.control is not None and args.past is None:
+        raise UsageError("--control selects the proxy of --past (add --past, or omit --control)")
     if args.past is None:
         return _plot(args, path_of(args.file, "FILE"))
     from inco_trio.cli.record import record_past
 
     with tempfile.TemporaryDirectory(prefix="inco-trio-") as directory:
         path = Path(directory) / "history.pcapng"
-        record_past(path, args.past or None)
+        record_past(path, args.past or None, args.control)
         args.out = args.out or (None if args.json else "history.svg")
         return _plot(args, path)
 

@@ -99,9 +99,9 @@ def _record_past(args: argparse.Namespace, path: Path) -> int:
     return 0
 
 
-def record_past(path: Path, link: str | None) -> None:
+def record_past(path: Path, link: str | None, control: str | None) -> None:
     """Write the contents of the flight recorder of `link`'s proxy to a file. Raises IncoError."""
-    with connect(link, None) as client:
+    with connect(link, control) as client:
         _write_past(client, path, MonitorRequest(link if link in client.greeting.boards else None), None)
 
 
