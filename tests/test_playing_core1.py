@@ -293,7 +293,7 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         ({"signals": [RESET, NOTIFY]}, [RESET, NOTIFY]),
         ({"direction": Direction.INBOUND}, [RESET, HWWD]),
         ({"direction": "inbound"}, [RESET, HWWD]),
-        ({"signals": [NOTIFY], "direction": Direction.INBOUND}, []),
+        ({"signals": [RESET], "direction": Direction.INBOUND}, [RESET]),
         ({"signals": []}, []),
     ],
 )

@@ -103,7 +103,7 @@ def test_an_event_round_trips(event: Event) -> None:
     decoded = decode_reply(line.encode())
     assert decoded == event
     assert isinstance(decoded, Event)
-    assert decoded.json() == line
+    assert json.loads(decoded.json()) == {"version": protocol.PROTOCOL} | json.loads(line)
 
 
 def test_unknown_keys_and_events_are_accepted() -> None:

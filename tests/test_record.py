@@ -484,9 +484,8 @@ def test_standard_output_is_recorded_until_its_reader_ends(
     running = start("-", "--control", board.path)
     board.inbound(peer)
     assert running.process.stdout is not None
-    with subprocess.Popen(
-        ["tshark", "-l", "-c", "1", "-r", "-"], stdin=running.process.stdout, stdout=subprocess.PIPE, text=True
-    ) as shark:
+    command = ["tshark", "-l", "-c", "1", "-r", "-", "-T", "fields", "-e", "eth.type"]
+    with subprocess.Popen(command, stdin=running.process.stdout, stdout=subprocess.PIPE, text=True) as shark:
         running.process.stdout.close()
         out, _ = shark.communicate(timeout=HANG)
     assert "0x8800" in out
