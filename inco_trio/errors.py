@@ -41,6 +41,8 @@ class IncoError(Exception):
         self.remedy = remedy
         text = self.reason if remedy is None else f"{self.reason}; {remedy}"
         super().__init__(f"{self.subject}: {text}" if self.subject else text)
+        self.problems: tuple[str, ...] = (str(self),)
+        """The text, with one line for each mistake. A path in a line may contain line breaks."""
 
 
 class InvalidArgumentError(IncoError, ValueError):

@@ -218,7 +218,7 @@ class Table:
 
     def only(self, keys: Iterable[str]) -> None:
         """Record an error for each key that is not in `keys`, and for each repeated key."""
-        known = tuple(keys)
+        known = dict.fromkeys(keys)
         for key in self.values:
             if key not in known:
                 one_of = "" if len(known) == 1 else "one of "

@@ -20,7 +20,7 @@ import pytest
 
 from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
-from inco_trio.linux.processes import look
+from inco_trio.linux.processes import is_same_system, look
 from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
@@ -537,6 +537,38 @@ def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp
     }
     wrong = {each["subject"]: each["level"] for each in found if each["check"] == "configuration"}
     assert wrong == {f"{boards}/b2.json": "fail", str(udrv): "fail"}
+
+
+def test_no_program_of_a_container_is_suggested(cores: Cores, tmp_path: Path) -> None:
+    """nsenter(1) would run another user's `inco-trio` as root, because that user can mount over it."""
+    ways = {"service": "--mount", "container": "--mount --user --map-root-user"}
+    program = "import pathlib, signal, sys; pathlib.Path(sys.argv[-1]).touch(); signal.pause()"
+    setup = ""
+    for name, options in ways.items():
+        words = f"inco-trio run {unix_link(tmp_path, name)} {tmp_path}/ready.{name}"
+        setup += f"unshare {options} {sys.executable} -c '{program}' {words} &\n"
+    setup += f"until [ -e {tmp_path}/ready.service -a -e {tmp_path}/ready.container ]; do :; done"
+    _, found = survey(cores.core0, tmp_path, setup=setup)
+    fixes = {each["subject"]: each["fix"] for each in found if each["check"] == "registers" and each["level"] == "warn"}
+    suggested = {name: str(fixes[unix_link(tmp_path, name)]).partition(" --target")[0] for name in ways}
+    assert suggested == {"service": "nsenter", "container": "None"}
+
+
+def test_a_container_is_known_by_its_root_directory(tmp_path: Path) -> None:
+    """A container of root, without a user namespace, has other programs, too."""
+    (process,) = [each for each in look().all if each.pid == os.getpid()]
+    root = tmp_path / "root"
+    place = root / f"proc/{process.pid}"
+    for namespaces in (place / "ns", root / "proc/self/ns"):
+        namespaces.mkdir(parents=True)
+        for name in ("mnt", "user"):
+            (namespaces / name).symlink_to(f"/proc/self/ns/{name}")
+    assert not is_same_system(process, root)
+    (place / "root").symlink_to(root)
+    assert is_same_system(process, root)
+    (place / "root").unlink()
+    (place / "root").symlink_to(tmp_path)
+    assert not is_same_system(process, root)
 
 
 def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:

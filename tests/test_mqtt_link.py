@@ -16,20 +16,22 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 import trio
+from trio.testing import MockClock
 
 from inco_trio.cli.mqtt_link import bridge_label
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.names import Names
 from inco_trio.mqtt.bridge import Bridge, _open_link
-from inco_trio.mqtt.bridge_codec import Batch
+from inco_trio.mqtt.bridge_codec import Batch, encode_status
 from inco_trio.mqtt.bridge_progress import WINDOW
 from inco_trio.mqtt.configuration import parse_broker
-from inco_trio.mqtt.session import Limits
+from inco_trio.mqtt.session import Limits, Message, Received, SessionTakenError
 from inco_trio.persist.fdstore import NoFdStore
 from netns.fixtures import Consumer, Proxy
 from netns.hang import HANG
@@ -199,6 +201,50 @@ def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.Lo
     caplog.clear()
     bridge._check_limits(attrs.evolve(limits, session_expiry=86_400, retain_available=True))
     assert caplog.text == ""
+
+
+class EchoingConnection:
+    """Delivers the statuses of two earlier processes together with the status that the bridge publishes."""
+
+    def __init__(self, topic: str, later: bool) -> None:
+        self.entry, self.received = trio.open_memory_channel[Received](10)
+        self._topic, self._later = topic, later
+
+    def _deliver(self, payload: bytes, *, retain: bool) -> None:
+        self.entry.send_nowait(Received(self._topic, payload, retain, None, None, None))
+
+    async def subscribe(self, _topics: list[str]) -> None:
+        pass
+
+    async def publish(self, messages: list[Message], **_: object) -> list[None]:
+        statuses = [(message.payload, False) for message in messages if message.topic == self._topic]
+        others = [(encode_status("online", instance), True) for instance in ("x", "z")]
+        for payload, retain in statuses + others if self._later else others + statuses:
+            self._deliver(payload, retain=retain)
+        return [None] * len(messages)
+
+    async def acknowledge(self, _received: Received) -> None:
+        pass
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_statuses_from_before_the_start_indicate_no_other_process(tmp_path: Path, later: bool) -> None:
+    address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
+    assert isinstance(address, UnixAddress)
+    bridge = Bridge(parse_broker("mqtt://127.0.0.1/lab"), ("core0", "core1"), address, NoFdStore())
+    connection: Any = EchoingConnection("lab/core0/status", later)
+
+    async def sleep(_connection: object) -> None:
+        await trio.sleep_forever()
+
+    setattr(bridge, "_publish_all", sleep)  # noqa: B010 - mypy does not allow to assign a method
+
+    async def main() -> None:
+        with trio.move_on_after(60):  # The time of a simulated clock.
+            await bridge._exchange(connection)
+
+    with pytest.raises(SessionTakenError) if later else contextlib.nullcontext():
+        trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -155,6 +156,31 @@ def test_a_configuration_name_that_is_not_utf8_works(place: str, tmp_path: Path)
     code, out, err = finished([*RUN, "s6", "--systemd", *words], UDRV_JSON_PATH=os.fsdecode(name))
     assert (code, err) == (0, b"")
     assert b"/\\xff.json" in out
+
+
+def test_check_escapes_terminal_controls(tmp_path: Path) -> None:
+    (tmp_path / "u.json").write_text('{"file": {"ihub-irq-dev": {"path": "/run/a\\nb\\u001b[2J\\u009b"}}}')
+    code, out, _ = finished([*RUN, "check", "--config", tmp_path / "u.json"])
+    first = out.decode().splitlines()[0]
+    assert (code, first) == (0, "ihub_reset_irq    inbound   /run/a\\nb\\x1b[2J\\x9b/message_4_state")
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    (boards / "x\ninco-trio: error: \x1b[2J.json").touch()
+    code, _, err = finished([*RUN, "check", "--boards", boards])
+    (line,) = err.decode().splitlines()
+    assert (code, line.partition(": a board's name")[0]) == (
+        78,
+        f"inco-trio: error: {boards}/x\\ninco-trio: error: \\x1b[2J.json",
+    )
+
+
+def test_a_large_signal_table_takes_linear_time(tmp_path: Path) -> None:
+    """With a quadratic algorithm, this table takes minutes."""
+    signals = {f"s{n}": {"direction": "inbound", "reg": f"ihub-irq-dev.r{n}"} for n in range(60_000)}
+    udrv = {"file": {"ihub-irq-dev": {"path": "/run/irq"}}, "misc": {"inco_proxy": {"signals": signals}}}
+    (tmp_path / "u.json").write_text(json.dumps(udrv))
+    code, out, _ = finished([*RUN, "check", "--config", tmp_path / "u.json"])
+    assert (code, out.count(b"\n")) == (0, 60_006)
 
 
 @pytest.mark.parametrize(

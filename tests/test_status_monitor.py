@@ -132,10 +132,10 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
 
 
 def test_labels_of_any_kind_are_escaped() -> None:
-    text = textfile({"p": [BoardStatus('a"b\\c\nd\udcff', "x")]})
+    text = textfile({"p": [BoardStatus('a"b\\c\nd\udcff\x1b[31m\x9b\u202e', "x")]})
     families = {family.name: family for family in text_string_to_metric_families(text)}
     (sample,) = families["inco_trio_open"].samples
-    assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)
+    assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff\\x1b[31m\\x9b\\u202e', 0.0)
 
 
 def test_status_watch_repeats_until_the_proxy_ends(board: Board, start: Callable[..., Running]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -9,16 +10,20 @@ import pwd
 import re
 import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from inco_trio.cli.plot import _save
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError
 from inco_trio.linux import users
+from inco_trio.linux.files import fuse_user, open_output
 from inco_trio.linux.libc import libc
 from inco_trio.linux.process import overflow_uid
 from inco_trio.registers import trust as trust_module
@@ -26,7 +31,9 @@ from inco_trio.registers.diagnose import unreported_type
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.service.launch import Launched
 from inco_trio.signals import Direction, Signal
+from netns.hang import HANG
 from tests.support_registers import Clock, World
 
 pytestmark = pytest.mark.netns  # Changing owners needs root.
@@ -180,6 +187,96 @@ def test_an_owner_is_parsed(text: str, ids: tuple[int | None, int | None]) -> No
 def test_an_unknown_owner_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(repr(text))}: "):
         users.find_owner(text)
+
+
+FUSE = """
+import ctypes, os, sys
+from pathlib import Path
+from inco_trio.registers.refusals import UnfitFileError
+from inco_trio.registers.trust import Trust, open_trusted
+place, user = sys.argv[1], int(sys.argv[2])
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
+assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), b"fuse", 0, options) == 0
+try:
+    open_trusted(Path(place, "irq"), Trust(owner=int(sys.argv[3])))
+except UnfitFileError as error:
+    print(error.strerror)
+"""
+"""A program that mounts a FUSE filesystem which never answers, and opens a directory on it."""
+
+
+@pytest.mark.parametrize("owner", [OWNER, STRANGER])
+def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
+    """It can report any owner, and block the proxy for as long as its user wants."""
+    place = give(home / "app", OWNER)
+    command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
+    done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == f"not trusted: {place} is a FUSE filesystem of uid {OWNER}, which can block the proxy\n"
+
+
+@pytest.mark.parametrize("options", [["--size", "1k"], []], ids=["rotated", "single"])
+def test_a_recording_follows_no_symlink_of_a_stranger(home: Path, options: list[str]) -> None:
+    place, victim = give(home / "app"), home / "victim"
+    victim.write_text("precious")
+    link = place / ("r_00001.pcapng" if options else "r.pcapng")
+    link.symlink_to(victim)
+    os.lchown(link, STRANGER, STRANGER)
+    control = home / "control"
+    words = ("run", f"unix:{home}/0,peer={home}/1", "--irq-dir", home / "irq", "--control", control)
+    with contextlib.closing(Launched(*words, log=home / "log")) as proxy:
+        assert proxy.wait_ready(HANG), proxy.log
+        command = ["record", place / "r.pcapng", *options, "--control", control, "--duration", "1ms"]
+        done = subprocess.run(
+            [sys.executable, "-m", "inco_trio", *map(str, command)],
+            check=False,
+            timeout=HANG,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    text = f"inco-trio: error: {link}: cannot be written: it is a symlink of another user"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (77, text)
+    assert victim.read_text() == "precious"
+
+
+def test_an_output_may_be_a_symlink_of_our_own(home: Path) -> None:
+    def write(path: Path, text: bytes) -> None:
+        fd = open_output(path)
+        with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+            file.write(text)
+
+    chain, target = home / "chain", home / "target"
+    chain.symlink_to("link")
+    (home / "link").symlink_to(target)
+    write(chain, b"through two links")
+    assert target.read_bytes() == b"through two links"
+    os.lchown(home / "link", STRANGER, STRANGER)
+    with pytest.raises(PermissionError, match="it is a symlink of another user"):
+        write(chain, b"lost")
+    ours, theirs = os.pipe()
+    write(Path(f"/proc/self/fd/{theirs}"), b"a pipe")
+    assert os.read(ours, 100) == b"a pipe"
+    for fd in (ours, theirs):
+        os.close(fd)
+    (home / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        write(home / "loop", b"")
+    with pytest.raises(FileNotFoundError):
+        write(home / "missing" / "file", b"")
+
+
+def test_a_plot_replaces_a_longer_file(home: Path) -> None:
+    out = home / "plot.svg"
+    out.write_bytes(b"longer than the plot")
+    _save(b"plot", out)
+    assert out.read_bytes() == b"plot"
+
+
+def test_other_filesystems_have_no_fuse_user(home: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for path in (home, Path("/proc"), Path("/dev")):
+            stack.callback(os.close, fd := os.open(path, os.O_PATH))
+            assert fuse_user(fd) is None
 
 
 def test_the_configured_owner_is_trusted(home: Path) -> None:

@@ -28,6 +28,7 @@ import attrs
 from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
+from inco_trio.linux.files import open_output
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.wall_clock import TOLERANCE_NS, WallClock, step_text
 
@@ -45,8 +46,6 @@ COUNT_MAX = 1 << 20
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
 """A pattern for the end of a packet's comment if the notification is or was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
-# Without O_NONBLOCK, opening a FIFO would block until it has a reader, and process signals would not interrupt it.
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Recorder:
@@ -157,7 +156,7 @@ class Recorder:
         if (self._size_max, self._seconds_max) != (None, None):
             path = path.with_name(f"{path.stem}_{self._number:05}{path.suffix}")
         try:
-            self._fd = os.dup(_STANDARD_OUTPUT) if self._path == STREAM else os.open(path, _NEW, 0o666)
+            self._fd = os.dup(_STANDARD_OUTPUT) if self._path == STREAM else open_output(path)
         except OSError as error:
             fifo = ((errno.ENXIO,), ResourceError, "cannot be written: no process reads from it")
             raise from_os_error(error, path, f"cannot be written: {STRERROR}", fifo) from error

@@ -12,7 +12,7 @@ import attrs
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.streams import say, say_bytes
+from inco_trio.cli.streams import say, say_bytes, say_text
 from inco_trio.errors import ConfigError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.signals import Signal
@@ -51,13 +51,11 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(address, UnixAddress):
             link |= {"mac": address.mac.hex(":"), "peer": address.peer}
     if args.json:
-        lines = [json.dumps({"version": 1, **link, "signals": rows, "notes": list(board.notes)}, indent=2)]
-    else:
-        widths = [max(len(row[key]) for row in rows) for key in ("signal", "direction")]
-        lines = [f"{row['signal']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
-        lines += explained
-        lines += [f"note: {note}" for note in board.notes]
-    say(*lines)
+        say_text(json.dumps({"version": 1, **link, "signals": rows, "notes": list(board.notes)}, indent=2))
+        return 0
+    widths = [max(len(row[key]) for row in rows) for key in ("signal", "direction")]
+    lines = [f"{row['signal']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
+    say(*lines, *explained, *(f"note: {note}" for note in board.notes))
     return 0
 
 
@@ -78,7 +76,7 @@ def _check_gateway(args: argparse.Namespace) -> int:
     config = read_gateway(options.absolute(args.gateway, "--gateway"))
     config.broker.read()
     if args.json:
-        say(json.dumps({"version": 1, **attrs.asdict(config)}, indent=2))
+        say_text(json.dumps({"version": 1, **attrs.asdict(config)}, indent=2))
         return 0
     say(f"boards: {', '.join(config.boards) if config.boards else 'all'}")
     for board, signals in config.send.items():
@@ -96,7 +94,7 @@ def _check_boards(directory: Path, *, as_json: bool) -> int:
     from inco_trio.board_files import read_boards
 
     boards = read_boards(directory)
-    refused = {name: str(error).splitlines() for name, error in boards.refused.items()}
+    refused = {name: error.problems for name, error in boards.refused.items()}
     if as_json:
         rows = [
             {
@@ -109,7 +107,7 @@ def _check_boards(directory: Path, *, as_json: bool) -> int:
             }
             for name, config in boards.configs.items()
         ]
-        say(json.dumps({"version": 1, "boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
+        say_text(json.dumps({"version": 1, "boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
     else:
         width = max(map(len, boards.configs), default=0)
         for name, config in boards.configs.items():

@@ -10,7 +10,7 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from inco_trio.cli.streams import say
+from inco_trio.cli.streams import say, say_text
 from inco_trio.errors import STRERROR, from_os_error
 
 NAME = "inco_trio.lua"
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Print or install the dissector. Raises PermissionDeniedError, ResourceError."""
     text = files("inco_trio.capture").joinpath(NAME).read_text("utf-8")
     if not args.install:
-        say(text.rstrip("\n"))
+        say_text(text.rstrip("\n"))
         return 0
     path = _directory() / NAME
     try:

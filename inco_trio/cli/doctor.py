@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.streams import say
+from inco_trio.cli.streams import say, say_text
 from inco_trio.cli.terminal import wants_color
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.result import Level, Result, ok, refused, summarize
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     counts = Counter(result.level for result in found)
     if args.json:
         summary = {name: counts[level] for level, name in NAMES.items()}
-        say(json.dumps({"version": VERSION, **summary, "results": [result.as_dict() for result in found]}, indent=2))
+        entries = [result.as_dict() for result in found]
+        say_text(json.dumps({"version": VERSION, **summary, "results": entries}, indent=2))
     else:
         coloured = wants_color(args.color)
         for result in found:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             word = f"{result.level.name.lower():4}"
             head = f"\033[{_COLOURS[result.level]}m{word}\033[m" if coloured else word
-            say(f"{head} {printable(str(result))}")
+            say_text(f"{head} {printable(str(result))}")
         if not args.quiet:
             say(_summary(counts))
     return EXITS[max(counts, default=Level.OK)]

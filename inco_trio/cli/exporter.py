@@ -7,7 +7,7 @@ import functools
 from importlib import resources
 
 from inco_trio.cli import options
-from inco_trio.cli.streams import say
+from inco_trio.cli.streams import say_text
 from inco_trio.service import process_signals
 
 PRIVILEGED = 1024
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer scrapes until a stop signal arrives; return the exit code. Raises IncoError."""
     if args.dashboard or args.alerts:
         name = "dashboard.json" if args.dashboard else "alerts.yml"
-        say(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
+        say_text(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
         return 0
     with process_signals.held():
         from inco_trio.linux.capabilities import CAP_NET_BIND_SERVICE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, TOPICS, parser
-from inco_trio.cli.streams import say
+from inco_trio.cli.streams import say, say_text
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -21,5 +21,5 @@ def run(args: argparse.Namespace) -> int:
     made = parser(args.topic or "help")
     (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
     shown = made if args.topic is None else commands.choices[args.topic]
-    say(shown.format_help().rstrip("\n"))
+    say_text(shown.format_help().rstrip("\n"))
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from inco_trio.cli.monitor import Lines
 from inco_trio.cli.options import add_color, add_place, number_of_seconds
 from inco_trio.cli.signalling import board_of, direction_of
-from inco_trio.cli.streams import remark, say
+from inco_trio.cli.streams import remark, say, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, HistoryRequest, MonitorRequest, Past
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         say(*(event.json() for event in events))
         return 0
     remark(f"{len(events)} lines of the history of {', '.join(past.board for past in pasts) or client.greeting.name}")
-    say(*painted([printable(line) for line in _lines(events, boards=len(pasts))], args.color))
+    say_text(*painted([printable(line) for line in _lines(events, boards=len(pasts))], args.color))
     return 0
 
 

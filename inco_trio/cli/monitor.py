@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.options import add_color, add_place, add_selection
 from inco_trio.cli.signalling import clock_time, direction_of, may_listen, remark_unknown
-from inco_trio.cli.streams import flush, remark, say
+from inco_trio.cli.streams import flush, remark, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import connect
 from inco_trio.control.protocol import Event, MonitorRequest
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
     left, shown = args.count, Lines()
     for event in events:
-        say(*([event.json()] if args.json else painted([printable(shown.line(event))], args.color)))
+        say_text(*([event.json()] if args.json else painted([printable(shown.line(event))], args.color)))
         flush()
         if left is not None and event.event == "notification":
             left -= 1

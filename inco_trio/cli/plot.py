@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 import sys
 import tempfile
 import time
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import STREAM, absolute, configuration_argument, configured_board, path_of
 from inco_trio.cli.signalling import left_out
-from inco_trio.cli.streams import remark, say, say_bytes
+from inco_trio.cli.streams import remark, say, say_bytes, say_text
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
+from inco_trio.linux.files import open_output
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -88,7 +91,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
             raise ProgramNotFoundError(f"matplotlib is not installed ({error}): {hint}") from error
     summary = _read(path, _table(args), args.pair)
     if args.json:
-        say(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
+        say_text(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
     if draws:
         total = sum(len(flow.times) for flow in summary.flows.values())
         title = f"{printable(path.name)}: {total} notifications"
@@ -97,16 +100,19 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
             return 0
         _save(draw(summary, title, out.suffix), out)
         if not args.json:
-            say(f"{total} notifications and {len(summary.marks)} marks plotted to {printable(str(out))}")
+            say(f"{total} notifications and {len(summary.marks)} marks plotted to {out}")
     return 0
 
 
 def _save(picture: bytes, out: Path) -> None:
     """Write the plot to a file. Raises ResourceError, PermissionDeniedError."""
     try:
-        file = out.open("wb")
+        fd = open_output(out)
         try:
-            with file:
+            with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+                os.set_blocking(fd, True)
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    file.truncate()
                 file.write(picture)
         except OSError:
             out.unlink(missing_ok=True)  # Do not leave an incomplete plot.

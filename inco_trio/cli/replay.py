@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, check_link, configuration_argument, configured_board, path_of, rate, seconds
 from inco_trio.cli.signalling import check_core1, left_out
-from inco_trio.cli.streams import say
+from inco_trio.cli.streams import say, say_text
 from inco_trio.errors import RecordingError, unwrapped
-from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def _report(args: argparse.Namespace, path: Path, played: Played, skipped: Mappi
             "left_out": skipped,
             "notes": notes,
         }
-        say(json.dumps(result, indent=2))
+        say_text(json.dumps(result, indent=2))
         return
     lines = [f"{name}: {count} sent" for name, count in sorted(played.sent.items())]
     for name in sorted(played.expected | played.came):
@@ -177,4 +176,4 @@ def _report(args: argparse.Namespace, path: Path, played: Played, skipped: Mappi
         elif 0 < expected < came:
             lines[-1] += f", {came - expected} more than recorded"
     lines += [f"{name}: {count} left out: not in the signal table" for name, count in sorted(played.unknown.items())]
-    say(*lines, *(f"note: {printable(note)}" for note in notes))
+    say(*lines, *(f"note: {note}" for note in notes))

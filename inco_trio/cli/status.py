@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_color, add_place, number_of_seconds
-from inco_trio.cli.streams import flush, say
+from inco_trio.cli.streams import flush, say, say_text
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, connect, connect_all, wait_for_end
 from inco_trio.control.protocol import PROTOCOL, BoardStatus, to_json
@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(client)
         if args.watch is None:
             lines = [*_shown(_ask(clients, args.board), args, None)]
-            say(*(lines if args.json or args.openmetrics else painted(lines, args.color)))
+            say_text(*(lines if args.json or args.openmetrics else painted(lines, args.color)))
             return 0
         before: tuple[float, Proxies] | None = None
         while True:
             proxies, now = _ask(clients, args.board), time.monotonic()
             lines = [*_shown(proxies, args, before and (now - before[0], before[1]))]
             if is_terminal() and not args.json:
-                say(screen(lines, args.color))
+                say_text(screen(lines, args.color))
             else:
                 say(*lines)
             flush()

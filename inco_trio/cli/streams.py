@@ -40,11 +40,19 @@ def standard_input() -> BinaryIO:
 
 
 def say(*lines: str) -> None:
-    """Print `lines`. Escape characters that standard output cannot encode. Raises the errors of `writing`."""
+    """Print `lines`. Escape line breaks and terminal controls in them. Raises the errors of `writing`."""
+    say_text(*(printable(line) for line in lines))
+
+
+def say_text(*texts: str) -> None:
+    """Print `texts`, which may have several lines and colours.
+
+    Escape only characters that standard output cannot encode. Raises the errors of `writing`.
+    """
     out = output()
     encoding = out.encoding or "utf-8"
     with writing():
-        out.write("".join(f"{line}\n" for line in lines).encode(encoding, "backslashreplace").decode(encoding))
+        out.write("".join(f"{line}\n" for line in texts).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def say_bytes(text: bytes) -> None:
@@ -93,5 +101,5 @@ def remark(text: str) -> None:
 def complain(error: IncoError) -> None:
     """Print an error to standard error, one line per problem. If that fails, only the exit code reports the error."""
     with contextlib.suppress(OSError):
-        for problem in getattr(error, "problems", (str(error),)):
+        for problem in error.problems:
             print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - before and beside the log

@@ -163,6 +163,8 @@ class _Cursor:
     """Merged notifications that were sent to the follower and that it has not acknowledged yet."""
     merged_to: int = 0
     """Sequence number with which the follower acknowledges `merged`."""
+    _checked: int = -1
+    """The value of `History.merged_ever` for which there are no further merged notifications."""
 
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Yield the next events of the history, with at most `room` notifications."""
@@ -187,14 +189,18 @@ class _Cursor:
 
     def _take_merged(self, board: str) -> Iterator[Event]:
         self.sent = max(self.sent, self.history.floor)
-        if not self.merged and (merged := self._merged()):
+        if self.merged or self.history.merged_ever == self._checked:
+            return
+        if merged := self._merged():
             self.merged, self.merged_to = merged, self.history.floor
-            # Only the last event carries the number to acknowledge, because the follower may read only some events.
+            # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
             for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
                     sequence=sequence, boot=self.history.boot,
                 )  # fmt: skip
+        else:
+            self._checked = self.history.merged_ever
 
     def _next(self, room: int) -> list[Record]:
         """Return the next notifications of the history, which the follower must acknowledge."""
@@ -226,9 +232,10 @@ class _Cursor:
             record = self.records.popleft()
             if record.sequence <= self.history.merged_to:  # The history merged this record after it was sent.
                 done.append(Merged(record.direction, record.name, 1))
-        if self.merged and sequence >= self.merged_to:
-            done += self.merged
-            self.merged = ()
+        # Each event `merged` has its own number; see `_take_merged`.
+        number = max(0, sequence - self.merged_to + len(self.merged))
+        done += self.merged[:number]
+        self.merged = self.merged[number:]
         self.history.acknowledge(sequence, done)
         return sequence
 

@@ -464,8 +464,8 @@ def _encode_signals(signals: tuple[tuple[Direction, str], ...]) -> str:
 def _notifications(message: dict[str, Any]) -> Notifications:
     """Decode the event `notifications` without cattrs, which would take most of a client's CPU time."""
     try:
-        board, boot = (RULES[str](message.get(key)) for key in ("board", "boot"))
-        signals = tuple((RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"])
+        board, boot = RULES[str](message.get("board")), RULES[str](message.get("boot"))
+        signals = _decode_signals(tuple(map(tuple, message["signals"])))
         items = [(index, time, number) for index, time, number in message["items"]]
         for index, time, number in items:
             if not (type(index) is type(number) is int and type(time) is float):
@@ -475,6 +475,11 @@ def _notifications(message: dict[str, Any]) -> Notifications:
         return Notifications(board, boot, RULES[int](message.get("sequence")), signals, items)
     except (InvalidValueError, LookupError, TypeError, ValueError) as error:
         raise MessageError(f"the event `notifications` is not valid: {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode_signals(signals: tuple[tuple[object, ...], ...]) -> tuple[tuple[Direction, str], ...]:
+    return tuple((RULES[Direction](direction), RULES[str](name)) for direction, name in signals)
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:

@@ -16,7 +16,7 @@ from inco_trio.doctor.result import Result, fail, hidden, refused, warn
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
-from inco_trio.linux.processes import Process, Processes, interfaces_of, is_same_mount_namespace
+from inco_trio.linux.processes import Process, Processes, interfaces_of, is_same_mount_namespace, is_same_system
 from inco_trio.signals import Signal, builtin_signals
 
 __all__ = ["survey"]
@@ -86,7 +86,11 @@ def _examine(
 ) -> Iterator[Result]:
     if not is_same_mount_namespace(process):
         text = f"process {process.pid} runs in another mount namespace: its registers are not examined"
-        yield warn("registers", link, text, f"nsenter --target {process.pid} --mount --pid -- inco-trio doctor")
+        if is_same_system(process):
+            yield warn("registers", link, text, f"nsenter --target {process.pid} --mount --pid -- inco-trio doctor")
+        else:
+            # Do not suggest nsenter(1): it would run a program of the container, with the rights of this user.
+            yield warn("registers", link, f"{text}: run `inco-trio doctor` in its container")
         signals, configuration = (), None
     netns = _network(process) if netns is None else netns
     yield from examine(link, signals, processes, answers, netns=netns, configuration=configuration)

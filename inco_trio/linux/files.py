@@ -1,14 +1,21 @@
-"""File types (inode(7)), file name limits, and mount IDs (proc_pid_fdinfo(5))."""
+"""File types (inode(7)), file name limits, mount IDs (proc_pid_fdinfo(5)), and mounts (proc_pid_mountinfo(5))."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
+from pathlib import Path
 
-__all__ = ["FILE_NAME_MAX", "is_path", "kind_of_file", "mount_id"]
+__all__ = ["FILE_NAME_MAX", "fuse_user", "is_path", "kind_of_file", "mount_id", "open_output"]
 
 FILE_NAME_MAX = 255
 """Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
+
+_SYMLINKS_MAX = 40
+"""Maximum number of symlinks that are followed, as in the kernel."""
+_FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
 
 _KINDS = {
     stat.S_IFREG: "a file",
@@ -38,3 +45,40 @@ def mount_id(fd: int) -> int:
     """Return the ID of the mount on which a descriptor was opened. Raises OSError if /proc is not mounted."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:  # noqa: PTH123 - faster than Path.open
         return next(int(value) for name, _, value in (line.partition(b":") for line in lines) if name == b"mnt_id")
+
+
+def fuse_user(fd: int) -> int | None:
+    """Return the user who serves the files of a FUSE filesystem (fuse(4)), or None on another filesystem."""
+    try:
+        number = b"%d" % mount_id(fd)
+        with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123
+            found = next((_FUSE_USER.search(line) for line in lines if line.split(None, 1)[0] == number), None)
+    except FileNotFoundError:
+        return None  # /proc is not mounted.
+    return None if found is None else int(found[1])
+
+
+def open_output(path: Path) -> int:
+    """Open a file for writing; create it if it is missing. Do not truncate it, and do not wait for readers of a FIFO.
+
+    Follow no symlink of another user than root and this one: that user could make root overwrite any file. The sysctl
+    fs.protected_symlinks checks this only in sticky directories. Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    for _ in range(_SYMLINKS_MAX):
+        try:
+            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(found).st_uid not in (0, os.geteuid()):
+                raise PermissionError(errno.EACCES, "it is a symlink of another user")
+            if os.path.realpath(path.parent).startswith("/proc/"):
+                return os.open(path, flags)  # The links of open descriptors, such as /dev/stdout, name no path.
+            target = os.readlink("", dir_fd=found)
+        finally:
+            os.close(found)
+        path = path.parent / target
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

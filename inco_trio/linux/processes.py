@@ -5,6 +5,7 @@ The argument `root` is the directory that contains /proc and /sys. Tests pass a 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ __all__ = [
     "interfaces_of",
     "is_proxy_command",
     "is_same_mount_namespace",
+    "is_same_system",
     "lines_of",
     "listening_sockets",
     "look",
@@ -38,6 +40,8 @@ _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc 
 """The command that stops a service, by the supervisor's process name. Its argument is the service's directory."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
+NS_GET_USERNS = 0xB701
+"""The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20
 """Number of bits of the minor number in a device number in fdinfo (include/linux/kdev_t.h)."""
 
@@ -259,6 +263,28 @@ def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
         return (root / f"proc/{process.pid}/ns/mnt").samefile(root / "proc/self/ns/mnt")
     except OSError:
         return True
+
+
+def is_same_system(process: Process, root: Path = Path("/")) -> bool:
+    """Return whether a process sees the programs of this system, not those of a container or of another user.
+
+    The mount namespace must belong to the user namespace of this process. Another user can create user namespaces, and
+    may mount any program over another one there.
+    """
+    place = root / f"proc/{process.pid}"
+    try:
+        fd = os.open(place / "ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            owner = fcntl.ioctl(fd, NS_GET_USERNS)
+        finally:
+            os.close(fd)
+        try:
+            is_ours = os.path.samestat(os.fstat(owner), (root / "proc/self/ns/user").stat())
+        finally:
+            os.close(owner)
+        return is_ours and (place / "root").samefile(root)
+    except OSError:
+        return False
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:

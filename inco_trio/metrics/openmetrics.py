@@ -8,6 +8,7 @@ import attrs
 
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.proxy_status import Status
+from inco_trio.service.lines import printable
 
 __all__ = ["Reported", "openmetrics_of_proxies", "textfile"]
 
@@ -128,6 +129,6 @@ def _lines(name: str, kind: str, text: str, samples: Samples, *, openmetrics: bo
 
 
 def _escaped(label: str) -> str:
-    """Escape a label value. Board names and paths need not be valid UTF-8."""
-    text = label.encode(errors="backslashreplace").decode()
+    """Escape a label value. A path need not be valid UTF-8, and `status --openmetrics` may print it on a terminal."""
+    text = "\n".join(map(printable, label.split("\n")))
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -102,7 +102,7 @@ class Bridge:
         self._suspected = -math.inf
         """When the last message arrived that another process on this side must have sent."""
         self._announced = False
-        """Whether this process has published its status `online`."""
+        """Whether this process has received the status `online` that it has published. Earlier messages are older."""
         self._other_is_online: bool | None = None
         self._is_open = False
         self._link: UnixLink
@@ -226,7 +226,6 @@ class Bridge:
             topics = [self._topic(self._other, what) for what in ("frames", "written", "status")]
             await connection.subscribe([*topics, self._topic(self._end, "status")])
             await self._publish(connection, self._status("online"))
-            self._announced = True
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
@@ -245,7 +244,9 @@ class Bridge:
                     state, instance = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
-                    elif received.retain and self._is_taken(instance, state):
+                    elif not received.retain:
+                        self._announced |= instance == self._instance
+                    elif self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
                         raise SessionTakenError(self._broker, "the retained status names another process")

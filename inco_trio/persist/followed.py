@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import attrs
 
@@ -37,8 +38,7 @@ NUMBER_MAX = 1 << 62
 """Maximum stored number. A larger number means that the memory is corrupt."""
 
 
-@attrs.frozen
-class Record:
+class Record(NamedTuple):
     """A notification in the ring."""
 
     sequence: int

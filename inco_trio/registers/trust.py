@@ -16,6 +16,7 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.linux.files import fuse_user
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.users import is_private_group, user_name
 from inco_trio.registers.refusals import UnfitFileError
@@ -91,8 +92,11 @@ class _Walk:
                     raise
                 fd = self._make(name)
             os.close(self.fd)
-            self.fd, self.found = fd, os.fstat(fd)
+            self.fd = fd
             self._place = os.path.join(self._place, name)  # noqa: PTH118 - faster, and called for each component
+            if self._trust.owner not in (None, 0, os.geteuid()):
+                self._check_fuse()  # Call this before fstat(2), which waits for the process that serves the files.
+            self.found = os.fstat(fd)
             self._check_owner(self.found)
         self._check_writers(final=True)
 
@@ -155,6 +159,13 @@ class _Walk:
         elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
             raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
+
+    def _check_fuse(self) -> None:
+        """Check that no user serves this directory by FUSE: the files could have any owner, and block this process."""
+        user = fuse_user(self.fd)
+        if user not in (None, 0, os.geteuid()):
+            what = f"{self._place} is a FUSE filesystem of {user_name(user)}, which can block the proxy"
+            raise self._untrusted(what, "use a directory on another filesystem")
 
     def _check_writers(self, *, final: bool) -> None:
         """Check that other users can neither rename entries of the directory nor, in an IRQ directory, create them."""

@@ -68,7 +68,7 @@ class ManyBoards:
                     logger.info("%s", note)
         for name, error in refused.items():
             with working_for(name):
-                for problem in str(error).splitlines():
+                for problem in error.problems:
                     logger.error("%s: %s", what, problem)
 
     def _log_open(self) -> None:

@@ -165,11 +165,11 @@ class Runner:
         async for _ in self._hang_ups:
             waiting, self._waiting = self._waiting, []
             notify_reloading()
-            refused: list[str] = []
+            refused: tuple[str, ...] = ()
             try:
                 parts = await self._service.reload()
             except IncoError as error:
-                parts = refused = str(error).splitlines()
+                parts = refused = error.problems
                 for problem in refused:
                     logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - an error of the user
             notify_reloaded(refused[0] if refused else None)

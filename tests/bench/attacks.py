@@ -8,6 +8,7 @@ The program prints a line when the attack has begun, and attacks until it is ter
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -15,7 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from inco_trio.control.protocol import LINE_MAX
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
+from inco_trio.linux.libc import libc
 
 __all__ = ["ATTACKS", "FROM_CORE1"]
 
@@ -25,6 +28,7 @@ BLOCK = 100
 """Number of frames that a flood sends at once."""
 LISTENERS = 32
 FILES = 200
+USERS = 60_000
 
 
 def flood(payload: bytes, link: str) -> Iterator[None]:
@@ -75,6 +79,19 @@ def lines(control: str) -> Iterator[None]:
                 yield
 
 
+def log_lines(control: str) -> Iterator[None]:
+    """Send lines that are too long, each as another user, because the proxy logs this limit once for each user."""
+    for user in itertools.cycle(range(1, USERS)):
+        os.seteuid(user)
+        libc.setfsuid(0)  # Let root open the socket, although another user connects (credentials(7)).
+        with connected(control) as sock, contextlib.suppress(OSError):
+            os.seteuid(0)
+            sock.sendall(bytes(LINE_MAX + 1))
+            while sock.recv(4096):
+                pass
+        yield
+
+
 def scrapes(control: str) -> Iterator[None]:
     """Request the status again and again without a pause, as many exporters would."""
     with connected(control) as sock, sock.makefile("rb") as replies:
@@ -102,6 +119,7 @@ ATTACKS: dict[str, Callable[[str, str, str], Iterator[None]]] = {
     "clients": lambda _link, _directory, control: clients(control),
     "monitors that do not read": lambda _link, _directory, control: listeners(control),
     "endless lines": lambda _link, _directory, control: lines(control),
+    "log lines": lambda _link, _directory, control: log_lines(control),
     "scrapes": lambda _link, _directory, control: scrapes(control),
     "files in the directory": lambda _link, directory, _control: files(directory),
 }

@@ -197,7 +197,7 @@ class World:
             time.sleep(0.01)  # Limit the rate of the requests.
 
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
-        """Read from the broker until no notification is missing.
+        """Read from the broker until the last notification arrives.
 
         Return the sequence numbers, the counts by signal, and the numbers of merged and of duplicate notifications.
         """
@@ -206,7 +206,8 @@ class World:
         merged = duplicates = 0
         last = self.last_sequence()
         boots = set()
-        while len(numbers) + merged < last:
+        # Do not count to `last`: a merged notification may arrive twice if the gateway was killed.
+        while last not in numbers:
             try:
                 told = self.reader.messages.get(timeout=HANG)
             except queue.Empty:
