@@ -261,7 +261,7 @@ def test_a_service_whose_name_has_a_line_break_gets_no_rights(tmp_path: Path) ->
     scan(tmp_path)
     (tmp_path / "inco-trio-x\n" / "data").mkdir(parents=True)
     (tmp_path / "inco-trio-x\n" / "data" / "uid").write_text("5")
-    assert scan(tmp_path) == (0, PASSED_OVER.replace(b"-x/", b"-x\n/"), b"")
+    assert scan(tmp_path) == (0, PASSED_OVER.replace(b"-x/", rb"-x\n/"), b"")
     assert not (tmp_path / "inco-trio-fdholder/data/rules/uid/5").exists()
 
 
