@@ -204,11 +204,11 @@ def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 
 class EchoingConnection:
-    """Delivers the statuses of two earlier processes together with the status that the bridge publishes."""
+    """Delivers statuses of other processes before or after the status that the bridge publishes."""
 
-    def __init__(self, topic: str, later: bool) -> None:
+    def __init__(self, topic: str, before: list[bytes], after: list[bytes]) -> None:
         self.entry, self.received = trio.open_memory_channel[Received](10)
-        self._topic, self._later = topic, later
+        self._topic, self._before, self._after = topic, before, after
 
     def _deliver(self, payload: bytes, *, retain: bool) -> None:
         self.entry.send_nowait(Received(self._topic, payload, retain, None, None, None))
@@ -217,22 +217,36 @@ class EchoingConnection:
         pass
 
     async def publish(self, messages: list[Message], **_: object) -> list[None]:
-        statuses = [(message.payload, False) for message in messages if message.topic == self._topic]
-        others = [(encode_status("online", instance), True) for instance in ("x", "z")]
-        for payload, retain in statuses + others if self._later else others + statuses:
-            self._deliver(payload, retain=retain)
+        for payload in self._before:
+            self._deliver(payload, retain=True)
+        for message in messages:
+            self._deliver(message.payload, retain=False)
+        for payload in self._after:
+            self._deliver(payload, retain=True)
         return [None] * len(messages)
 
     async def acknowledge(self, _received: Received) -> None:
         pass
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_statuses_from_before_the_start_indicate_no_other_process(tmp_path: Path, later: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "is_taken"),
+    [
+        ([1, 2], [], False),
+        ([], [1], False),
+        ([], [1, 1], False),  # The broker has restored the same older state twice.
+        ([], [2, 1], False),
+        ([], [1, 2], True),
+    ],
+)
+def test_only_a_process_that_connects_again_is_another_process(
+    tmp_path: Path, before: list[int], after: list[int], is_taken: bool
+) -> None:
     address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
     assert isinstance(address, UnixAddress)
     bridge = Bridge(parse_broker("mqtt://127.0.0.1/lab"), ("core0", "core1"), address, NoFdStore())
-    connection: Any = EchoingConnection("lab/core0/status", later)
+    statuses = ([encode_status("online", "z", number) for number in numbers] for numbers in (before, after))
+    connection: Any = EchoingConnection("lab/core0/status", *statuses)
 
     async def sleep(_connection: object) -> None:
         await trio.sleep_forever()
@@ -243,7 +257,7 @@ def test_statuses_from_before_the_start_indicate_no_other_process(tmp_path: Path
         with trio.move_on_after(60):  # The time of a simulated clock.
             await bridge._exchange(connection)
 
-    with pytest.raises(SessionTakenError) if later else contextlib.nullcontext():
+    with pytest.raises(SessionTakenError) if is_taken else contextlib.nullcontext():
         trio.run(main, clock=MockClock(autojump_threshold=0))
 
 

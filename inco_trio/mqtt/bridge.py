@@ -64,7 +64,7 @@ SESSION = 86_400
 AGAIN = 2.0
 """Seconds until the next attempt to publish a message that the broker refused or that had no subscriber."""
 SUSPICION = 60.0
-"""Maximum time in seconds between two messages that together prove that another process runs on this side."""
+"""Maximum time in seconds between two statuses that together prove that another process runs on this side."""
 
 
 @attrs.define
@@ -99,8 +99,10 @@ class Bridge:
         self._reported = trio.Event()
         self._instance = os.urandom(8).hex()
         """A random ID that distinguishes this process from another process on the same side."""
-        self._suspected = -math.inf
-        """When the last message arrived that another process on this side must have sent."""
+        self._connections = 0
+        """The number of attempts to connect to the broker."""
+        self._suspected = (-math.inf, "", 0)
+        """When the last status of another process on this side arrived, its instance, and its connection number."""
         self._announced = False
         """Whether this process has received the status `online` that it has published. Earlier messages are older."""
         self._other_is_online: bool | None = None
@@ -172,9 +174,10 @@ class Bridge:
     async def _stay_connected(self, credentials: Credentials) -> None:
         """Connect to the broker, and reconnect whenever the connection is lost."""
         backoff = BrokerBackoff()
-        will = self._status("offline")
         name = client_id(f"{self._broker.prefix}/{self._end}")
         while True:
+            self._connections += 1
+            will = self._status("offline")
             try:
                 async with open_connection(self._broker, credentials, name, will=will, session=SESSION) as connection:
                     backoff.connected()
@@ -212,7 +215,9 @@ class Bridge:
                 self._problems.failed(("broker", key), f"the broker {fault}", self._broker)
 
     def _status(self, state: str) -> Message:
-        return Message(self._topic(self._end, "status"), encode_status(state, self._instance), retain=True)
+        return Message(
+            self._topic(self._end, "status"), encode_status(state, self._instance, self._connections), retain=True
+        )
 
     def _topic(self, end: str, what: str) -> str:
         return f"{self._broker.prefix}/{end}/{what}"
@@ -241,12 +246,12 @@ class Bridge:
                         self._progress.reported(number)
                     self._reported.set()
                 else:
-                    state, instance = decode_status(received.payload)
+                    state, instance, number = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
                     elif not received.retain:
                         self._announced |= instance == self._instance
-                    elif self._is_taken(instance, state):
+                    elif self._is_taken(instance, state, number):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
                         raise SessionTakenError(self._broker, "the retained status names another process")
@@ -267,14 +272,17 @@ class Bridge:
             self._reported.set()  # Request a report again: the broker may have dropped the last request.
         self._change()
 
-    def _is_taken(self, instance: str, state: str) -> bool:
+    def _is_taken(self, instance: str, state: str, number: int) -> bool:
         """Return whether another process has taken over this side. Not every broker reports this itself."""
         if not self._announced or instance == self._instance or state == "left":
             return False
-        # One indication is not enough: the broker may have restored an older state.
-        before, self._suspected = self._suspected, trio.current_time()
+        # An old status is no evidence: the broker may have restored an older state, even repeatedly. Only a running
+        # process connects again.
+        before, known, earlier = self._suspected
+        self._suspected = (trio.current_time(), instance, number)
+        is_running = instance == known and number > earlier and trio.current_time() - before < SUSPICION
         # Only the process with the lower ID gives up. Otherwise both might give up at the same time.
-        return self._suspected - before < SUSPICION and self._instance < instance
+        return is_running and self._instance < instance
 
     async def _publish_all(self, connection: Connection) -> None:
         """Publish the frames of the local core."""

@@ -69,15 +69,18 @@ def decode_report(payload: bytes) -> tuple[bytes, int]:
     return bytes.fromhex(boot), number
 
 
-def encode_status(state: str, instance: str) -> bytes:
-    """Return the payload of a status: `online`, `offline`, or `left` after another process has taken over this side."""
-    return json.dumps({"state": state, "instance": instance}).encode()
+def encode_status(state: str, instance: str, connection: int) -> bytes:
+    """Return the payload of a status: `online`, `offline`, or `left` after another process has taken over this side.
+
+    `instance` identifies the process, and `connection` counts its connections to the broker.
+    """
+    return json.dumps({"state": state, "instance": instance, "connection": connection}).encode()
 
 
-def decode_status(payload: bytes) -> tuple[str, str]:
-    """Return the fields `state` and `instance` of a status. Raises ValueError if one is missing or invalid."""
-    state, instance = _fields(payload, state=str, instance=str)
-    return state, instance
+def decode_status(payload: bytes) -> tuple[str, str, int]:
+    """Return the fields `state`, `instance` and `connection`. Raises ValueError if one is missing or invalid."""
+    state, instance, connection = _fields(payload, state=str, instance=str, connection=int)
+    return state, instance, connection
 
 
 def _fields(payload: bytes, **types: type) -> list[Any]:

@@ -238,7 +238,7 @@ TARGETS: Mapping[str, Target] = {
     "bridges": Target(bridges, [
         bridge_codec.Batch(bytes(8), 1, [b"frame", b"x"], True).encode(),
         bridge_codec.encode_report(bytes(8), 5),
-        bridge_codec.encode_status("online", "a"),
+        bridge_codec.encode_status("online", "a", 1),
     ]),
     "gateways": Target(gateways, [json.dumps(GATEWAY).encode()]),
     "memory": Target(memory, [bytes(4) + b"12345678", b"\5\0\0\x08" + b"\xff" * 8]),
