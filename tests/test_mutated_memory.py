@@ -44,7 +44,7 @@ NUMBERS = KEY * 65536
 
 
 def filled() -> Inflight:
-    """Return memory in which every part is used."""
+    """Return an in-flight buffer in which every section contains data."""
     memory = Inflight.open()
     for number, bank in enumerate(memory.frames):
         bank.begin(number + 1)

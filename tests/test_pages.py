@@ -78,7 +78,7 @@ RUN_BY = {
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
 }
-"""The test that runs each code block without a mark, by page and by the first characters of the block."""
+"""Which test runs each unmarked code block. The key is the page and the first characters of the block."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 

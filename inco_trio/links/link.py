@@ -61,7 +61,7 @@ class Link(Protocol):
         """Return the error for a link that does not exist."""
 
     async def wait_readable(self) -> None:
-        """Wait until frames may be queued."""
+        """Wait until frames may be available to read."""
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         """Read queued frames, one into each of `rooms`, and return their original lengths.

@@ -102,7 +102,7 @@ class Bridge:
         self._connections = 0
         """The number of attempts to connect to the broker."""
         self._suspected = (-math.inf, "", 0)
-        """When the last status of another process on this side arrived, its instance, and its connection number."""
+        """The last status of another process on this side: the time of its arrival, the instance and the connection."""
         self._announced = False
         """Whether this process has received the status `online` that it has published. Earlier messages are older."""
         self._other_is_online: bool | None = None
@@ -276,8 +276,8 @@ class Bridge:
         """Return whether another process has taken over this side. Not every broker reports this itself."""
         if not self._announced or instance == self._instance or state == "left":
             return False
-        # An old status is no evidence: the broker may have restored an older state, even repeatedly. Only a running
-        # process connects again.
+        # A status does not prove that its process still runs: the broker may have restored an older state, even
+        # repeatedly. A higher connection number proves it, because only a running process connects again.
         before, known, earlier = self._suspected
         self._suspected = (trio.current_time(), instance, number)
         is_running = instance == known and number > earlier and trio.current_time() - before < SUSPICION

@@ -90,7 +90,7 @@ class Progress:
 
     @property
     def has_room(self) -> bool:
-        """Whether frames may be published. A new numbering must wait for the first report from the other side."""
+        """Whether frames may be published. With a new numbering, this side first waits for a report from the other."""
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:

@@ -149,7 +149,7 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """A callback. It receives files with written pending notifications, and when these became pending."""
+        """Called after pending notifications were written. Receives their state files, and when they became pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""

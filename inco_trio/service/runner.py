@@ -71,7 +71,7 @@ def run_service(
     except Exception as error:  # Log the traceback, and exit with a code for the supervisor.
         if refused := _exhausted(error):
             raise ResourceError(
-                service.name, f"{refused.strerror}: raise the limit or free some of the resource"
+                service.name, f"{refused.strerror}: raise the limit, or end other processes that use this resource"
             ) from error
         logger.exception("internal error: this is a bug in inco-trio, please report it")
         return os.EX_SOFTWARE

@@ -69,7 +69,7 @@ class Size:
 
     pairs: int
     script_pairs: int
-    """Number of pairs that include the script, which is slow to measure and far from every goal."""
+    """Number of pairs in which the shell script also runs. It is slow to measure and misses every goal by far."""
     lone: int
     """Number of single notifications per latency run."""
     burst: int
@@ -207,7 +207,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
 def _closed_loops(
     bench: Bench, direction: Direction, compared: Sequence[Program], *scripts: Program
 ) -> tuple[Mapping[str, Sequence[Flow]], _Losses]:
-    """Return the flows of each program in each pair. The scripts are part of the first pairs only."""
+    """Return the flows of each program, one flow for each pair of runs. The scripts only run in the first pairs."""
     count, losses = bench.size.lone // bench.size.rounds, _Losses()
     pairs: dict[str, list[Flow]] = defaultdict(list)
     for pair in range(bench.size.pairs):

@@ -135,7 +135,7 @@ def recordings(data: bytes) -> None:
 
 
 def bundles(data: bytes) -> None:
-    """Open a bundle of descriptors whose queue contains the input, with a descriptor attached to its first half."""
+    """Open a descriptor bundle. Its socket contains both halves of the input; the first half carries a descriptor."""
     entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with entry, queue:
         entry.setblocking(False)
