@@ -474,9 +474,11 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             world = World(clock, signals)
             world.registers.directories.trust = Trust(owner=STRANGER)
             try:
-                world.open()
+                world.registers.open(world.table)
                 opened += 1
                 for _ in range(20):
+                    # Read only once: the swaps cause new events all the time.
+                    world.take(world.registers.triggers.follow(world.events()))
                     world.write(signals[0])
                     world.restore()
             except ConfigError as error:
@@ -484,7 +486,9 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             finally:
                 world.ending.close()
     os.close(place)
-    assert all("owns an earlier part of the path" in text for text in refused)
+    # A swap between two system calls makes the directory a symlink, which the second call does not follow.
+    reasons = ("owns an earlier part of the path", "Not a directory", "Too many levels of symbolic links")
+    assert [text for text in refused if not any(reason in text for reason in reasons)] == []
     assert sorted(path.name for path in victim.iterdir()) == ["state", "trig"]
     assert {path.read_text() for path in victim.iterdir()} == {"untouched"}
 
