@@ -65,6 +65,8 @@ class Walk(RuleBasedStateMachine):
         self.merged: Counter[str] = Counter()
         self.follower: Follower | None = None
         self.unacknowledged: list[Event] = []
+        self.last = 0
+        """The number of the last event that the follower received."""
         self.killed = False
 
     def teardown(self) -> None:
@@ -96,7 +98,7 @@ class Walk(RuleBasedStateMachine):
     def follow(self, batches: bool) -> None:
         """Start another follower, which may receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
-        self.unacknowledged = []
+        self.unacknowledged, self.last = [], 0
         self.follower = Follower(batches=batches)
         self.follower.begin(BOARD, self.history)
 
@@ -116,8 +118,10 @@ class Walk(RuleBasedStateMachine):
     def read(self) -> None:
         assert self.follower is not None
         events = [event for line in self.follower._stored() for event in single_events(line)]
-        numbers = [event.sequence for event in events if event.event == "notification"]
+        # An acknowledgement includes all lower numbers, so a number must not follow a higher one.
+        numbers = [self.last, *(event.sequence for event in events)]
         assert numbers == sorted(set(numbers))
+        self.last = numbers[-1]
         for event in events:
             assert (event.board, event.boot) == (BOARD, self.boot)
         self.unacknowledged += events
@@ -158,6 +162,52 @@ class SteadyWalk(Walk):
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
 def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+
+
+def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge notifications while the follower has not acknowledged earlier merged ones, and then kill the follower."""
+    monkeypatch.setattr(room, "KEPT", FEW)
+    monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
+    inflight = Inflight.open()
+    history = History(inflight.history)
+    history.begin(0)
+    received = 0
+
+    def follow() -> Follower:
+        follower = Follower()
+        follower.begin(BOARD, history)
+        return follower
+
+    def handle(follower: Follower, number: int) -> list[tuple[str, int, int]]:
+        history.append(SIGNALS[:1] * number, NOW)
+        follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+        return read(follower)
+
+    def read(follower: Follower) -> list[tuple[str, int, int]]:
+        events = [event for line in follower._stored() for event in single_events(line)]
+        return [(event.event, event.sequence, event.count) for event in events]
+
+    def acknowledge(follower: Follower, *events: tuple[str, int, int]) -> None:
+        nonlocal received
+        received += sum(count or 1 for _, _, count in events)
+        follower.acknowledge(BOARD, events[-1][1])
+
+    first = follow()
+    one, two, three = handle(first, 3)
+    (merged,) = handle(first, 7)
+    assert merged == ("merged", 4, 1)
+    assert handle(first, 2) == []
+    acknowledge(first, one, two)
+    assert read(first) == []  # 5 and 6 are merged, but `merged` is not acknowledged yet.
+    acknowledge(first, three, merged)
+    second, *others = read(first)
+    assert (second, others[0]) == (("merged", 6, 2), ("notification", 7, 0))
+    acknowledge(first, second, others[0])
+    last = follow()
+    while events := read(last):
+        acknowledge(last, *events)
+    assert (received, history.waiting) == (12, 0)
+    inflight.close()
 
 
 def test_an_ended_history_is_empty() -> None:

@@ -166,6 +166,14 @@ class _Cursor:
     _checked: int = -1
     """The value of `History.merged_ever` for which there are no further merged notifications."""
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether merged notifications that are older than the next record must be sent first.
+
+        They are sent once the follower has acknowledged the earlier ones in `merged`.
+        """
+        return bool(self.merged) and self.history.merged_to > self.merged_to
+
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Yield the next events of the history, with at most `room` notifications."""
         yield from self._take_merged(board)
@@ -320,12 +328,12 @@ class Follower(Monitor):
             board = next(iter(self._behind))
             del self._behind[board]
             cursor = self.cursors[board]
-            before, room = cursor.sent, PIECE - number
+            before, room = cursor.sent, 0 if cursor.must_wait else PIECE - number
             if self.batches:
                 yield from cursor.take_batch(room, board)
             else:
                 yield from map(encode_event, cursor.take(room, board))
             number += cursor.sent - before
-            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
+            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD and not cursor.must_wait:
                 self._behind[board] = None
         self._pause = 0.0 if number >= PIECE else min(PAUSE, number * PAUSE_EACH)
