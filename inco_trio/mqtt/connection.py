@@ -23,7 +23,6 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError
-from inco_trio.mqtt.backlog import do_nothing
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.session import (
     PACKET_MAX,
@@ -39,6 +38,7 @@ from inco_trio.mqtt.session import (
     Refusal,
     RetainRefusedError,
     Session,
+    do_nothing,
 )
 
 __all__ = ["BrokerBackoff", "Connection", "open_connection"]

@@ -13,9 +13,9 @@ import attrs
 import trio
 
 from inco_trio.control.follower import Conversation
-from inco_trio.mqtt.backlog import Board, Entry, do_nothing
+from inco_trio.mqtt.backlog import Board, Entry
 from inco_trio.mqtt.connection import Connection
-from inco_trio.mqtt.session import Message, Refusal
+from inco_trio.mqtt.session import Message, Refusal, do_nothing
 from inco_trio.mqtt.topics import Topics
 from inco_trio.problems import Problems
 
