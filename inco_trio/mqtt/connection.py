@@ -208,6 +208,7 @@ class Connection:
         for event in (self._answered, self._room, self.ended):
             event.set()
         self._session.abandon()
+        self.room_changed()  # Acknowledgements may have arrived together with the broker's DISCONNECT.
 
     def _send_now(self) -> None:
         """Send packets without waiting, or let a task send those that the socket does not accept now."""
