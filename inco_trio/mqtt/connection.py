@@ -104,7 +104,7 @@ class Connection:
         """Whether a packet may have been sent only partially."""
         self._is_pinging = False
         self._progress = self._last_sent = trio.current_time()
-        """When the broker last answered or accepted data, and when the client last sent data."""
+        """The start of the time limit for the broker's answer, and when the client last sent data."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
         """The received messages. There are never more than `session.RECEIVE_MAX`."""
 
@@ -137,7 +137,7 @@ class Connection:
         if receipts.left:
             await receipts.done.wait()
             self._check()
-        else:  # No message could be sent.
+        else:  # No message was sent: there was none, or all were refused locally.
             self.room_changed()
             await trio.lowlevel.checkpoint()
         return receipts.refusals
