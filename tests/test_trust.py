@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
+from inco_trio.cli.run import _load
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError
@@ -187,6 +189,17 @@ def test_an_owner_is_parsed(text: str, ids: tuple[int | None, int | None]) -> No
 def test_an_unknown_owner_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(repr(text))}: "):
         users.find_owner(text)
+
+
+def test_an_owner_that_was_removed_refuses_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = parse(["run", "unix:/x/a,peer=/x/b", "--irq-dir", str(tmp_path), "--irq-owner", "root"])
+
+    def remove(_: str) -> None:
+        raise KeyError("getpwnam(): name not found: 'root'")
+
+    monkeypatch.setattr(pwd, "getpwnam", remove)
+    with pytest.raises(ConfigError, match=r"^--irq-owner: 'root': no such user or group$"):
+        _load(arguments)
 
 
 FUSE = """
