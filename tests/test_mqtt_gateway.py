@@ -103,7 +103,7 @@ def test_each_open_board_is_asked_for_its_status_once_per_interval(opened: int) 
     async def main() -> None:
         nonlocal began
         began = trio.current_time()
-        with trio.move_on_after(21):
+        with trio.move_on_after(21):  # The clock is simulated.
             await gateway._count(source, boards)  # type: ignore[arg-type]
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
