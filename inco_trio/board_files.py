@@ -119,7 +119,10 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     netns = None if file.netns is None else NETNS / file.netns
     board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
     # With `wait_link`, a board whose link is missing does not prevent the other boards from starting.
-    owner, group = (None, None) if file.irq_owner is None else find_owner(file.irq_owner)
+    try:
+        owner, group = (None, None) if file.irq_owner is None else find_owner(file.irq_owner)
+    except ValueError as error:  # The user was removed, or its directory service failed, after the check in `_owner`.
+        raise ConfigError(path, f"irq_owner: {error}") from None
     return Config(file.link, board.signals, wait_link=True, netns=netns, owner=owner, group=group), board.notes
 
 

@@ -23,9 +23,11 @@ from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
 from inco_trio.frame import decode, encode
+from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.fleet import Proxies, open_fleet, open_proxies
 from inco_trio.proxy.share import Share, SharedInotify
+from inco_trio.service.many_boards import ManyBoards
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
 from tests.support_proxy import Cupboard
@@ -561,6 +563,31 @@ async def test_20_boards_start_without_filling_the_inotify_queue(place: Place, m
     async with open_proxies(place.configs(*(f"b{number}" for number in range(20)))) as proxies:
         assert len(proxies) == 20
     assert (len(queued), max(queued)) == (20, 0)
+
+
+def test_an_owner_that_is_removed_during_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"link": "a", "irq_dir": "/run/a", "irq_owner": "app"}
+    (tmp_path / "a.json").write_text(json.dumps(entry))
+    calls = iter([(12, 13)])
+
+    def find(text: str) -> tuple[int, int]:
+        for ids in calls:
+            return ids
+        raise ValueError(f"{text!r}: no such user or group")
+
+    monkeypatch.setattr("inco_trio.board_files.find_owner", find)
+    assert str(read_boards(tmp_path).refused["a"]) == f"{tmp_path}/a.json: irq_owner: 'app': no such user or group"
+
+
+@in_trio
+async def test_a_reload_reports_a_path_with_a_line_break_as_one_problem(tmp_path: Path) -> None:
+    directory = tmp_path / "boards\nof a rack"
+    directory.mkdir()
+    boards = ManyBoards(directory)
+    async with boards.open(NoFdStore(), None):
+        (directory / "a.json").write_text("{}")
+        found = await boards.reload()
+    assert [problem.partition("a.json: ")[0] for problem in found] == [f"a: {directory}/"] * len(found)
 
 
 def test_a_board_file_may_name_the_owner_of_its_directory(tmp_path: Path) -> None:

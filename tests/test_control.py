@@ -589,6 +589,8 @@ def test_the_status_says_that_the_link_does_not_exist_yet(board: Board) -> None:
     proxy.wait_log("waiting for the link")
     status = board.status()
     assert (status["open"], status["problem"]) == (False, "the link does not exist yet")
+    refused = board.client().ask({"request": "reload"})["refused"]
+    assert refused == ["not ready yet: reload again once the service is ready"]
     proxy.process.terminate()
     assert proxy.wait() == 0
 

@@ -922,6 +922,10 @@ def test_an_unreadable_configuration_is_reported_as_hidden() -> None:
         "/u.json: a: b",
         "/u.json: c: d",
     ]
+    assert [each.found for each in refused(Path("/u.json"), ConfigError("/u\n.json", ["a: /x\ny", "b"]))] == [
+        "a: /x\ny",
+        "b",
+    ]
 
 
 @pytest.fixture(autouse=True)

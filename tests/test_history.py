@@ -13,14 +13,17 @@ import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from trio.testing import MockClock
 
-from inco_trio.control.feed import Batch
+from inco_trio.control.feed import Batch, Feed
 from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
 from inco_trio.persist import followed as room
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
+from inco_trio.proxy.proxy import Proxy
 from inco_trio.signals import Direction, Signal
+from netns.hang import HANG
 
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
@@ -44,6 +47,18 @@ def single_events(line: str) -> list[Event]:
     ]  # fmt: skip
 
 
+class ServedBoard:
+    """A stand-in for the proxies of a control socket."""
+
+    name = BOARD
+
+    def proxies(self) -> dict[str, Proxy]:
+        return {}
+
+    def not_open(self) -> dict[str, str]:
+        return {}
+
+
 class Walk(RuleBasedStateMachine):
     """A random test with successive followers of a board, a small history limit and an even smaller read-ahead."""
 
@@ -65,6 +80,8 @@ class Walk(RuleBasedStateMachine):
         self.merged: Counter[str] = Counter()
         self.follower: Follower | None = None
         self.unacknowledged: list[Event] = []
+        self.last = 0
+        """The number of the last event that the follower received."""
         self.killed = False
 
     def teardown(self) -> None:
@@ -96,7 +113,7 @@ class Walk(RuleBasedStateMachine):
     def follow(self, batches: bool) -> None:
         """Start another follower, which may receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
-        self.unacknowledged = []
+        self.unacknowledged, self.last = [], 0
         self.follower = Follower(batches=batches)
         self.follower.begin(BOARD, self.history)
 
@@ -116,8 +133,10 @@ class Walk(RuleBasedStateMachine):
     def read(self) -> None:
         assert self.follower is not None
         events = [event for line in self.follower._stored() for event in single_events(line)]
-        numbers = [event.sequence for event in events if event.event == "notification"]
+        # An acknowledgement includes all lower numbers, so a number must not follow a higher one.
+        numbers = [self.last, *(event.sequence for event in events)]
         assert numbers == sorted(set(numbers))
+        self.last = numbers[-1]
         for event in events:
             assert (event.board, event.boot) == (BOARD, self.boot)
         self.unacknowledged += events
@@ -137,6 +156,15 @@ class Walk(RuleBasedStateMachine):
         if done:
             last = done[-1].sequence
             assert self.follower.acknowledge(BOARD, last) == last
+
+    @precondition(lambda self: self.follower is not None)
+    @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=FEW + 1, max_size=FEW + 2), number=st.integers(1, 2))
+    def overflow(self, signals: list[Signal], number: int) -> None:
+        """Handle more notifications than the history keeps while others are unacknowledged."""
+        self.read()
+        self.handle(signals)
+        self.acknowledge(number)
+        self.read()
 
     @invariant()
     def history_is_consistent(self) -> None:
@@ -158,6 +186,52 @@ class SteadyWalk(Walk):
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
 def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+
+
+def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge notifications while the follower has not acknowledged earlier merged ones, and then kill the follower."""
+    monkeypatch.setattr(room, "KEPT", FEW)
+    monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
+    inflight = Inflight.open()
+    history = History(inflight.history)
+    history.begin(0)
+    received = 0
+
+    def follow() -> Follower:
+        follower = Follower()
+        follower.begin(BOARD, history)
+        return follower
+
+    def handle(follower: Follower, number: int) -> list[tuple[str, int, int]]:
+        history.append(SIGNALS[:1] * number, NOW)
+        follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+        return read(follower)
+
+    def read(follower: Follower) -> list[tuple[str, int, int]]:
+        events = [event for line in follower._stored() for event in single_events(line)]
+        return [(event.event, event.sequence, event.count) for event in events]
+
+    def acknowledge(follower: Follower, *events: tuple[str, int, int]) -> None:
+        nonlocal received
+        received += sum(count or 1 for _, _, count in events)
+        follower.acknowledge(BOARD, events[-1][1])
+
+    first = follow()
+    one, two, three = handle(first, 3)
+    (merged,) = handle(first, 7)
+    assert merged == ("merged", 4, 1)
+    assert handle(first, 2) == []
+    acknowledge(first, one, two)
+    assert read(first) == []  # 5 and 6 are merged, but `merged` is not acknowledged yet.
+    acknowledge(first, three, merged)
+    second, *others = read(first)
+    assert (second, others[0]) == (("merged", 6, 2), ("notification", 7, 0))
+    acknowledge(first, second, others[0])
+    last = follow()
+    while events := read(last):
+        acknowledge(last, *events)
+    assert (received, history.waiting) == (12, 0)
+    inflight.close()
 
 
 def test_an_ended_history_is_empty() -> None:
@@ -195,6 +269,53 @@ def test_a_replaced_history_is_read_to_its_end_first() -> None:
 
     # Both histories are filled before the follower reads.
     assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("acknowledged", [0, 4], ids=["merged unacknowledged", "merged acknowledged"])
+def test_a_replaced_history_with_merged_notifications_is_read_once(
+    acknowledged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue of the follower is full from the second event on."""
+    monkeypatch.setattr(room, "KEPT", FEW)
+    monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
+    monkeypatch.setattr("inco_trio.control.monitors.WAITING_MAX", 1)
+    old, new = (History(Inflight.open().history) for _ in range(2))
+    old.begin(0)
+    new.begin(0)
+    events: list[Event] = []
+
+    async def main() -> None:
+        feed, follower = Feed(ServedBoard()), Follower()
+
+        async def read() -> None:
+            for line in (await follower.take()).decode().splitlines():
+                events.extend(single_events(line))
+
+        def handle(number: int) -> None:
+            old.append(SIGNALS[:1] * number, NOW)
+            follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+
+        feed.add(follower)
+        feed.opened(lambda: old)
+        handle(3)
+        await read()
+        handle(7)
+        await read()
+        assert (events[-1].event, events[-1].count) == ("merged", 1)
+        if acknowledged:
+            follower.acknowledge(BOARD, acknowledged)
+            await read()
+        handle(4)
+        feed.ended()
+        feed.opened(lambda: new)
+        with trio.fail_after(HANG):
+            while events[-1].event != "opened":
+                await read()
+        feed.remove(follower)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert sum(event.count or 1 for event in events if event.event in ("notification", "merged")) == old.sequence
+    assert [event.event for event in events if event.event in ("opened", "closed")] == ["opened", "closed", "opened"]
 
 
 def test_a_large_backlog_does_not_delay_other_boards() -> None:

@@ -222,6 +222,38 @@ def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.
     trio.run(main)
 
 
+def answer_and_end(server: socket.socket) -> None:
+    """Act as a broker that acknowledges a message and ends the connection in one piece of data."""
+    sock, _ = server.accept()
+    with sock:
+        sock.settimeout(HANG)
+        sock.recv(1000)
+        sock.sendall(b"\x20\x03\0\0\0")
+        packet = sock.recv(1000)
+        sock.sendall(b"\x40\x02" + packet[9:11] + b"\xe0\x01\x8b")
+        sock.recv(1000)
+
+
+def test_acknowledgements_that_arrive_with_a_disconnect_count() -> None:
+    receipts, left = Receipts(1, [None]), list[int]()
+
+    async def send(port: int) -> None:
+        async with open_connection(at(port), Credentials(), "test") as connection:
+            connection.room_changed = lambda: left.append(receipts.left)
+            connection.send(receipts, [(0, Message("lab/x", b"1"))])
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, answer_and_end, server)
+                with pytest.raises(BrokerLostError, match="ended the connection: Server shutting down"):
+                    await send(server.getsockname()[1])
+
+    trio.run(main)
+    assert left == [0]
+
+
 def test_a_stopped_broker_is_lost_after_10_s(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     clock = MockClock()

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from inco_trio.control.protocol import Event, Response, SendRequest
+from inco_trio.control.protocol import Event, Response, SendRequest, StatusRequest
 from inco_trio.errors import ResourceError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
@@ -83,6 +83,32 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) == {"sent": 1}
     assert conversation.requests == [SendRequest("s1", board="b1")]
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_each_open_board_is_asked_for_its_status_once_per_interval(opened: int) -> None:
+    class Timed(Conversation):
+        async def write(self, request: object) -> None:
+            self.requests.append((trio.current_time() - began, request))
+
+    gateway, boards, source = (
+        Gateway(BROKER, GatewayConfig(status_seconds=10)),
+        [Board(f"b{n}") for n in range(3)],
+        Timed(),
+    )
+    for board in boards[:opened]:
+        board.is_open = True
+    began = 0.0
+
+    async def main() -> None:
+        nonlocal began
+        began = trio.current_time()
+        with trio.move_on_after(21):  # The clock is simulated.
+            await gateway._count(source, boards)  # type: ignore[arg-type]
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    asked = {0: [], 1: [(10, "b0"), (20, "b0")], 2: [(5, "b0"), (10, "b1"), (15, "b0"), (20, "b1")]}[opened]
+    assert source.requests == [(0, StatusRequest()), *((when, StatusRequest(name)) for when, name in asked)]
 
 
 def test_what_the_broker_restricts_is_reported(caplog: pytest.LogCaptureFixture) -> None:

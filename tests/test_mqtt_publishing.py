@@ -73,9 +73,10 @@ class Source:
 
 
 @asynccontextmanager
-async def publishing(board: Board, connection: Connection) -> AsyncIterator[None]:
+async def publishing(board: Board, connection: Connection, problems: Problems | None = None) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Publisher(board, TOPICS, connection, Problems()).run)  # type: ignore[arg-type]
+        publisher = Publisher(board, TOPICS, connection, problems or Problems())  # type: ignore[arg-type]
+        nursery.start_soon(publisher.run)
         await wait_all_tasks_blocked()
         yield
         nursery.cancel_scope.cancel()
@@ -191,6 +192,29 @@ def test_refused_notifications_are_sent_again_before_later_ones(ending: str, cap
     is_logged = ending == "works again"  # The broker accepts the other proxy's notifications at once.
     assert caplog.text.count("the broker refused notifications: Not authorized") == is_logged
     assert caplog.text.count("works again") == is_logged
+
+
+def test_a_recovery_is_logged_only_once_the_broker_accepts_a_notification(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        (board, source), connection, other, problems = followed(), Connection(), Connection(), Problems()
+        async with publishing(board, connection, problems):
+            add(board, 1, 2)
+            first, second = connection.sent()
+            connection.answer(first)
+            connection.answer(second, reason="NOT_AUTHORIZED")
+            await trio.sleep(1)  # The time of a simulated clock.
+        board.leave(source)
+        board.follow(source)  # This clears the queue.
+        async with publishing(board, other, problems):
+            add(board, 1, 1)  # A duplicate.
+            assert (source.acknowledged, "works again" in caplog.text) == ([1, 1], False)
+            add(board, 2, 2)
+            other.answer(*other.sent())
+            assert "works again" in caplog.text
+
+    run(main)
 
 
 def test_a_notification_that_is_too_large_for_the_broker_stays_pending(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,8 +31,9 @@ from inco_trio.persist.inflight import (
 )
 from inco_trio.persist.memory import map_memory, new_memory
 from inco_trio.persist.queue import POSITION_MAX
-from inco_trio.persist.tables import KEY, PAGE, TABLE
+from inco_trio.persist.tables import KEY, PAGE, TABLE, NumberTable
 from inco_trio.proxy.proxy import open_supervised
+from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
 from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
@@ -191,6 +192,24 @@ def test_the_reason_is_logged_in_one_line(
     assert found.inherited is (reason is None)
     assert [REFUSED + reason in line for line in caplog.messages] == [True] if reason else caplog.messages == []
     found.close()
+
+
+def test_a_table_refuses_more_entries_than_the_next_process_can_use() -> None:
+    memory = memoryview(bytearray(TABLE))
+    table = NumberTable(memory)
+    for number in range(1, 65536):
+        table[b"%d" % number] = number
+    with pytest.raises(OSError, match="more than 65535 entries in a table") as caught:
+        table[b"another"] = 1
+    assert str(refusal(caught.value, "/irq/x_trig")) == (
+        "/irq/x_trig: more than 65535 entries in a table (configure fewer signals)"
+    )
+    table[b"1"] = 5
+    found = NumberTable(memory)
+    assert {key: found[key] for key in found} == {b"%d" % n: n for n in range(1, 65536)} | {b"1": 5}
+    found[b"2"] = 0
+    found[b"another"] = 1
+    assert (len(found), found[b"another"]) == (65535, 1)
 
 
 def test_a_full_table_is_refused(caplog: pytest.LogCaptureFixture) -> None:

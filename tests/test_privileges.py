@@ -317,6 +317,18 @@ def test_memory_that_cannot_be_locked_is_one_error(monkeypatch: pytest.MonkeyPat
     assert str(caught.value) == f"--lock-memory: {reason}"
 
 
+def test_a_refused_limit_of_descriptors_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses a hard limit above fs.nr_open, which Python reports as ValueError."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    privileges.raise_descriptor_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
 def test_capabilities_have_names() -> None:
     assert cap.names_of({13, 12, 40, 41, 63}) == [
         "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_CHECKPOINT_RESTORE", "CAP_41", "CAP_63"

@@ -125,6 +125,34 @@ def test_names_that_the_link_peer_sends_fill_no_table(memory: memoryview) -> Non
     assert [note.signal for note in Recorder(memory).notes()] == [None, *(note.signal for note in named), None]
 
 
+def test_an_unsendable_notification_stays_outbound(memory: memoryview) -> None:
+    Recorder(memory).note("ignored", "unsendable", "out_irq", Direction.OUTBOUND, state=1)
+    (note,) = Recorder(memory).notes()
+    assert (note.text, note.signal, note.direction) == ("unsendable", "out_irq", Direction.OUTBOUND)
+
+
+def test_each_reason_to_ignore_frames_is_counted_in_a_full_share(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    share = KEPT // EVENTS_SHARE // 4
+    for number in range(share):
+        recorder.note("ignored", "unknown", f"s{number}", Direction.INBOUND, state=1)
+    for number in range(10):
+        recorder.note("ignored", "unknown", f"t{number}", Direction.INBOUND, state=1)
+        recorder.note("ignored", "malformed", None, Direction.INBOUND, state=1)
+    assert [(note.text, note.count) for note in recorder.notes()][share:] == [("unknown", 10), ("malformed", 10)]
+
+
+@pytest.mark.parametrize("kept", [None, KEPT // 2])
+def test_a_restart_gives_the_link_peer_no_further_share(memory: memoryview, kept: int | None) -> None:
+    for start in range(8):
+        recorder = Recorder(memory, kept)
+        recorder.note("problem", f"problem {start}")
+        for number in range(KEPT // EVENTS_SHARE):
+            recorder.note("ignored", "unknown", f"s{start}_{number}", Direction.INBOUND, state=1)
+    texts = [note.text for note in Recorder(memory, KEPT // 2).notes()]
+    assert [text for text in texts if text != "unknown"] == [f"problem {start}" for start in range(8)]
+
+
 def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None:
     recorder = Recorder(memory)
     recorder.note("problem", "disk full")

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
+from inco_trio.cli.run import _load
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError
@@ -189,6 +191,17 @@ def test_an_unknown_owner_is_an_error(text: str) -> None:
         users.find_owner(text)
 
 
+def test_an_owner_that_was_removed_refuses_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = parse(["run", "unix:/x/a,peer=/x/b", "--irq-dir", str(tmp_path), "--irq-owner", "root"])
+
+    def remove(_: str) -> None:
+        raise KeyError("getpwnam(): name not found: 'root'")
+
+    monkeypatch.setattr(pwd, "getpwnam", remove)
+    with pytest.raises(ConfigError, match=r"^--irq-owner: 'root': no such user or group$"):
+        _load(arguments)
+
+
 FUSE = """
 import ctypes, os, sys
 from pathlib import Path
@@ -213,6 +226,102 @@ def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
     command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
     done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
     assert done.stdout == f"not trusted: {place} is a FUSE filesystem of uid {OWNER}, which can block the proxy\n"
+
+
+COVER = """
+import ctypes, os, sys
+from pathlib import Path
+import pytest
+from inco_trio.errors import ConfigError
+from inco_trio.registers.directories import ABANDONED
+from inco_trio.registers.trust import Trust
+from inco_trio.signals import Direction, Signal
+from tests.support_registers import Clock, World
+irq, cover, owner, missing = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "missing"
+libc = ctypes.CDLL(None)
+with pytest.MonkeyPatch.context() as patch:
+    clock = Clock()
+    clock.install(patch)
+    state = Signal("in", Direction.INBOUND, irq, "state")
+    trigger = Signal("out", Direction.OUTBOUND, irq, "trig")
+    world = World(clock, [state, trigger])
+    world.registers.directories.trust = Trust(owner=owner)
+    world.open()
+    if missing:
+        for path in (state.path, trigger.path):
+            path.unlink()
+        irq.rmdir()
+        world.later()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    mode = cover.stat().st_mode
+    options = f"fd={fd},rootmode={mode:o},user_id={owner},group_id=0,allow_other".encode()
+    assert libc.mount(b"x", os.fsencode(cover), b"fuse", 0, options) == 0
+    for covered in (True, False):
+        world.write(state)
+        world.registers.mounts_changed()
+        world.after(ABANDONED)
+        if covered:
+            print(world.pending, world.registers.problem(state))
+            with pytest.raises(ConfigError):
+                world.reload([state, trigger, Signal("new", Direction.INBOUND, cover / "new", "new")])
+            assert libc.umount2(os.fsencode(cover), 2) == 0
+            if missing:
+                irq.mkdir()
+                os.chown(irq, owner, owner)
+    print(world.pending, state.path.read_text())
+    world.triggered()
+    trigger.path.write_text("1")
+    print(world.triggered())
+"""
+"""A program that mounts a FUSE filesystem which never answers over registers that are in use, and unmounts it later."""
+
+
+@pytest.mark.parametrize(
+    ("cover", "missing"),
+    [(".", "missing"), (".", "there"), ("irq", "there"), ("irq/state", "there"), ("irq/trig", "there")],
+)
+def test_a_fuse_filesystem_over_registers_in_use_does_not_block(home: Path, cover: str, missing: str) -> None:
+    place = give(home / "app", OWNER)
+    irq = give(place / "irq", OWNER)
+    command = ["unshare", "--mount", sys.executable, "-c", COVER, str(irq), str(place / cover), str(OWNER), missing]
+    done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+    covered, uncovered, triggered = done.stdout.splitlines()
+    assert ("{'in': " in covered) == (cover != "irq/trig"), covered
+    assert (uncovered, triggered) == ("{} 1", "['out']")
+
+
+def test_a_fuse_filesystem_is_refused_without_a_trusted_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can report root as the owner of its files."""
+    place = Path("/dev/pts")  # On each system, this is a filesystem that root has mounted.
+    assert refusal(place) is None
+    monkeypatch.setattr(trust_module, "fuse_user", lambda _: STRANGER)
+    assert str(refusal(place)).endswith(f" is a FUSE filesystem of uid {STRANGER}, which can block the proxy")
+    assert refusal(place, Trust(user=STRANGER)) is None
+
+    def without_proc(_: int) -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(trust_module, "mount_id", without_proc)
+    assert refusal(place) is None
+
+
+def test_an_output_goes_to_the_directory_that_was_checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, decoy = give(home / "app"), give(home / "decoy")
+    (place / "link").symlink_to("out")
+    readlink = os.readlink
+
+    def replaced_afterwards(path: str, *, dir_fd: int) -> str:
+        target = readlink(path, dir_fd=dir_fd)
+        place.rename(home / "moved")
+        decoy.rename(place)
+        return target
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.readlink", replaced_afterwards)
+        patch.setattr("os.path.realpath", lambda path: path)
+        os.close(open_output(place / "link"))
+    assert (home / "moved" / "out").exists()
+    assert [*place.iterdir()] == []
 
 
 @pytest.mark.parametrize("options", [["--size", "1k"], []], ids=["rotated", "single"])

@@ -109,6 +109,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
 def _load(args: argparse.Namespace) -> Config:
     """Read the configuration of one board, and log the defaults that it uses. Raises IncoError."""
     from inco_trio.config import Board, Config, read_board
+    from inco_trio.errors import ConfigError
 
     if args.irq_dir is not None:
         if args.config is not None:
@@ -118,5 +119,8 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    owner, group = (None, None) if args.irq_owner is None else find_owner(args.irq_owner)
+    try:
+        owner, group = (None, None) if args.irq_owner is None else find_owner(args.irq_owner)
+    except ValueError as error:  # The user was removed after the daemon had started.
+        raise ConfigError("--irq-owner", str(error)) from None
     return Config(args.iface, board.signals, wait_link=args.wait_link, history=args.history, owner=owner, group=group)

@@ -126,11 +126,11 @@ class Feed:
         for follower in self.followers() if self.monitors else ():
             if follower.follows(self._board):
                 follower.begin(self._board, keep())
-                follower.offer(self._event("opened"))
+                follower.offer_always(self._event("opened"))
 
     def ended(self) -> None:
         for follower in self.followers() if self.monitors else ():
-            follower.offer(self._event("closed"))
+            follower.offer_always(self._event("closed"))
 
     @property
     def _board(self) -> str:

@@ -61,6 +61,10 @@ class Monitor:
         if self._number >= WAITING_MAX:
             self._lost += number
             return
+        self._append(what, number)
+
+    def _append(self, what: Batch | Event, number: int = 1) -> None:
+        """Queue events, even if the queue is full."""
         self._number += number
         self._waiting.append(what)
         self._arrived.set()
@@ -68,11 +72,9 @@ class Monitor:
     def flush(self) -> None:
         """Queue the event `flushed` after all earlier events, even if the queue is full."""
         if self._lost:
-            self._waiting.append(event_now("lost", count=self._lost))
-            self._number, self._lost = self._number + 1, 0
-        self._waiting.append(event_now("flushed"))
-        self._number += 1
-        self._arrived.set()
+            self._append(event_now("lost", count=self._lost))
+            self._lost = 0
+        self._append(event_now("flushed"))
 
     def end(self) -> None:
         """Let `take` return b"" once the queue is empty."""
@@ -166,9 +168,20 @@ class _Cursor:
     _checked: int = -1
     """The value of `History.merged_ever` for which there are no further merged notifications."""
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether merged notifications that are older than the next record must be sent first.
+
+        They are sent once the follower has acknowledged the earlier ones in `merged`.
+        """
+        return bool(self.merged) and self.history.merged_to > self.merged_to
+
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Yield the next events of the history, with at most `room` notifications."""
         yield from self._take_merged(board)
+        yield from self._take_records(room, board)
+
+    def _take_records(self, room: int, board: str) -> Iterator[Event]:
         for record in self._next(room):
             yield Event(
                 "notification", board, record.time_ns / 1e9, record.monotonic_ns, record.direction, record.name,
@@ -193,14 +206,17 @@ class _Cursor:
             return
         if merged := self._merged():
             self.merged, self.merged_to = merged, self.history.floor
-            # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
-            for sequence, each in enumerate(merged, self.merged_to - len(merged) + 1):
-                yield Event(
-                    "merged", board, direction=each.direction, signal=each.name, count=each.count,
-                    sequence=sequence, boot=self.history.boot,
-                )  # fmt: skip
+            yield from self._events(merged, board)
         else:
             self._checked = self.history.merged_ever
+
+    def _events(self, merged: Sequence[Merged], board: str) -> Iterator[Event]:
+        # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
+        for sequence, each in enumerate(merged, self.history.floor - len(merged) + 1):
+            yield Event(
+                "merged", board, direction=each.direction, signal=each.name, count=each.count,
+                sequence=sequence, boot=self.history.boot,
+            )  # fmt: skip
 
     def _next(self, room: int) -> list[Record]:
         """Return the next notifications of the history, which the follower must acknowledge."""
@@ -212,13 +228,16 @@ class _Cursor:
 
     def rest(self, board: str) -> Iterator[Event]:
         """Yield all remaining events before another history replaces this history."""
+        yield from self._events(self._merged(), board)
+        self.sent = max(self.sent, self.history.floor)
         while self.sent < self.history.sequence:
-            self.records.clear()
-            yield from self.take(AHEAD, board)
+            self.records.clear()  # Their acknowledgements will be ignored.
+            yield from self._take_records(AHEAD, board)
 
     def _merged(self) -> list[Merged]:
         """Return the notifications that were merged before they were sent to the follower."""
         sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
+        sent.update({(each.direction, each.name): each.count for each in self.merged})
         return [
             attrs.evolve(each, count=count)
             for each in self.history.merged()
@@ -269,7 +288,7 @@ class Follower(Monitor):
         """Follow `history` from its oldest notification. First queue the rest of the history that it replaces."""
         if (before := self.cursors.get(board)) is not None:
             for event in before.rest(board):
-                self._put(event, 1)
+                self._append(event)
         self.cursors[board] = _Cursor(history, history.floor)
         self._turn_of(board)
 
@@ -300,6 +319,11 @@ class Follower(Monitor):
         if self.follows(event.board):
             self._put(event, 1)
 
+    def offer_always(self, event: Event) -> None:
+        """Queue an event even if the queue is full."""
+        if self.follows(event.board):
+            self._append(event)
+
     async def pause(self) -> None:
         if trio.current_time() < self._due:
             with trio.move_on_at(self._due):
@@ -320,12 +344,12 @@ class Follower(Monitor):
             board = next(iter(self._behind))
             del self._behind[board]
             cursor = self.cursors[board]
-            before, room = cursor.sent, PIECE - number
+            before, room = cursor.sent, 0 if cursor.must_wait else PIECE - number
             if self.batches:
                 yield from cursor.take_batch(room, board)
             else:
                 yield from map(encode_event, cursor.take(room, board))
             number += cursor.sent - before
-            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
+            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD and not cursor.must_wait:
                 self._behind[board] = None
         self._pause = 0.0 if number >= PIECE else min(PAUSE, number * PAUSE_EACH)

@@ -75,7 +75,8 @@ def refused(path: Path, error: IncoError) -> list[Result]:
     """Return a result for each mistake in a configuration file, or a hidden result if this user may not read it."""
     if isinstance(error, PermissionDeniedError):
         return [hidden(f"the configuration {error.subject or path}")]
-    return [fail("configuration", error.subject or path, problem) for problem in error.reason.splitlines()]
+    problems = [problem.removeprefix(f"{error.subject}: ") for problem in error.problems]
+    return [fail("configuration", error.subject or path, problem) for problem in problems]
 
 
 def summarize(results: Iterable[Result], again: str) -> list[Result]:

@@ -13,8 +13,10 @@ __all__ = ["FILE_NAME_MAX", "fuse_user", "is_path", "kind_of_file", "mount_id", 
 FILE_NAME_MAX = 255
 """Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
 
+_PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
+_OF_PROCESS = re.compile("/proc/[0-9]+/")
 _FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
 
 _KINDS = {
@@ -61,24 +63,32 @@ def fuse_user(fd: int) -> int | None:
 def open_output(path: Path) -> int:
     """Open a file for writing; create it if it is missing. Do not truncate it, and do not wait for readers of a FIFO.
 
-    Follow no symlink of another user than root and this one: that user could make root overwrite any file. The sysctl
-    fs.protected_symlinks checks this only in sticky directories. Raises OSError.
+    If the last component is a symlink, follow it only if root or this user owns it: another user could make root
+    overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the open
+    use the same parent directory. The parent directories are not checked: their owners decide where they lead.
+    Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    for _ in range(_SYMLINKS_MAX):
-        try:
-            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-        found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.fstat(found).st_uid not in (0, os.geteuid()):
-                raise PermissionError(errno.EACCES, "it is a symlink of another user")
-            if os.path.realpath(path.parent).startswith("/proc/"):
-                return os.open(path, flags)  # The links of open descriptors, such as /dev/stdout, name no path.
-            target = os.readlink("", dir_fd=found)
-        finally:
-            os.close(found)
-        path = path.parent / target
+    parent, name = os.open(path.parent, _PARENT), path.name or "."
+    try:
+        for _ in range(_SYMLINKS_MAX):
+            try:
+                return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+            found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                if os.fstat(found).st_uid not in (0, os.geteuid()):
+                    raise PermissionError(errno.EACCES, "it is a symlink of another user")
+                target = Path(os.readlink("", dir_fd=found))
+            finally:
+                os.close(found)
+            if _OF_PROCESS.match(os.path.realpath(f"/proc/self/fd/{parent}")):
+                # The links of open descriptors, such as /dev/stdout, name no path.
+                return os.open(name, flags, dir_fd=parent)
+            before, parent, name = parent, os.open(target.parent, _PARENT, dir_fd=parent), target.name or "."
+            os.close(before)
+    finally:
+        os.close(parent)
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

@@ -11,9 +11,10 @@ import trio
 
 from inco_trio.control.follower import Conversation
 from inco_trio.control.protocol import BoardStatus, Event, Notifications
+from inco_trio.mqtt.session import do_nothing
 from inco_trio.signals import Direction
 
-__all__ = ["Board", "Entry", "do_nothing"]
+__all__ = ["Board", "Entry"]
 
 
 class Entry(NamedTuple):
@@ -27,10 +28,6 @@ class Entry(NamedTuple):
     """How many notifications were merged, or 0 for a single notification."""
     time: float = 0.0
     monotonic_ns: int = 0
-
-
-def do_nothing() -> None:
-    """Stand in for `Board.push` while the board has no connection to the broker."""
 
 
 @attrs.define(eq=False)

@@ -23,7 +23,6 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError
-from inco_trio.mqtt.backlog import do_nothing
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.session import (
     PACKET_MAX,
@@ -39,6 +38,7 @@ from inco_trio.mqtt.session import (
     Refusal,
     RetainRefusedError,
     Session,
+    do_nothing,
 )
 
 __all__ = ["BrokerBackoff", "Connection", "open_connection"]
@@ -104,7 +104,7 @@ class Connection:
         """Whether a packet may have been sent only partially."""
         self._is_pinging = False
         self._progress = self._last_sent = trio.current_time()
-        """When the broker last answered or accepted data, and when the client last sent data."""
+        """The start of the time limit for the broker's answer, and when the client last sent data."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
         """The received messages. There are never more than `session.RECEIVE_MAX`."""
 
@@ -137,7 +137,7 @@ class Connection:
         if receipts.left:
             await receipts.done.wait()
             self._check()
-        else:  # No message could be sent.
+        else:  # No message was sent: there was none, or all were refused locally.
             self.room_changed()
             await trio.lowlevel.checkpoint()
         return receipts.refusals
@@ -208,6 +208,7 @@ class Connection:
         for event in (self._answered, self._room, self.ended):
             event.set()
         self._session.abandon()
+        self.room_changed()  # Acknowledgements may have arrived together with the broker's DISCONNECT.
 
     def _send_now(self) -> None:
         """Send packets without waiting, or let a task send those that the socket does not accept now."""

@@ -197,11 +197,13 @@ class Gateway:
         """Ask a proxy for the status of each board at the configured interval."""
         await source.write(protocol.StatusRequest())
         while True:
-            await trio.sleep(self._config.status_seconds / max(1, len(mine)))
+            names = [board.name for board in mine if board.is_open]
+            if not names:
+                await trio.sleep(self._config.status_seconds)
             # Ask for one board after the other: many boards at once would delay notifications.
-            for name in [board.name for board in mine if board.is_open]:
+            for name in names:
+                await trio.sleep(self._config.status_seconds / len(names))
                 await source.write(protocol.StatusRequest(name))
-                await trio.sleep(self._config.status_seconds / len(mine))
 
     async def _serve(self, board: Board) -> None:
         """Publish a board until cancelled. Reconnect whenever the connection to the broker is lost."""

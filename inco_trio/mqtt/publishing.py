@@ -13,9 +13,9 @@ import attrs
 import trio
 
 from inco_trio.control.follower import Conversation
-from inco_trio.mqtt.backlog import Board, Entry, do_nothing
+from inco_trio.mqtt.backlog import Board, Entry
 from inco_trio.mqtt.connection import Connection
-from inco_trio.mqtt.session import Message, Refusal
+from inco_trio.mqtt.session import Message, Refusal, do_nothing
 from inco_trio.mqtt.topics import Topics
 from inco_trio.problems import Problems
 
@@ -124,9 +124,10 @@ class Publisher:
 
     def _collect(self) -> None:
         """Remove acknowledged notifications from the queue, and acknowledge them to the proxy."""
-        board, flights = self._board, self._flights
+        board, flights, is_accepted = self._board, self._flights, False
         while flights and flights[0].is_done:
             flight = flights.popleft()
+            is_accepted |= flight.counts
             self._first += 1
             board.finish(flight.entry, flight.generation, counts=flight.counts)
             if flight.source is not None:
@@ -136,7 +137,7 @@ class Publisher:
             self._first += len(flights)
             for each in (flights, self._refused, self._again):
                 each.clear()
-        if not flights:
+        if is_accepted and not flights:
             self._problems.well(board, board.name)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "RetainRefusedError",
     "Session",
     "SessionTakenError",
+    "do_nothing",
 ]
 
 RECEIVE_MAX = 1000
@@ -49,6 +50,10 @@ _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
 """Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
 _QOS = mqtt5.QoS.AT_LEAST_ONCE
+
+
+def do_nothing() -> None:
+    """Do nothing; the default of callbacks."""
 
 
 class BrokerLostError(UnavailableError):

@@ -46,9 +46,9 @@ class Record(NamedTuple):
     direction: Direction
     name: str
     time_ns: int
-    """When the notification was delivered or sent (time.time_ns())."""
+    """When the notification was delivered or sent (real_clock.time_ns())."""
     monotonic_ns: int
-    """The same time on the monotonic clock (time.monotonic_ns())."""
+    """The same time on the monotonic clock (real_clock.monotonic_ns())."""
 
 
 @attrs.frozen

@@ -119,6 +119,7 @@ class Recorder:
         self._outside: dict[str, deque[int]] = {}
         """For each kind of `FROM_OUTSIDE`, the numbers of its last events, at most a quarter of the ring."""
         self._clock = WallClock()
+        self._written = self._noted = 0
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
         before: list[Recorded] = []
@@ -131,6 +132,9 @@ class Recorder:
                 logger.warning("the recorded history is damaged (%s): starting with an empty history", error)
         if not self.inherited or (kept is not None and kept != self._numbers[_KEPT]):
             self._reset(default if kept is None else kept, before, notes)
+        else:
+            for number, note in enumerate(notes, self._noted - len(notes)):
+                self._count_outside(note.kind, number)
         self._kept, self._events_kept = self._numbers[_KEPT], self._numbers[_EVENTS_KEPT]
         self._written, self._noted = self._numbers[_WRITTEN], self._numbers[_NOTED]
         self._sequence = before[-1].sequence if before else 0
@@ -280,12 +284,13 @@ class Recorder:
         """Record an event. If it equals one of the last RECENT events, increase the count of that event instead.
 
         If the link peer has filled its share of the ring, its further events count as equal, whatever their names.
+        Ignored frames are still counted separately for each reason.
         """
         monotonic = real_clock.monotonic_ns()
         key: tuple[object, ...] = kind, text, signal, direction, state
         is_crowded = kind in FROM_OUTSIDE and self._is_crowded(kind)
         if is_crowded:
-            key, signal = (kind, state), None
+            key, signal = (kind, state, text if kind == "ignored" else None), None
         number = self._recent.get(key, -1)
         if (kind != "link" or is_crowded) and number >= max(0, self._noted - RECENT):
             place = number % (self._events_kept + 1) * _EVENT.size
@@ -296,21 +301,24 @@ class Recorder:
         self._recent[key] = self._noted
         if len(self._recent) > 2 * RECENT:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
-        if kind in FROM_OUTSIDE:
-            self._outside[kind].append(self._noted)
         self._write_note(Note(kind, real_clock.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
 
     def _is_crowded(self, kind: str) -> bool:
         """Return whether a quarter of the events in the ring are of this kind."""
-        numbers = self._outside.setdefault(kind, deque(maxlen=max(1, self._events_kept // 4)))
-        return len(numbers) == numbers.maxlen and numbers[0] >= self._noted - self._events_kept
+        numbers = self._outside.get(kind)
+        return numbers is not None and len(numbers) == numbers.maxlen and numbers[0] >= self._noted - self._events_kept
+
+    def _count_outside(self, kind: str, number: int) -> None:
+        """Count the event `number` if the link peer can cause events of this kind."""
+        if kind in FROM_OUTSIDE:
+            self._outside.setdefault(kind, deque(maxlen=max(1, self._events_kept // 4))).append(number)
 
     def _write_note(self, note: Note) -> None:
         number, text = _NO_SIGNAL, note.text.encode("utf-8", "backslashreplace")
         if note.signal is not None and is_wire_name(name := note.signal.encode("ascii", "replace")):
             known = self._ids.get(note.signal, -1)
-            if known < 0 and note.kind == "ignored":
-                # The link peer chooses these names. The table holds at most 32,767 names.
+            if known < 0 and note.kind == "ignored" and note.direction is not Direction.OUTBOUND:
+                # The link peer chooses inbound names. The table holds at most 32,767 names.
                 text += b" " + name
             else:
                 number = self._new_name(note.signal) if known < 0 else known
@@ -329,6 +337,7 @@ class Recorder:
             note.state,
             text,
         )
+        self._count_outside(note.kind, self._noted)
         self._noted = self._numbers[_NOTED] = self._noted + 1
 
     def note_start(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 
 __all__ = ["KEY", "PAGE", "TABLE", "NumberTable"]
@@ -10,7 +11,7 @@ PAGE = 4096
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
-"""Maximum number of entries in a table. The kernel allocates memory only for entries in use."""
+"""Size of a table in entries. One entry always stays unused. The kernel allocates memory only for entries in use."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 """Size of a table in bytes."""
 
@@ -19,6 +20,7 @@ class NumberTable:
     """Maps keys (1 to 64 bytes, no trailing NUL) to positive numbers in shared memory. A missing key reads as 0.
 
     Raises ValueError if the memory has duplicate keys, a key that `is_key` rejects, or a number above `largest`.
+    Storing a new key raises OSError (ENOSPC) and changes nothing if the table is full.
     """
 
     def __init__(self, view: memoryview, largest: int = (1 << 63) - 1, is_key: Callable[[bytes], bool] = bool) -> None:
@@ -60,8 +62,11 @@ class NumberTable:
                 return
             if self._free:
                 index = self._free.pop()
-            else:
+            elif self._end < RECORDS - 1:
                 index, self._end = self._end, self._end + 1
+            else:
+                # `__init__` refuses memory without an unused entry, so the next process could not use a full table.
+                raise OSError(errno.ENOSPC, f"more than {RECORDS - 1} entries in a table (configure fewer signals)")
             # Write the key first: if the process dies before it writes the number, the entry is unused.
             self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
             self.places[key] = index

@@ -337,7 +337,7 @@ class Proxies(Mapping[str, Proxy]):
                     try:
                         await self._open_board(board, opened)
                     except IncoError as error:
-                        self._log_problem(board, str(error))
+                        self._log_problem(board, error)
                     except Exception as error:
                         logger.exception("internal error: this is a bug in inco-trio, please report it")
                         board.problem = f"internal error: {error!r}"
@@ -370,11 +370,11 @@ class Proxies(Mapping[str, Proxy]):
                 opened.set()
                 await trio.sleep_forever()
 
-    def _log_problem(self, board: _Board, problem: str) -> None:
-        if problem != board.problem:
-            board.problem = problem
-            for line in problem.splitlines():
-                logger.error("not open: %s; retrying", line)
+    def _log_problem(self, board: _Board, error: IncoError) -> None:
+        if str(error) != board.problem:
+            board.problem = str(error)
+            for problem in error.problems:
+                logger.error("not open: %s; retrying", problem)
 
 
 @asynccontextmanager

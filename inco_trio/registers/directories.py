@@ -108,7 +108,7 @@ class Directories:
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
         directory.checked.clear()
-        directory.shared = self.trust.shares(found)
+        directory.shared, directory.trust = self.trust.shares(found), self.trust
         self._by_wd[wd] = directory
         if former not in (0, wd):
             self._by_wd.setdefault(former, directory)
@@ -127,13 +127,17 @@ class Directories:
                 )
             self.lose(other)
 
-    def _watch_above(self, directory: Directory, *, waiting: bool) -> None:
-        """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries."""
+    def _watch_above(self, directory: Directory, *, waiting: bool, refused: bool = False) -> None:
+        """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries.
+
+        With `refused`, an ancestor is not trusted. Watch only the trusted ones.
+        """
+        watch = self._watch_trusted if refused or self.trust.delegated else self._inotify.watch
         before, directory.above = directory.above, set()
         for parent in directory.path.parents:
             mask = ABOVE_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
             try:
-                wd = self._inotify.watch(str(parent), mask)
+                wd = watch(str(parent), mask)
             except OSError:
                 continue  # This ancestor is missing or unreadable. Only a failed write will show that it was moved.
             if waiting:
@@ -148,6 +152,14 @@ class Directories:
             self._unwatch(wd)
         if directory.missing_since is None:
             self._await_no_more(directory)
+
+    def _watch_trusted(self, path: str, mask: int) -> int:
+        """Watch an ancestor. Do not wait for a FUSE filesystem of another user. Raises OSError."""
+        fd, _ = open_trusted(Path(path), self.trust, ancestor=True)
+        try:
+            return self._inotify.watch(f"/proc/self/fd/{fd}/." if proc_is_mounted() else path, mask)
+        finally:
+            os.close(fd)
 
     def _await(self, directory: Directory, wd: int, above: Path) -> None:
         """Make `follow` open a missing directory when the next component of its path appears in `above`."""
@@ -175,7 +187,7 @@ class Directories:
     def _watch_only_self(self, path: Path, wd: int) -> None:
         """Restrict the watch `wd` on the directory `path` to the events in ABOVE_MASK."""
         with contextlib.suppress(OSError):
-            found = self._inotify.watch(str(path), ABOVE_MASK)
+            found = self._watch_trusted(str(path), ABOVE_MASK)
             if found != wd:  # The path now refers to a different directory.
                 self._unwatch(found)
 
@@ -291,7 +303,7 @@ class Directories:
                 )
             return
         except OSError as error:
-            self._watch_above(directory, waiting=True)
+            self._watch_above(directory, waiting=True, refused=isinstance(error, UnfitFileError))
             self._problems.failed(directory.path, f"cannot open: {error.strerror}; retrying")
             return
         self._problems.well(directory.path)
@@ -306,7 +318,7 @@ class Directories:
         except OSError:
             return False
         os.close(fd)
-        directory.shared = self.trust.shares(found)
+        directory.shared, directory.trust = self.trust.shares(found), self.trust
         return (found.st_dev, found.st_ino) == directory.identity
 
     def look_at_all(self) -> None:

@@ -14,9 +14,10 @@ import attrs
 
 from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
-from inco_trio.linux.files import kind_of_file, mount_id
+from inco_trio.linux.files import fuse_user, kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
 from inco_trio.registers.refusals import UnfitFileError
+from inco_trio.registers.trust import Trust, open_trusted
 
 __all__ = ["EMPTIED", "PATIENCE", "TEMPORARY", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
@@ -29,6 +30,7 @@ TEMPORARY = ".inco-trio."
 """The start of the temporary names of all proxies."""
 KIND = stat.S_IFMT(0xFFFF)
 """The bits of `st_mode` that contain the type of the file."""
+OTHER_FILESYSTEM = "not on the same filesystem as its directory"
 FILE_MODE = 0o666 | stat.S_IFREG
 TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
 
@@ -60,6 +62,8 @@ class Directory:
     identity: tuple[int, int] = (0, 0)
     shared: bool = False
     """Whether a user other than root and the proxy's own user may change the names in the directory."""
+    trust: Trust = attrs.Factory(Trust)
+    """The users whom the proxy trusted when it last opened or checked the directory."""
     checked: set[bytes] = attrs.Factory(set)
     """The names of state files that passed `check` and that no event has reported as changed since.
 
@@ -91,8 +95,15 @@ class Directory:
     @property
     def current(self) -> bool:
         """Whether `path` still refers to the open directory."""
+        if self.fd < 0:
+            return False
         try:
-            found = os.stat(self._path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
+            if self.shared:
+                # A plain stat(2) would wait for a FUSE filesystem that another user has mounted on the path.
+                fd, found = open_trusted(self.path, self.trust)
+                os.close(fd)
+            else:
+                found = os.stat(self._path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == self.identity
@@ -101,7 +112,7 @@ class Directory:
     def patience(self) -> float:
         """Seconds to wait before recreating a deleted file."""
         try:
-            with os.scandir(self.path) as entries:
+            with os.scandir(self.name(".")) as entries:
                 return PATIENCE if next(entries, None) is not None else EMPTIED
         except OSError:
             return PATIENCE
@@ -128,12 +139,25 @@ class Directory:
             error.filename = str(self.path / register)
             raise
 
+    def status(self, register: str | bytes) -> os.stat_result:
+        """Return the status of the file with the name `register`, without following a symlink. Raises OSError."""
+        if not self.shared:
+            return os.stat(register, dir_fd=self.fd, follow_symlinks=False)
+        fd = os.open(register, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            # Check this before fstat(2), which waits for the process that serves a FUSE filesystem.
+            if proc_is_mounted() and mount_id(fd) != mount_id(self.fd) and fuse_user(fd) is not None:
+                raise UnfitFileError(self.path / os.fsdecode(register), OTHER_FILESYSTEM, "unmount it")
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
     def check(self, register: str | bytes, opened: int | None = None) -> None:
         """Check that a register is a regular file with only one name, on the directory's filesystem.
 
         `opened` is an open descriptor of the register. If it is None, check the file that has the name `register`.
         """
-        found = os.stat(register, dir_fd=self.fd, follow_symlinks=False) if opened is None else os.fstat(opened)
+        found = self.status(register) if opened is None else os.fstat(opened)
         if found.st_mode & KIND != stat.S_IFREG or found.st_nlink != 1 or found.st_dev not in self.devices:
             self._check_unusual(os.fsdecode(register), found)
 
@@ -147,7 +171,7 @@ class Directory:
             raise UnfitFileError(path, f"has {found.st_nlink} names (hard links)", remedy)
         if found.st_dev not in self.devices:
             if not self._is_on_same_mount(register):
-                raise UnfitFileError(path, "not on the same filesystem as its directory", "unmount it")
+                raise UnfitFileError(path, OTHER_FILESYSTEM, "unmount it")
             self.devices.add(found.st_dev)
 
     def _unlink_temporaries(self, found: os.stat_result) -> bool:

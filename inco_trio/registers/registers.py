@@ -19,7 +19,7 @@ from inco_trio.proxy_status import Counters
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import Directory
-from inco_trio.registers.refusals import refusal
+from inco_trio.registers.refusals import UnfitFileError, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.registers.trust import Trust
@@ -80,7 +80,9 @@ class Registers:
                     self.directories.drop(directory)
             if not isinstance(error, OSError):
                 raise
-            if problem := unreported(new.path):
+            # If a component is not trusted or not a directory, a FUSE filesystem at it could block stat(2).
+            unsafe = isinstance(error, UnfitFileError | NotADirectoryError)
+            if not unsafe and (problem := unreported(new.path)):
                 raise ConfigError(problem) from error
             raise refusal(error, new.path) from error
         for trigger in self.triggers.by_path.values():

@@ -116,7 +116,7 @@ class StateFile:
 
     def _check_still_there(self) -> None:
         try:
-            there = os.stat(self.signal.register, dir_fd=self.directory.fd, follow_symlinks=False)
+            there = self.directory.status(self._register)
         except OSError:
             there = None
         if there is None or not os.path.samestat(os.fstat(self.fd), there):

@@ -14,6 +14,7 @@ import errno
 import logging
 import math
 import os
+import stat
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -187,7 +188,7 @@ class Triggers:
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
-            if _same_file(owner.path, trigger.path):
+            if _same_file(owner, trigger):
                 raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "configure only one of them")
             # The file of `owner` was renamed to this path.
             owner.wd = 0
@@ -352,9 +353,7 @@ class Triggers:
             trigger.replaced.popleft()
         # The event reported a file, but a directory may have replaced the file by now.
         gone_again = (
-            error is not None
-            and not mask & ino.IN_ISDIR
-            and (error.errno == errno.ENOENT or _is_directory(trigger.path))
+            error is not None and not mask & ino.IN_ISDIR and (error.errno == errno.ENOENT or _is_directory(trigger))
         )
         if another or gone_again or always:
             triggered.add(trigger, note=another)
@@ -373,6 +372,8 @@ class Triggers:
 
         After each trigger, yield when to retry it (real_clock.monotonic()), or None if it is now watched.
         """
+        if directory.fd < 0:
+            return
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
         for trigger in tuple(self._in.get(directory, {}).values()):
@@ -426,15 +427,16 @@ class Triggers:
         return triggered
 
 
-def _is_directory(path: Path) -> bool:
+def _is_directory(trigger: Trigger) -> bool:
     try:
-        return path.is_dir()
+        return stat.S_ISDIR(trigger.directory.status(trigger.register).st_mode)
     except OSError:
         return False
 
 
-def _same_file(one: Path, other: Path) -> bool:
+def _same_file(*triggers: Trigger) -> bool:
     try:
-        return os.path.samestat(one.lstat(), other.lstat())
+        one, other = (trigger.directory.status(trigger.register) for trigger in triggers)
+        return os.path.samestat(one, other)
     except OSError:
         return False

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.linux.files import fuse_user
+from inco_trio.linux.files import fuse_user, mount_id
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.users import is_private_group, user_name
 from inco_trio.registers.refusals import UnfitFileError
@@ -43,19 +43,25 @@ class Trust:
     user: int = attrs.Factory(os.geteuid)
     """The proxy's user ID (default: the effective user ID of this process)."""
 
+    @property
+    def delegated(self) -> bool:
+        """Whether another user is trusted, who could mount a FUSE filesystem over a directory or a register."""
+        return self.group is not None or self.owner not in (None, 0, self.user)
+
     def shares(self, found: os.stat_result) -> bool:
         """Return whether a user other than root and the user of this process may change the names in a directory."""
         return found.st_uid not in (0, self.user) or bool(found.st_mode & stat.S_IWGRP)
 
 
-def open_trusted(path: Path, trust: Trust, *, make: bool = False) -> tuple[int, os.stat_result]:
+def open_trusted(path: Path, trust: Trust, *, make: bool = False, ancestor: bool = False) -> tuple[int, os.stat_result]:
     """Return a descriptor (O_PATH) of the directory at `path`, and its status. With `make`, create it if it is missing.
 
+    With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write if it is sticky.
     Raises OSError, or UnfitFileError if an untrusted user could replace the directory or change its files.
     """
     walk = _Walk(path, trust)
     try:
-        walk.run(make=make)
+        walk.run(make=make, ancestor=ancestor)
     except OSError as error:
         os.close(walk.fd)
         error.filename = str(path)
@@ -76,8 +82,10 @@ class _Walk:
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)
+        self._mount = 0
+        """The ID of the last mount that `_check_fuse` has checked."""
 
-    def run(self, *, make: bool) -> None:
+    def run(self, *, make: bool, ancestor: bool) -> None:
         self._check_owner(self.found)
         while self._names:
             self._check_writers(final=False)
@@ -94,19 +102,22 @@ class _Walk:
             os.close(self.fd)
             self.fd = fd
             self._place = os.path.join(self._place, name)  # noqa: PTH118 - faster, and called for each component
-            if self._trust.owner not in (None, 0, os.geteuid()):
+            if self._trust.delegated:
                 self._check_fuse()  # Call this before fstat(2), which waits for the process that serves the files.
-            self.found = os.fstat(fd)
+            before, self.found = self.found, os.fstat(fd)
+            if self.found.st_dev != before.st_dev and not self._trust.delegated:
+                self._check_fuse()
             self._check_owner(self.found)
-        self._check_writers(final=True)
+        self._check_writers(final=not ancestor)
 
     def _follow_symlink(self, name: str) -> None:
         fd = os.open(name, _ANYTHING, dir_fd=self.fd)
         try:
-            found = os.fstat(fd)
-            if not stat.S_ISLNK(found.st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            # Call this before fstat(2), which waits if a FUSE filesystem covers a file. ENOENT means: not a symlink.
             target = os.readlink("", dir_fd=fd)
+            found = os.fstat(fd)
+        except FileNotFoundError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         finally:
             os.close(fd)
         self._symlinks += 1
@@ -120,7 +131,7 @@ class _Walk:
         if target.startswith("/"):
             root = os.open("/", _DIRECTORY)
             os.close(self.fd)
-            self._place, self.fd, self.found = "/", root, os.fstat(root)
+            self._place, self.fd, self.found, self._mount = "/", root, os.fstat(root), 0
             self._check_owner(self.found)
             parts = parts[1:]
         self._names.extendleft(reversed(parts))
@@ -162,8 +173,15 @@ class _Walk:
 
     def _check_fuse(self) -> None:
         """Check that no user serves this directory by FUSE: the files could have any owner, and block this process."""
+        try:
+            number = mount_id(self.fd)
+        except FileNotFoundError:
+            return  # /proc is not mounted.
+        if number == self._mount:
+            return
+        self._mount = number
         user = fuse_user(self.fd)
-        if user not in (None, 0, os.geteuid()):
+        if user not in (None, 0, self._trust.user):
             what = f"{self._place} is a FUSE filesystem of {user_name(user)}, which can block the proxy"
             raise self._untrusted(what, "use a directory on another filesystem")
 

@@ -56,7 +56,7 @@ class ManyBoards:
         refused = {**boards.refused, **await self._proxies.reload(self._with_history(boards), keep=boards.refused)}
         self._log_problems(boards, refused, "refused, keeping the old configuration")
         self._log_open()
-        return [f"{name}: {problem}" for name, error in refused.items() for problem in str(error).splitlines()]
+        return [f"{name}: {problem}" for name, error in refused.items() for problem in error.problems]
 
     def _with_history(self, boards: Boards) -> Mapping[str, Config]:
         return {name: attrs.evolve(config, history=self._history) for name, config in boards.configs.items()}

@@ -89,6 +89,9 @@ def raise_descriptor_limit() -> None:
 
     Each board uses four or five descriptors. The limit also applies to the descriptors in transit in Unix sockets, of
     all processes of a user together (unix(7), ETOOMANYREFS). The stored descriptors of many boards are in transit.
+
+    If the kernel refuses, the soft limit stays. In a container, the hard limit may exceed fs.nr_open (setrlimit(2)).
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -178,7 +178,9 @@ class Runner:
                 answer.ready.set()
 
     async def reload(self) -> Sequence[str]:
-        """Reload the configuration as SIGHUP does, and return what was refused."""
+        """Reload the configuration as SIGHUP does, and return what was refused. Do not wait for readiness."""
+        if not self._is_ready.is_set():
+            return ["not ready yet: reload again once the service is ready"]
         self._waiting.append(answer := _Answer())
         _send_once(self._hang_up)
         await answer.ready.wait()
