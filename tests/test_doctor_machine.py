@@ -297,6 +297,27 @@ def test_a_board_in_another_network_namespace_is_checked(cores: Cores, tmp_path:
     assert of(doctor(cores.core1, "--boards", tmp_path), "state")["found"] == "the interface is down"
 
 
+def test_boards_with_the_same_interface_name_are_distinguished(cores: Cores, tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    for name, core in (("b1", cores.core0), ("b2", cores.core1)):
+        place = f"/proc/{os.getpid()}/fd/{core.fd}"
+        board = {"link": cores.link, "irq_dir": str(tmp_path / name), "netns": place}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    proxy = Proxy(None, ("--boards", boards, "--control", tmp_path / "c.sock"), {}, tmp_path / "log")
+    try:
+        assert proxy.wait_ready()
+        found = doctor(cores.core0, "--boards", boards)
+        reload = {each["subject"]: each["level"] for each in found if each["check"] == "reload"}
+        assert reload == {f"{boards}/b1.json": "ok", f"{boards}/b2.json": "ok"}
+        assert [each["subject"] for each in found if each["check"] == "counters"] == ["b1", "b2"]
+        # Without --boards, the link is that of the doctor's namespace.
+        for name, core in (("b1", cores.core0), ("b2", cores.core1)):
+            assert of(doctor(core, cores.link), "counters")["subject"] == name
+    finally:
+        proxy.close()
+
+
 def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: list[str]) -> None:
     irq_dir.mkdir()
     around = [*nobody[:2], str(irq_dir), *nobody[2:]]

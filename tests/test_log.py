@@ -292,12 +292,12 @@ def test_a_cause_is_forgotten_after_its_period() -> None:
     now = 0.0
     throttle = Throttle(lambda: now)
     record = logging.LogRecord("x", logging.WARNING, __file__, 0, "down", None, None)
-    assert [throttle.admit("", cause, record) for cause in "aab"] == [True, False, True]
+    assert [throttle.admit("", cause, record) for cause in "aba"] == [True, True, False]
     now = PERIOD
     written: list[logging.LogRecord] = []
     throttle.release(written.append)
     assert written == [record]
-    assert [throttle.admit("", cause, record) for cause in "ab"] == [False, True]
+    assert [throttle.admit("", cause, record) for cause in "ba"] == [True, False]
     throttle.release(written.append)
     now = 3 * PERIOD
     throttle.admit("", "c", record)
@@ -332,6 +332,44 @@ def test_many_causes_of_one_board_wait(capfd: pytest.CaptureFixture[str], monkey
     assert lines() == []  # 20 lines have already been written in this second.
     handler.flush()
     assert lines() == ["register r0"]
+
+
+def test_no_line_overtakes_a_held_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    set_up_logging("text", verbose=False)
+    (handler,) = logging.getLogger("inco_trio").handlers
+    assert isinstance(handler, _Lines)
+    monkeypatch.setattr(handler, "_throttle", Throttle(lambda: now))
+    monkeypatch.setattr(handler, "_start_timer", lambda: None)
+    problems = Problems()
+
+    def lines() -> list[str]:
+        return [line.partition(": ")[2] for line in capfd.readouterr().err.splitlines()]
+
+    failed, works = "warning: /f: cannot write", "info: /f: works again"
+    omitted = " (1 similar lines omitted)"
+    for _ in range(3):
+        problems.failed("/f", "cannot write")
+        problems.well("/f")
+    assert lines() == [failed, works]
+    now = PERIOD
+    handler._release()
+    assert lines() == [failed + omitted, works + omitted]
+    # The problem changes and ends, but only the problem was logged less than a period ago.
+    now = 3 * PERIOD
+    problems.failed("/f", "cannot write")
+    problems.failed("/f", "cannot open")
+    problems.well("/f")
+    # Another key may belong to the same file.
+    problems.failed(("/f", "states"), "missing", "/f")
+    with working_for("b1"):
+        logger.warning("another board")
+    assert lines() == [failed, "warning: b1: another board"]
+    now = 3.5 * PERIOD
+    problems.failed("/f", "cannot write")
+    now = 4 * PERIOD
+    handler._release()
+    assert lines() == [works, "warning: /f: missing", failed + omitted]
 
 
 def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.MonkeyPatch) -> None:

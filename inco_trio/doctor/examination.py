@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.config import Config
+from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
 from inco_trio.doctor.result import Result, fail
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
+from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import Process, Processes
 from inco_trio.linux.users import find_owner
 from inco_trio.proxy_status import Status
@@ -56,7 +58,7 @@ def examine(
                 results = [fail("netns", link, error.reason)]
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
-    boards = [board for board in answers.of(users.proxy) if board.status is not None and board.status.link == link]
+    boards = [] if link is None or users.proxy is None else _boards_of(users.proxy, answers, link, netns)
     status = boards[0].status if boards else None
     if users.proxy is not None:
         trust = trust_of(users.proxy, status)
@@ -67,6 +69,21 @@ def examine(
         yield from proxies.capabilities(users.proxy, status)
         if configuration is not None:
             yield from proxies.configuration(*configuration, users.proxy, status)
+
+
+def _boards_of(proxy: Process, answers: Answers, link: str, netns: Path | None) -> list[BoardStatus]:
+    """Return the boards of a proxy with this link. Interfaces in different network namespaces can have the same name.
+
+    If no board is known to use the namespace `netns`, return the boards whose namespace cannot be identified.
+    """
+    wanted = identity(netns)
+    found: dict[tuple[int, int], list[BoardStatus]] = {}
+    for board in answers.of(proxy):
+        if board.status is not None and board.status.link == link:
+            path = f"/proc/{proxy.pid}/ns/net" if board.status.netns is None else board.status.netns
+            place = wanted if link.startswith("unix:") else identity(Path(path))
+            found.setdefault(place, []).append(board)
+    return found.get(wanted) or found.get((0, 0), [])
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:

@@ -1,7 +1,8 @@
 """A rate limit for log lines, so that other users and the link peer cannot fill the disk.
 
 The first line of a cause is written immediately, and further lines of this cause at most once per period. If one board
-has many causes, at most LINES_MAX of its lines are written per period; other lines wait.
+has many causes, at most LINES_MAX of its lines are written per period; other lines wait. While a line of a board waits,
+later lines with a cause wait too: otherwise, the log could end with `cannot write` although the file works again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Throttle:
         self._boards[board] = causes
         found = causes.pop(cause, None)
         if found is None:
-            if sum(now - each.logged < PERIOD for each in causes.values()) < LINES_MAX:
+            # Causes without a held record were logged less than a period ago.
+            if len(causes) < LINES_MAX and not any(each.held for each in causes.values()):
                 causes[cause] = _Cause(now)
                 return True
             if len(causes) >= CAUSES_MAX:
