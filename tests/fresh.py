@@ -160,7 +160,7 @@ def session(suite: str, user: str) -> str:
 
 
 def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
-    """Create a system of the suite, and run the README's two commands in it as each user."""
+    """Create a bare system of this Debian release, and run the README's two commands in it as each user."""
     # Do not use /tmp: it may be mounted nodev, and debootstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"inco-trio-{suite}-") as directory:
         # Use a subdirectory, because only root can enter the temporary directory itself.

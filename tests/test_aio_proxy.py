@@ -616,7 +616,7 @@ def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
 
 @pytest.mark.parametrize("waits", ["never", "before", "after"])
 def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) -> None:
-    """Crash Trio, as a bug in Trio or inco-trio might. In each run, the loop takes a turn at a later step of Trio."""
+    """Crash Trio, as a bug in Trio or inco-trio might. In each run, the asyncio loop runs once after a later step."""
 
     async def broken() -> None:
         raise RuntimeError("broken")

@@ -223,7 +223,7 @@ def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.
 
 
 def answer_and_end(server: socket.socket) -> None:
-    """Act as a broker that acknowledges a message and ends the connection in one piece of data."""
+    """Act as a broker that acknowledges a message and ends the connection in a single write."""
     sock, _ = server.accept()
     with sock:
         sock.settimeout(HANG)

@@ -388,7 +388,7 @@ def counts(path: Path) -> Counter[str]:
     return Counter(entry.signal for entry in everything(path) if isinstance(entry, Entry) and not entry.pending)
 
 
-# A history record can hold a whole batch: 16 records never cover the flood, but thousands of records could.
+# One history record can hold a whole batch, so thousands of records could cover the whole flood. 16 never can.
 @pytest.mark.parametrize("size", [65_536, 16, 0])
 def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     board: Board, start: Callable[..., Running], tmp_path: Path, size: int

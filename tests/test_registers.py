@@ -518,7 +518,7 @@ def test_several_renames_between_two_reads_count_each(start: StartWorld, notify:
     for _ in range(3):
         remake(notify.path)
     write(notify.path)
-    # The proxy did not watch the last file yet when it was written, so the rename and this write count as one.
+    # The proxy was not yet watching the last file when it was written, so the rename and this write count as one.
     assert world.triggered() == ["redun_notify_irq"] * 3
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]

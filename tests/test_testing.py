@@ -721,7 +721,7 @@ def test_a_wait_in_another_thread_ends_when_the_board_is_closed(tmp_path: Path) 
         waiting = threading.Thread(target=wait)
         waiting.start()
         while not history._listeners:
-            time.sleep(0.01)  # No event reports that the other thread waits.
+            time.sleep(0.01)  # Poll: no event reports that the other thread has started to wait.
     waiting.join(HANG)
     assert [str(error).partition("; ")[0] for error in failures] == [
         f"{HWWD}: did not arrive at core 0 (the board is closed)"

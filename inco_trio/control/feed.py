@@ -108,7 +108,7 @@ class Feed:
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
-        # Frames are unknown if the proxy is not open yet, or if it read the frames before a monitor asked for them.
+        # The frames are not available if the proxy is not open yet, or if it read them before a monitor requested them.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
         return [proxy._frame(signal.name) for signal in signals]

@@ -43,7 +43,7 @@ class Monitor:
     _lost: int = 0
     _ended: bool = False
     _rest: str = ""
-    """The rest of lines that were sent only in part."""
+    """The unsent remainder of lines that were only partly sent."""
     _is_idle: bool = False
     """Whether `take` waits for events."""
     _arrived: trio.Event = attrs.Factory(trio.Event)

@@ -116,8 +116,8 @@ class Core1(Core):
     `link` is the address of the link. For a pair of sockets, core 1's path comes first. An interface is looked up in
     the network namespace at the path `netns`, or in the current namespace.
 
-    Entering the block raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and
-    ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
+    Entering the block raises InvalidArgumentError if the address is invalid. It may also raise LinkNotFoundError,
+    PermissionDeniedError and ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None) -> None:

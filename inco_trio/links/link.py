@@ -24,7 +24,7 @@ class Link(Protocol):
     fd: int
     """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Number of frames that are not from the peer. The link makes them malformed, so that the proxy ignores them."""
+    """Number of foreign frames. The link replaces them with malformed frames, which the proxy ignores."""
 
     @property
     def mac(self) -> bytes:

@@ -82,7 +82,7 @@ class StateFile:
             fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
         except OSError:
             directory.checked.discard(register)
-            directory.check(register)  # The error of the check names the cause, such as a FIFO without a reader.
+            directory.check(register)  # Raises an error that names the cause, such as a FIFO.
             raise
         if directory.shared:
             try:
