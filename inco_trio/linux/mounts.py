@@ -25,8 +25,14 @@ class Mounts:
         self._fds: list[int] = []
         self._scope = trio.CancelScope()
         # poll(2) reports a change once for each descriptor, as POLLPRI. Trio can only wait for POLLIN, which an epoll
-        # descriptor reports. `_missed` reports a change that occurs before Trio waits.
-        self._waited, self._missed = select.epoll(), select.poll()
+        # descriptor reports. `_missed` reports a change that occurs before Trio waits. Do not use poll(2) for it, which
+        # fails with EINVAL while RLIMIT_NOFILE is too low.
+        self._waited = select.epoll()
+        try:
+            self._missed = select.epoll()
+        except BaseException:
+            self._waited.close()
+            raise
         try:
             for watch in (self._waited.register, self._missed.register):
                 self._fds.append(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
@@ -51,7 +57,8 @@ class Mounts:
             # Trio calls `_end_if_missed` after the wait below has begun.
             trio.lowlevel.current_trio_token().run_sync_soon(self._end_if_missed, waiting)
             await trio.lowlevel.wait_readable(self._waited.fileno())
-            self._missed.poll(0)
+            if not self._missed.closed:
+                self._missed.poll(0)
 
     def _end_if_missed(self, waiting: trio.CancelScope) -> None:
         if self._waited.closed or self._missed.poll(0):
@@ -62,5 +69,6 @@ class Mounts:
 
     def close(self) -> None:
         self._waited.close()
+        self._missed.close()
         while self._fds:
             os.close(self._fds.pop())
