@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,3 +125,15 @@ def test_a_refused_descriptor_leaves_none_open(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(PermissionError):
             Mounts()
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_lack_of_descriptors_does_not_end_the_watcher() -> None:
+    """poll(2) would fail with EINVAL under this limit, and epoll_wait(2) does not."""
+    mounts = Mounts()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        mounts._end_if_missed(trio.CancelScope())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        mounts.close()
