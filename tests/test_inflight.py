@@ -108,6 +108,12 @@ def test_new_memory_is_empty(memory: Inflight) -> None:
     assert (list(memory.pending), list(memory.watches)) == ([], [])
 
 
+def test_no_byte_of_the_mark_can_end_a_text(memory: Inflight) -> None:
+    # With an ASCII byte in the mark, one in 256 processes would return a long text without its last byte.
+    for bank in memory.frames:
+        assert not any(map(str.isascii, bank.blank[SHORT:FRAME_STEP].decode("latin-1")))
+
+
 def test_new_memory_allocates_few_pages(memory: Inflight) -> None:
     # The kernel has allocated only the pages that hold the marks between frames, and one page for each table.
     assert os.fstat(memory.fd).st_blocks * 512 <= sum(len(bank.view) for bank in memory.frames) + 4096 * 4

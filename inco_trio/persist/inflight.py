@@ -64,8 +64,11 @@ BEFORE_HISTORY = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUE
 BEFORE_RECORDER = BEFORE_HISTORY + HISTORY
 SIZE = BEFORE_RECORDER + AREA
 _NO_EVENTS = bytes(EVENT_BANK)
-_MARK = os.urandom(MARK)
-"""The random bytes at the end of each empty slot in memory that this process creates."""
+_MARK = bytes(0x80 | byte for byte in os.urandom(MARK))
+"""The random bytes at the end of each empty slot in memory that this process creates. None of them is ASCII text.
+
+A long frame ends at its last byte that differs from the mark. The end of a text can therefore always be found.
+"""
 
 
 @functools.cache
