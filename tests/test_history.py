@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from trio.testing import MockClock
 
-from inco_trio.control.feed import Batch, Feed
+from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
 from inco_trio.persist import followed as room
@@ -106,7 +106,7 @@ class Walk(RuleBasedStateMachine):
         self.history.append(signals, NOW)
         self.handled += signals
         if self.follower is not None:
-            self.follower.carried(Batch(BOARD, signals, 0, (), 0, 0))
+            self.follower.appended(BOARD, signals, NOW)
 
     @precondition(lambda self: not self.steady or self.follower is None)
     @rule(batches=st.booleans())
@@ -204,7 +204,7 @@ def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatc
 
     def handle(follower: Follower, number: int) -> list[tuple[str, int, int]]:
         history.append(SIGNALS[:1] * number, NOW)
-        follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+        follower.appended(BOARD, SIGNALS[:1] * number, NOW)
         return read(follower)
 
     def read(follower: Follower) -> list[tuple[str, int, int]]:
@@ -293,7 +293,7 @@ def test_a_replaced_history_with_merged_notifications_is_read_once(
 
         def handle(number: int) -> None:
             old.append(SIGNALS[:1] * number, NOW)
-            follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+            follower.appended(BOARD, SIGNALS[:1] * number, NOW)
 
         feed.add(follower)
         feed.opened(lambda: old)

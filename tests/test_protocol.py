@@ -115,7 +115,7 @@ def test_unknown_keys_and_events_are_accepted() -> None:
 def test_notifications_round_trip() -> None:
     signals = ((Direction.INBOUND, "a"), (Direction.OUTBOUND, "b"))
     batch = Notifications("b1", "5f0c", 7, signals, [(0, 1.5, 3), (1, 2.5, 4), (0, 3.5, 5)])
-    decoded = decode_reply(encode_notifications(batch).encode())
+    decoded = decode_reply(encode_notifications(*attrs.astuple(batch, recurse=False)).encode())
     assert isinstance(decoded, Notifications)
     assert attrs.evolve(decoded, signals=tuple(decoded.signals)) == batch
 

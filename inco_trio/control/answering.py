@@ -146,7 +146,7 @@ class Connection:
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
         if not history.keeping:
             return None
-        followed = any(board in follower.cursors for follower in self._feed.followers())
+        followed = any(board in follower.cursors for follower in self._feed.followers)
         return protocol.HistoryStatus(
             history.boot, history.sequence, history.acknowledged, history.waiting, history.merged_ever, followed
         )
@@ -200,7 +200,7 @@ class Connection:
         """Let the client follow boards. Return the current position in the history of each open board."""
         self._check_permitted("follow")
         self._check_monitor(wanted=False)
-        for other in self._feed.followers():
+        for other in self._feed.followers:
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
                 raise RequestError(
@@ -246,7 +246,7 @@ class Connection:
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
         """End the histories of boards that have no follower. Return the names of these boards."""
         self._check_permitted("forget")
-        followed = {board for follower in self._feed.followers() for board in follower.cursors}
+        followed = {board for follower in self._feed.followers for board in follower.cursors}
         forgotten = []
         for name, proxy in self._served.proxies().items():
             history = proxy._history()

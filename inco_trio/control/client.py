@@ -102,8 +102,10 @@ class Channel:
         if not data:
             raise self._ended()
         self._received.feed(data)
-        with self._obeying():
+        try:  # As in `_next`, avoid the context manager.
             self._lines += self._received.lines()
+        except MessageError as error:
+            raise self._not_understood(error) from error
 
     def _next_greeting(self) -> Greeting:
         """Return the greeting. Raises IncoError if the proxy refuses the client."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,6 +71,9 @@ class Feed:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.monitors: set[Monitor] = set()
+        self.followers: Sequence[Follower] = ()
+        self._others: Sequence[Monitor] = ()
+        """The monitors that are not followers."""
         self.wants_frames = False
         self._log = _LogTap(self)
 
@@ -83,28 +86,31 @@ class Feed:
         self._changed()
 
     def _changed(self) -> None:
+        from inco_trio.control.monitors import Follower
+
+        self.followers = [monitor for monitor in self.monitors if isinstance(monitor, Follower)]
+        self._others = [monitor for monitor in self.monitors if not isinstance(monitor, Follower)]
         self.wants_frames = any(monitor.frames for monitor in self.monitors)
         self._log.attach(listening=bool(self.monitors))
 
-    def followers(self) -> Iterator[Follower]:
-        from inco_trio.control.monitors import Follower
-
-        return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
-
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
-        if self.monitors:
+        if self.followers:
+            board = self._board
+            for follower in self.followers:
+                follower.appended(board, signals, at)
+        if self._others:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
-            self._put(Batch(self._board, tuple(signals), sequence, frames, *at, since))
+            batch = Batch(self._board, tuple(signals), sequence, frames, *at, since)
+            for monitor in self._others:
+                monitor.carried(batch)
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
         if self.monitors:
             now = real_clock.time_ns(), real_clock.monotonic_ns()
-            self._put(Batch(self._board, tuple(signals), 0, frames, *now, reason=reason))
-
-    def _put(self, batch: Batch) -> None:
-        for monitor in self.monitors:
-            monitor.carried(batch)
+            batch = Batch(self._board, tuple(signals), 0, frames, *now, reason=reason)
+            for monitor in self.monitors:
+                monitor.carried(batch)
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
@@ -123,13 +129,13 @@ class Feed:
         self.offer("link", running=running, message=text)
 
     def opened(self, keep: Callable[[], History]) -> None:
-        for follower in self.followers() if self.monitors else ():
+        for follower in self.followers:
             if follower.follows(self._board):
                 follower.begin(self._board, keep())
                 follower.offer_always(self._event("opened"))
 
     def ended(self) -> None:
-        for follower in self.followers() if self.monitors else ():
+        for follower in self.followers:
             follower.offer_always(self._event("closed"))
 
     @property

@@ -99,10 +99,14 @@ class Conversation(Channel):
         raise self._silent()
 
     async def _await_line(self) -> None:
+        sock = self._stream.socket
         while not self._lines:
-            try:
-                data = await self._stream.receive_some(CHUNK)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            try:  # `receive_some` would read before it waits, and usually find no data.
+                await trio.lowlevel.wait_readable(sock)
+                data = os.read(sock.fileno(), CHUNK)
+            except BlockingIOError:
+                continue
+            except (OSError, trio.ClosedResourceError) as error:
                 raise self._ended() from error
             self._feed(data)
 

@@ -158,10 +158,12 @@ class Connection:
         If the connection has ended, the messages are discarded and never answered.
         """
         if messages and self._lost is None:
-            self._expect()
+            was_waiting = self._session.is_waiting or self._flushing
             for number, message in messages:
                 self._session.publish(message, receipts, number)
             self._send_now()
+            if not was_waiting:
+                self._progress = trio.current_time()  # See `_expect`.
 
     async def _wait_for_room(self) -> None:
         if self._room.is_set():  # Do not replace an event that other tasks wait for.

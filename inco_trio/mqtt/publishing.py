@@ -95,7 +95,7 @@ class Publisher:
             if self._refused and not (self._unanswered or self._again):
                 self._stuck.set()
             room = self._room()
-            numbers = [self._again.popleft() for _ in range(min(room, len(self._again)))]
+            numbers = [self._again.popleft() for _ in range(min(room, len(self._again)))] if self._again else []
             # Send refused notifications before new notifications, so that the order changes little.
             new = () if self._refused or not room else tuple(islice(board.waiting, len(flights), len(flights) + room))
             for entry in new:
@@ -115,9 +115,12 @@ class Publisher:
 
     def _room(self) -> int:
         """Return how many notifications to send now."""
-        flights, limit = self._flights, min(BATCH, self._connection.window)
-        if flights and flights[0].generation != self._board.generation:
+        flights = self._flights
+        if not flights:
+            return min(BATCH, self._connection.room)
+        if flights[0].generation != self._board.generation:
             return 0  # Another proxy repeats these notifications. Wait, so that they count as duplicates.
+        limit = min(BATCH, self._connection.window)
         if self._unanswered > limit // 2:
             return 0  # Send many notifications at once instead of one for each acknowledgement.
         return min(limit - self._unanswered, self._connection.room)
