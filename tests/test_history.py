@@ -28,8 +28,8 @@ from netns.hang import HANG
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
-NOW = (2, 1)
-"""Wall-clock time and monotonic time of all notifications."""
+NOW = (2 * 10**9, 10**17)
+"""Wall-clock time and monotonic time of all notifications. No pause of a follower ends later than this."""
 FEW = 6
 
 
@@ -114,7 +114,7 @@ class Walk(RuleBasedStateMachine):
         """Start another follower, which may receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.last = [], 0
-        self.follower = Follower(batches=batches)
+        self.follower = Follower(batches=batches, transmit=self._receive)
         self.follower.begin(BOARD, self.history)
 
     @precondition(lambda self: not self.steady)
@@ -131,8 +131,14 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.follower is not None)
     @rule()
     def read(self) -> None:
-        assert self.follower is not None
-        events = [event for line in self.follower._stored() for event in single_events(line)]
+        follower = self.follower
+        assert follower is not None
+        self._receive("".join(follower._stored()).encode())
+        if not follower._behind:  # Like `take`, wait for events. The follower then transmits the next ones at once.
+            follower._arrived, follower._is_idle = trio.Event(), True
+
+    def _receive(self, lines: bytes) -> int:
+        events = [event for line in lines.decode().splitlines() for event in single_events(line)]
         # An acknowledgement includes all lower numbers, so a number must not follow a higher one.
         numbers = [self.last, *(event.sequence for event in events)]
         assert numbers == sorted(set(numbers))
@@ -140,6 +146,7 @@ class Walk(RuleBasedStateMachine):
         for event in events:
             assert (event.board, event.boot) == (BOARD, self.boot)
         self.unacknowledged += events
+        return len(lines)
 
     @precondition(lambda self: self.follower is not None)
     @rule(number=st.integers(1, 5))

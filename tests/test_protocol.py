@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inco_trio.control import protocol
@@ -118,6 +118,20 @@ def test_notifications_round_trip() -> None:
     decoded = decode_reply(encode_notifications(*attrs.astuple(batch, recurse=False)).encode())
     assert isinstance(decoded, Notifications)
     assert attrs.evolve(decoded, signals=tuple(decoded.signals)) == batch
+
+
+@given(
+    st.tuples(st.text(max_size=5), st.text("0123456789abcdef")),
+    st.integers(0, 1 << 62),
+    st.tuples(st.sampled_from(Direction), st.from_regex("[a-z_]{1,5}", fullmatch=True) | st.text(max_size=5)),
+    st.tuples(st.just(0), st.floats(0, allow_infinity=False), st.integers(0, 1 << 62)),
+)
+@example(("b1", "5f0c"), 7, (Direction.INBOUND, "a"), (0, 1795509553.258, 87212959895506))
+def test_a_single_notification_round_trips(
+    board: tuple[str, str], sequence: int, signal: tuple[Direction, str], item: tuple[int, float, int]
+) -> None:
+    line = encode_notifications(*board, sequence, (signal,), [item])
+    assert decode_reply(line.rstrip("\n").encode()) == Notifications(*board, sequence, (signal,), [item])
 
 
 DEEP = b"[" * 100_000
