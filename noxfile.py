@@ -54,8 +54,8 @@ MACHINE_PACKAGES = {
 }
 """The Debian packages that virtual machines need."""
 
-# Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes and
-# for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
+# Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes
+# and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
 FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
 
 # Tests in namespaces wait most of the time. Beside busy processes, only more runnable tests get more of the CPU time.
