@@ -702,6 +702,36 @@ def test_a_removed_and_restored_board_has_a_new_history(board: Board) -> None:
     assert list(told.values()) == [[1, 2, 3, 4, 5]] * 3
 
 
+def test_a_board_whose_link_changes_continues_its_history(board: Board) -> None:
+    directory = board.home / "boards"
+    directory.mkdir()
+    file = directory / "a.json"
+
+    def use(name: str) -> None:
+        link = f"unix:{board.home}/{name},peer={board.home}/core1"
+        file.write_text(json.dumps({"link": link, "irq_dir": str(board.irq)}))
+
+    use("core0")
+    board.core1()
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    follower = board.client()
+    boot = follower.ask({"request": "follow"})["follow"]["a"]["boot"]
+    told = []
+    for name in ("other", "core0"):
+        board.trigger()
+        told.append(follower.until(event="notification"))
+        use(name)
+        proxy.process.send_signal(signal.SIGHUP)
+        follower.until(event="opened")
+    board.trigger()
+    told.append(follower.until(event="notification"))
+    assert [(event["boot"], event["sequence"]) for event in told] == [(boot, 1), (boot, 2), (boot, 3)]
+    assert follower.ask({"request": "acknowledge", "board": "a", "sequence": 3}) == {"acknowledged": 3}
+    assert board.status()["history"]["waiting"] == 0
+
+
 def test_notifications_beyond_the_limit_are_merged_by_signal(board: Board) -> None:
     peer = board.core1()
     board.running()

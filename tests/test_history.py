@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from trio.testing import MockClock
 
 from inco_trio.control.feed import Batch, Feed
-from inco_trio.control.monitors import Follower
+from inco_trio.control.monitors import PIECE, Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
 from inco_trio.persist import followed as room
 from inco_trio.persist.followed import History
@@ -250,15 +252,29 @@ def test_an_ended_history_is_empty() -> None:
     inflight.close()
 
 
-def test_a_replaced_history_is_read_to_its_end_first() -> None:
+@pytest.fixture
+def new_history() -> Iterator[Callable[[], History]]:
+    """Begin a history in new memory."""
+    with ExitStack() as stack:
+
+        def make() -> History:
+            inflight = Inflight.open()
+            stack.callback(inflight.close)
+            history = History(inflight.history)
+            history.begin(0)
+            return history
+
+        yield make
+
+
+def test_a_replaced_history_is_read_to_its_end_first(new_history: Callable[[], History]) -> None:
     """A board that is removed and added again starts a new history; the rest of the old history is not lost."""
 
     async def main() -> list[tuple[str, int]]:
         follower = Follower()
         boots = []
         for _ in range(2):
-            history = History(Inflight.open().history)
-            history.begin(0)
+            history = new_history()
             boots.append(history.boot)
             follower.begin(BOARD, history)
             history.append(SIGNALS[:1] * 3, NOW)
@@ -271,17 +287,55 @@ def test_a_replaced_history_is_read_to_its_end_first() -> None:
     assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
 
 
+def test_a_long_rest_of_a_replaced_history_precedes_the_next_history(new_history: Callable[[], History]) -> None:
+    """The rest does not fit into the lines that `take` returns at once."""
+
+    async def main() -> None:
+        follower, read = Follower(), list[tuple[str, int]]()
+        old, new = new_history(), new_history()
+        for history in (old, new):
+            follower.begin(BOARD, history)
+            history.append(SIGNALS[:1] * (3 * PIECE), NOW)
+        while len(read) < 6 * PIECE:
+            for line in (await follower.take()).splitlines():
+                event = json.loads(line)
+                read.append((event["boot"], event["sequence"]))
+        assert read == [(history.boot, number + 1) for history in (old, new) for number in range(3 * PIECE)]
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_reopened_board_continues_its_history(batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next proxy uses the same memory. Merged, sent and unsent notifications arrive once each."""
+    monkeypatch.setattr(room, "KEPT", FEW)
+    monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
+    inflight, follower, events = Inflight.open(), Follower(batches=batches), list[Event]()
+    History(inflight.history).begin(0)
+    for number in (3, 7, 4, 2):
+        history = History(inflight.history)
+        follower.begin(BOARD, history)
+        history.append(SIGNALS[:1] * number, NOW)
+        follower.carried(Batch(BOARD, SIGNALS[:1] * number, 0, (), 0, 0))
+        events += [event for line in follower._stored() for event in single_events(line)]
+    while history.waiting:
+        assert follower.acknowledge(BOARD, events[-1].sequence) == events[-1].sequence
+        events += [event for line in follower._stored() for event in single_events(line)]
+    numbers = [event.sequence for event in events]
+    assert numbers == sorted(set(numbers))
+    assert sum(event.count or 1 for event in events) == history.sequence == 16
+    inflight.close()
+
+
 @pytest.mark.parametrize("acknowledged", [0, 4], ids=["merged unacknowledged", "merged acknowledged"])
 def test_a_replaced_history_with_merged_notifications_is_read_once(
-    acknowledged: int, monkeypatch: pytest.MonkeyPatch
+    acknowledged: int, monkeypatch: pytest.MonkeyPatch, new_history: Callable[[], History]
 ) -> None:
     """The queue of the follower is full from the second event on."""
     monkeypatch.setattr(room, "KEPT", FEW)
     monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
     monkeypatch.setattr("inco_trio.control.monitors.WAITING_MAX", 1)
-    old, new = (History(Inflight.open().history) for _ in range(2))
-    old.begin(0)
-    new.begin(0)
+    old, new = new_history(), new_history()
     events: list[Event] = []
 
     async def main() -> None:
@@ -318,14 +372,11 @@ def test_a_replaced_history_with_merged_notifications_is_read_once(
     assert [event.event for event in events if event.event in ("opened", "closed")] == ["opened", "closed", "opened"]
 
 
-def test_a_large_backlog_does_not_delay_other_boards() -> None:
+def test_a_large_backlog_does_not_delay_other_boards(new_history: Callable[[], History]) -> None:
     async def main() -> None:
         follower = Follower()
-        histories = {}
-        for name in ("a", "b"):
-            inflight = Inflight.open()
-            histories[name] = History(inflight.history)
-            histories[name].begin(0)
+        histories = {name: new_history() for name in ("a", "b")}
+        for name in histories:
             follower.begin(name, histories[name])
         histories["a"].append(SIGNALS[:1] * 500, NOW)
         histories["b"].append(SIGNALS[:1], NOW)
