@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import shutil
 import socket
@@ -329,6 +330,32 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
     assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
+
+
+@in_trio
+async def test_a_board_that_was_open_is_retried_after_the_shortest_pause(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE", 0.01)
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE_MAX", math.inf)
+    (place.home / "a").mkdir()
+    (place.home / "a/message_5_state").symlink_to("/dev/null")
+    peer = place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        for _ in range(20):  # Each reload is an attempt to open the board, and doubles the pause.
+            await proxies.reload(place.configs("a"))
+            await wait_all_tasks_blocked()
+        (place.home / "a/message_5_state").unlink()
+        await proxies.reload(place.configs("a"))
+        await until(lambda: "a" in proxies)
+        broken = proxies["a"]
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(broken._inbound._states, "write", fail)
+        place.interrupt("a", peer)
+        await until(lambda: "a" in proxies and proxies["a"] is not broken)
 
 
 @in_trio

@@ -24,6 +24,7 @@ from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import ABANDONED, Directories
 from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
+from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
@@ -802,6 +803,30 @@ def test_only_writes_to_the_replaced_directory_are_repeated(
     world.write(other, reset, other)
     assert world.pending == {"ihub_reset_irq": 1}
     assert other.path.read_text() == "1"
+
+
+def test_a_write_before_the_directory_is_removed_and_recreated_is_repeated(
+    start: StartWorld, irq: Path, reset: Signal, hwwd: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second write fails, which makes the proxy open the new directory."""
+    world, is_replaced, write_one = start(reset, hwwd), False, StateFile.write
+
+    def replaced_afterwards(file: StateFile) -> None:
+        nonlocal is_replaced
+        write_one(file)
+        if not is_replaced:
+            is_replaced = True
+            shutil.rmtree(irq)
+            irq.mkdir()
+            for signal in (reset, hwwd):
+                signal.path.touch()
+
+    monkeypatch.setattr(StateFile, "write", replaced_afterwards)
+    world.write(reset, hwwd, hwwd)
+    assert world.pending == {"ihub_reset_irq": 1, "ihub_hwwd_irq": 2}
+    world.later()
+    assert [signal.path.read_text() for signal in (reset, hwwd)] == ["1", "1"]
+    assert world.pending == {}
 
 
 def test_a_missing_directory_is_reported_and_retried(

@@ -205,6 +205,8 @@ class StateFiles:
         if not self._current.issuperset(files):
             return self._write_renewed(files)
         pending, unwritten = self._pending, []
+        reopened: dict[Directory, int] = {}
+        """For each directory that a failed write has reopened, the number of that write."""
         any_pending = bool(pending.places)
         if len(files) == 1 and not any_pending:
             return self._write_alone(files[0])
@@ -215,7 +217,10 @@ class StateFiles:
                     file.write()
                     continue
                 except OSError as error:
+                    before = file.directory.wd
                     self._failed(file, error)
+                    if file.directory.wd != before:
+                        reopened[file.directory] = number
             self._pend(file)
             any_pending = True
             unwritten.append(number)
@@ -235,7 +240,7 @@ class StateFiles:
         for number in unwritten:
             outcomes[number] = files[number].reason
         for number, file in enumerate(files):
-            if file.directory in replaced and not outcomes[number]:
+            if not outcomes[number] and (file.directory in replaced or number < reopened.get(file.directory, 0)):
                 # The directory was replaced during the write, which may have gone to the old directory.
                 self._pend(file)
                 outcomes[number] = REPLACED
