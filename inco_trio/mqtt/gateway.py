@@ -24,7 +24,7 @@ from inco_trio.control import protocol
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Notifications, Reply, Response
-from inco_trio.errors import IncoError, ProxyNotFoundError, ResourceError
+from inco_trio.errors import IncoError, ProtocolError, ProxyNotFoundError, ResourceError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
@@ -72,6 +72,8 @@ class Gateway:
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
         """For each socket path, an event that is set after the first attempt to follow the proxy."""
+        self._misunderstood: dict[Path, str] = {}
+        """For each socket path, the last process (`Greeting.boot`) that sent a line that the gateway cannot decode."""
         self._problems = Problems()
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -100,9 +102,10 @@ class Gateway:
         followed = self._proxies[path]
         try:
             await self._follow_once(path, nursery, followed)
-        except ProxyNotFoundError as error:
-            logger.debug("%s", error)
         except IncoError as error:
+            if isinstance(error, ProxyNotFoundError) and not isinstance(error, ProtocolError):
+                logger.debug("%s", error)
+                return
             self._problems.failed(path, error.reason)
             followed.set()
             await trio.sleep(REFUSED_AGAIN)
@@ -111,11 +114,12 @@ class Gateway:
             del self._proxies[path]
 
     async def _follow_once(self, path: Path, nursery: trio.Nursery, followed: trio.Event) -> None:
-        async with converse(path) as (source, _):
+        async with converse(path) as (source, greeting):
             mine: list[Board] = []
             try:
                 response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
-                self._problems.well(path)
+                if self._misunderstood.get(path) != greeting.boot:
+                    self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in response.follow]
                 followed.set()
                 async with plain_nursery() as asking:
@@ -124,6 +128,9 @@ class Gateway:
                     while True:
                         for reply in await source.read():
                             self._hear(reply, source, mine, nursery)
+            except ProtocolError:
+                self._misunderstood[path] = greeting.boot
+                raise
             finally:
                 source.acknowledge_at_end()
                 for board in mine:
