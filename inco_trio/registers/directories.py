@@ -130,7 +130,7 @@ class Directories:
     def _watch_above(self, directory: Directory, *, waiting: bool, refused: bool = False) -> None:
         """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries.
 
-        With `refused`, an ancestor is not trusted. Watch only the trusted ones.
+        With `refused`, the directory or one of its ancestors was refused. Watch only the ancestors that are trusted.
         """
         watch = self._watch_trusted if refused or self.trust.delegated else self._inotify.watch
         before, directory.above = directory.above, set()
