@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
@@ -27,7 +28,26 @@ def refusal(error: OSError, what: object) -> IncoError:
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
         return ConfigError(subject, f"{error.strerror} ({error.remedy})")
-    needed = f"uid {os.geteuid()} must be able to read triggers and to write state files and their directory"
-    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed} (or have CAP_DAC_OVERRIDE)")
+    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {_needed(what)}")
     misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")
     return from_os_error(error, subject, STRERROR, denied, misplaced)
+
+
+def _needed(what: object) -> str:
+    """Return the permission that this user lacks. `what` is a register, or the subject of another operation."""
+    uid = os.geteuid()
+    if isinstance(what, Path) and _is_missing(what.parent):
+        command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what.parent))}"
+        return f"uid {uid} may not create {what.parent} (run as root at each boot: {command})"
+    needed = "must be able to read triggers and to write state files and their directory"
+    return f"uid {uid} {needed} (or have CAP_DAC_OVERRIDE)"
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
