@@ -22,23 +22,26 @@ class UnfitFileError(OSError):
         self.remedy = remedy
 
 
-def refusal(error: OSError, what: object) -> IncoError:
-    """Convert an OSError to an IncoError. `what` is the subject if the error contains no file name."""
+def refusal(error: OSError, what: object, *, is_directory: bool = False) -> IncoError:
+    """Convert an OSError to an IncoError. `what` is the subject if the error contains no file name.
+
+    With `is_directory`, `what` is the path of an IRQ directory, which may be missing.
+    """
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
         return ConfigError(subject, f"{error.strerror} ({error.remedy})")
-    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {_needed(what)}")
+    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {_needed(what, is_directory)}")
     misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")
     return from_os_error(error, subject, STRERROR, denied, misplaced)
 
 
-def _needed(what: object) -> str:
-    """Return the permission that this user lacks. `what` is a register, or the subject of another operation."""
+def _needed(what: object, is_directory: bool) -> str:
+    """Return the permission that this user lacks. See `refusal`."""
     uid = os.geteuid()
-    if isinstance(what, Path) and _is_missing(what.parent):
-        command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what.parent))}"
-        return f"uid {uid} may not create {what.parent} (run as root at each boot: {command})"
+    if is_directory and _is_missing(Path(str(what))):
+        command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what))}"
+        return f"uid {uid} may not create {what} (run as root at each boot: {command})"
     needed = "must be able to read triggers and to write state files and their directory"
     return f"uid {uid} {needed} (or have CAP_DAC_OVERRIDE)"
 
