@@ -308,10 +308,14 @@ def test_a_monitor_may_shut_down_its_sending_side(board: Board) -> None:
 def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -> None:
     proxy = board.running()
     with ExitStack() as stack:
-        clients = [Client(board.path, stack) for _ in range(CLIENTS_MAX)]
-        for client in clients:
+        clients: list[Client] = []
+        while len(clients) < CLIENTS_MAX:
+            client = Client(board.path, stack)
+            if "error" in client.greeting:
+                continue  # A tool that another test runs is connected to each proxy for a moment.
             client.ask({"request": "monitor"})
             client.sock.shutdown(socket.SHUT_WR)
+            clients.append(client)
         refused = Client(board.path, stack)
         assert refused.greeting["error"] == "busy"
         assert Client(board.path, stack).greeting["error"] == "busy"
