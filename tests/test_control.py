@@ -27,7 +27,7 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client
+from tests.support_control import FRAME, MAC, Board, Client, block
 
 
 @pytest.fixture
@@ -68,8 +68,7 @@ def test_the_status_contains_current_problems(board: Board) -> None:
     board.running()
     watching = board.client()
     watching.ask({"request": "monitor"})
-    (board.irq / "message_5_state").unlink()
-    (board.irq / "message_5_state").mkdir()
+    block(board.irq / "message_5_state")
     peer = board.core1()
     watching.until(event="link", running=True)
     board.inbound(peer)
