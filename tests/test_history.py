@@ -190,7 +190,7 @@ class SteadyWalk(Walk):
 
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
 def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40))
 
 
 def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatch) -> None:

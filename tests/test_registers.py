@@ -315,7 +315,7 @@ def test_each_notification_is_one_write_and_close(start: StartWorld, reset: Sign
     assert (resets(), hwwds()) == (3, 1)
     assert reset.path.read_text() == "1"
     assert world.stats == Counters(delivered=4)
-    assert world.events() == []
+    assert world.events_of(reset.register, hwwd.register) == []
 
 
 def test_a_write_does_not_truncate(start: StartWorld, irq: Path, reset: Signal) -> None:
@@ -968,7 +968,7 @@ def test_a_removed_signal_is_unwatched_after_a_moment(start: StartWorld, notify:
     world.reload([notify])
     assert world.later() == []
     write(uart.path)
-    assert world.events() == []
+    assert world.events_of(uart.register) == []
     assert not world.troubled
 
 
@@ -1009,7 +1009,7 @@ def test_a_reload_with_impossible_registers_is_refused(
         assert world.later() == []
         assert not world.troubled
     write(fine.path)
-    assert world.events() == []
+    assert world.events_of(fine.register) == []
 
 
 def test_events_between_two_processes_are_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
@@ -1175,7 +1175,7 @@ def test_watches_of_an_earlier_configuration_are_removed(start: StartWorld, noti
     write(uart.path)
     assert successor.triggered() + successor.later() == []
     write(uart.path)
-    assert successor.events() == []
+    assert successor.events_of(uart.register) == []
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
 
@@ -1419,7 +1419,7 @@ def test_a_directory_inside_a_removed_one_is_still_followed(start: StartWorld, t
     assert world.triggered() == ["inner"]
     # No signal uses the outer directory any more, so its events are ignored.
     (tmp_path / "a" / "stranger").touch()
-    assert world.events() == []
+    assert world.events_of("stranger") == []
 
 
 def test_retries_do_not_count_as_notifications(
