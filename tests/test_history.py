@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from trio.testing import MockClock
 
+from inco_trio.control.answering import Connection
 from inco_trio.control.feed import Batch, Feed
 from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
+from inco_trio.control.server import Peer
 from inco_trio.persist import followed as room
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
@@ -333,3 +338,53 @@ def test_a_large_backlog_does_not_delay_other_boards() -> None:
         assert "b" in boards
 
     trio.run(main)
+
+
+async def _no_reload() -> list[str]:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_response_does_not_split_an_event_that_was_only_partly_written(batches: bool) -> None:
+    """The send buffer accepts the first part of the events. The client then sends requests before it reads on."""
+    proxy, client = socket.socketpair()
+
+    async def main() -> list[dict[str, Any]]:
+        feed, history = Feed(ServedBoard()), History(Inflight.open().history)
+        history.begin(0)
+        proxy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        client.setblocking(False)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(proxy))
+        received = b""
+
+        async def read() -> list[dict[str, Any]]:
+            """Return all lines that the proxy has written, except those that `read` has returned before."""
+            nonlocal received
+            await trio.testing.wait_all_tasks_blocked()
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    received += client.recv(1 << 16)
+                    await trio.testing.wait_all_tasks_blocked()
+            *lines, received = received.split(b"\n")
+            return [json.loads(line) for line in lines]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Connection(stream, Peer(1, os.geteuid()), feed, "0", _no_reload).run)
+            client.send(json.dumps({"request": "follow", "batches": batches}).encode() + b"\n")
+            await read()
+            feed.opened(lambda: history)
+            await read()
+            history.append(SIGNALS * 25, NOW)
+            feed.carried(SIGNALS * 25, 1, (), NOW, 0)
+            client.send(b'{"request": "status"}\n' * 3)
+            lines = await read()
+            await trio.sleep(1)  # The clock is simulated.
+            lines += await read()
+            nursery.cancel_scope.cancel()
+        return lines
+
+    with proxy, client:
+        lines = trio.run(main, clock=MockClock(autojump_threshold=0))
+    events = [each for line in lines if "event" in line for each in single_events(json.dumps(line))]
+    assert [each.sequence for each in events] == list(range(1, 4 * 25 + 1))
+    assert [line for line in lines if "event" not in line] == [{"status": []}] * 3

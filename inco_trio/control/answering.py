@@ -292,6 +292,8 @@ class Connection:
         except trio.WouldBlock:
             await self._writing.acquire()
         try:
+            if self._monitor is not None and (rest := self._monitor.take_rest()):
+                lines = rest.encode() + lines  # Complete the event that `_transmit` has sent only partly.
             await self._stream.send_all(lines)
         finally:
             self._writing.release()
