@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,9 @@ MACHINE_PACKAGES = {
     "qemu-system-x86_64": ("qemu-system-x86",),
 }
 """The Debian packages that virtual machines need."""
+
+CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd-container",)}
+"""The Debian packages that build and boot a Debian system in a container."""
 
 # Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes
 # and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
@@ -288,7 +292,17 @@ def release(session: nox.Session) -> None:
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
     # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
-    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
+    audit = ("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    report = str(session.run(*audit, "--requirement", str(installed), silent=True, success_codes=(0, 1))).strip()
+    session.log(report)
+    if "No known vulnerabilities found" not in report:
+        reason = report.splitlines()[-1].removeprefix("ERROR:pip_audit._cli:")
+        if re.search("^Found [0-9]+ known vulnerabilit", report, re.MULTILINE):
+            session.error("pip-audit: the dependencies have known vulnerabilities: require versions without them")
+        session.error(
+            f"pip-audit: the dependencies were not audited ({reason}): "
+            "the files in dist/ are complete, but run this session with access to pypi.org before you publish them"
+        )
 
 
 @nox.session
@@ -443,6 +457,7 @@ def processors(session: nox.Session) -> None:
 @nox.session(default=False)
 def deb(session: nox.Session) -> None:
     """Build the Debian package for each suite, and check it in a booted system (as root): `nox -s deb -- bookworm`."""
+    need_programs(session, CONTAINER_PACKAGES)
     session.install(*nox.project.dependency_groups(PROJECT, "packages"))
     session.run("python", "-u", "-m", "packages.deb", *session.posargs)
 
