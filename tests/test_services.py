@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
+from inco_trio.service.access import unusable
 from inco_trio.service.descriptions import Service as Described
 from inco_trio.service.descriptions import bridge_service, exporter_service, gateway_service, link_service
 from inco_trio.service.scandir import write_scandir
@@ -25,6 +27,7 @@ from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
+from tests.test_scandir import another_user
 
 PROGRAM = [sys.executable, "-m", "inco_trio"]
 
@@ -187,3 +190,43 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert level.returncode == 0, level.stdout[-2000:]
+
+
+def test_what_the_user_of_a_service_may_not_use_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with TemporaryDirectory() as directory:  # Only its owner may enter it.
+        home = Path(directory)
+        program, config = home / "python3", home / "udrv.json"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        config.write_text("{}")
+        monkeypatch.setattr(sys, "executable", str(program))
+        # Only root can become another user, and only if the user namespace has this user.
+        is_known = another_user() is not None
+        unusable_program = [f"warning: {sys.prefix}: the user nobody may not run inco-trio there: "] if is_known else []
+        unreadable = [f"warning: {config}: the user nobody of the service may not read it: "] if is_known else []
+
+        def found() -> list[str]:
+            lines = unusable("nobody", [str(program), "-I"], [config, config, home / "missing"])
+            return [line[: line.rindex(": ") + 2] for line in lines]
+
+        assert found() == [*unusable_program, *unreadable]
+        home.chmod(0o755)
+        assert found() == []
+        program.write_text("#!/bin/sh\nexit 1\n")
+        assert found() == unusable_program
+        config.chmod(0)
+        assert found() == [*unusable_program, *unreadable]
+        assert list(unusable("no-such-user", [str(program)], [config])) == []
+        words: list[str | Path] = ["core0", "--config", config, "--user", "nobody" if is_known else "root"]
+        service = [*COMMAND, "service"]
+        scandir = finished([*service, "s6", home / "scan", *words])
+        unit = finished([*service, "systemd", *words])
+        assert [
+            line[: line.rindex(": ") + 2] for line in scandir.stdout.splitlines() if str(config) in line
+        ] == unreadable
+        assert [line in unit.stderr for line in unreadable] == [True] * len(unreadable)
+        assert unit.stdout.startswith("# /etc/systemd/system/inco-trio-core0.service")
+
+
+def finished(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True)
