@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,7 +289,17 @@ def release(session: nox.Session) -> None:
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
     # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
-    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
+    audit = ("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    report = str(session.run(*audit, "--requirement", str(installed), silent=True, success_codes=(0, 1))).strip()
+    session.log(report)
+    if "No known vulnerabilities found" not in report:
+        reason = report.splitlines()[-1].removeprefix("ERROR:pip_audit._cli:")
+        if re.search("^Found [0-9]+ known vulnerabilit", report, re.MULTILINE):
+            session.error("pip-audit: the dependencies have known vulnerabilities: require versions without them")
+        session.error(
+            f"pip-audit: the dependencies were not audited ({reason}): "
+            "the files in dist/ are complete, but run this session with access to pypi.org before you publish them"
+        )
 
 
 @nox.session

@@ -516,6 +516,20 @@ async def test_a_board_whose_link_is_down_fills_only_its_own_queue(place: Place)
 
 
 @in_trio
+async def test_unknown_names_are_one_cause_of_log_lines(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """With `-v`, the log contains unknown names, but core 1 must not be able to fill the log."""
+    caplog.set_level(logging.DEBUG, "inco_trio")
+    peer = place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        for number in range(5):
+            peer.sendto(encode(b"name%d" % number, bytes(6)), str(place.home / "a.0"))
+        await until(lambda: proxies["a"].stats.unknown == 5)
+    records = [record for record in caplog.records if "unknown signal" in record.getMessage()]
+    assert [record.getMessage()[:5] for record in records] == [f"name{number}" for number in range(5)]
+    assert {getattr(record, "cause", record.getMessage()) for record in records} == {"unknown signal"}
+
+
+@in_trio
 async def test_log_lines_name_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     from inco_trio.problems import board_name
 

@@ -131,7 +131,7 @@ NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 
 )
 
 
-@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 @example([("queue", 8, (2**63).to_bytes(8, "little"))])
 def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, bytes]]) -> None:
@@ -285,7 +285,7 @@ async def run_proxy(tmp_path: Path, store: Cupboard, name: str) -> None:
             assert proxy.status.signals
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(mutations=st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 def test_a_proxy_runs_with_mutated_memory(
     tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[str, int, bytes]]

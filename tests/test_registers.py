@@ -1537,6 +1537,47 @@ def test_many_blocked_triggers_are_reported_in_one_line(
     assert world.triggered() == ["s7"]
 
 
+def test_a_trigger_works_again_only_once_it_is_watched(
+    start: StartWorld, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Replace the trigger by a directory, then by a hard link, and then delete it."""
+    world = start(notify, uart)
+    caplog.set_level(logging.INFO)
+    other = notify.path.with_name("other")
+    other.touch()
+    notify.path.unlink()
+    notify.path.mkdir()
+    world.triggered()
+    world.restore()
+    notify.path.rmdir()
+    notify.path.hardlink_to(other)
+    world.triggered()
+    world.restore()
+    failed = [
+        f"{notify.path}: cannot watch: {reason}; retrying"
+        for reason in ("not a regular file but a directory", "has 2 names (hard links)")
+    ]
+    assert [record.getMessage() for record in caplog.records] == failed
+    notify.path.unlink()
+    world.triggered()
+    world.restore()
+    assert [record.getMessage() for record in caplog.records] == failed  # The proxy has not created the file yet.
+    world.later()
+    assert [record.getMessage() for record in caplog.records] == [*failed, f"{notify.path}: works again"]
+
+
+def test_a_refused_trigger_that_is_removed_from_the_table_does_not_work_again(
+    start: StartWorld, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = start(notify, uart)
+    caplog.set_level(logging.INFO)
+    notify.path.unlink()
+    notify.path.mkdir()
+    assert world.triggered() + world.later() == []
+    assert world.reload([uart]) + world.later() == []
+    assert "works again" not in caplog.text
+
+
 def test_only_the_directory_of_a_written_file_is_checked(
     start: StartWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

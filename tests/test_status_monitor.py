@@ -36,7 +36,7 @@ from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.support_control import COMMAND, MAC, Board, Client, Running
+from tests.support_control import COMMAND, MAC, Board, Client, Running, block
 from tests.support_proxy import frame
 
 GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": ["x"]}\n'
@@ -680,8 +680,7 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
     peer = board.core1()
     board.running()
     state = board.irq / "message_5_state"
-    state.unlink()
-    state.mkdir()
+    block(state)
     with ExitStack() as stack:
         client = Client(board.path, stack)
         client.ask({"request": "monitor"})

@@ -86,7 +86,7 @@ class Monitor:
         """Wait for events, and return some of them as lines. After `end`, return b"" once the queue is empty."""
         while True:
             await self.pause()
-            lines, self._rest = [self._rest] if self._rest else [], ""
+            lines = [rest] if (rest := self.take_rest()) else []
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
@@ -105,6 +105,11 @@ class Monitor:
                     await self._arrived.wait()
                 finally:
                     self._is_idle = False
+
+    def take_rest(self) -> str:
+        """Return the unsent remainder of lines that were only partly sent. Send it before any other line."""
+        rest, self._rest = self._rest, ""
+        return rest
 
     async def pause(self) -> None:
         """Wait until `take` may return the next events."""

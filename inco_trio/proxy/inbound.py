@@ -131,7 +131,8 @@ class Inbound:
         file = known.get(name)
         if file is None:
             self._counters.unknown += self._stands_for(room[:length])
-            logger.debug("%s: unknown signal", name.decode())
+            # All names have one cause, because core 1 could send many different names to fill the log.
+            logger.debug("%s: unknown signal", name.decode(), extra={"cause": "unknown signal"})
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
