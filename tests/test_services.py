@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pwd
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.service.access import unusable
 from inco_trio.service.descriptions import Service as Described
-from inco_trio.service.descriptions import bridge_service, exporter_service, gateway_service, link_service
+from inco_trio.service.descriptions import (
+    access_warnings,
+    bridge_service,
+    exporter_service,
+    gateway_service,
+    link_service,
+)
 from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from netns.hang import HANG
@@ -27,7 +33,6 @@ from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
-from tests.test_scandir import another_user
 
 PROGRAM = [sys.executable, "-m", "inco_trio"]
 
@@ -192,41 +197,29 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
     assert level.returncode == 0, level.stdout[-2000:]
 
 
-def test_what_the_user_of_a_service_may_not_use_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    with TemporaryDirectory() as directory:  # Only its owner may enter it.
-        home = Path(directory)
-        program, config = home / "python3", home / "udrv.json"
-        program.write_text("#!/bin/sh\n")
-        program.chmod(0o755)
-        config.write_text("{}")
-        monkeypatch.setattr(sys, "executable", str(program))
-        # Only root can become another user, and only if the user namespace has this user.
-        is_known = another_user() is not None
-        unusable_program = [f"warning: {sys.prefix}: the user nobody may not run inco-trio there: "] if is_known else []
-        unreadable = [f"warning: {config}: the user nobody of the service may not read it: "] if is_known else []
-
-        def found() -> list[str]:
-            lines = unusable("nobody", [str(program), "-I"], [config, config, home / "missing"])
-            return [line[: line.rindex(": ") + 2] for line in lines]
-
-        assert found() == [*unusable_program, *unreadable]
-        home.chmod(0o755)
-        assert found() == []
-        program.write_text("#!/bin/sh\nexit 1\n")
-        assert found() == unusable_program
-        config.chmod(0)
-        assert found() == [*unusable_program, *unreadable]
-        assert list(unusable("no-such-user", [str(program)], [config])) == []
-        words: list[str | Path] = ["core0", "--config", config, "--user", "nobody" if is_known else "root"]
-        service = [*COMMAND, "service"]
-        scandir = finished([*service, "s6", home / "scan", *words])
-        unit = finished([*service, "systemd", *words])
-        assert [
-            line[: line.rindex(": ") + 2] for line in scandir.stdout.splitlines() if str(config) in line
-        ] == unreadable
-        assert [line in unit.stderr for line in unreadable] == [True] * len(unreadable)
-        assert unit.stdout.startswith("# /etc/systemd/system/inco-trio-core0.service")
-
-
-def finished(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=True, capture_output=True, text=True)
+@pytest.mark.netns
+def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    config, directory = tmp_path / "udrv.json", tmp_path / "irq"
+    config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(directory)}}}))
+    command = f"install -d -o daemon -g {pwd.getpwnam('daemon').pw_gid} {directory}"
+    read = f"{config}: the user daemon may not read it, so the service cannot start: move it to a public directory"
+    create = f"{directory}: the user daemon may not create it: run as root at each boot: {command}"
+    words = ["--user", "daemon", "--config", str(config)]
+    written = subprocess.run(
+        [*COMMAND, "service", "s6", str(tmp_path / "scan"), *words], capture_output=True, text=True, check=True
+    )
+    assert f"\nwarning: {read}\n" in written.stdout
+    assert f"\nwarning: {create}\n" in written.stdout
+    printed = subprocess.run([*COMMAND, "service", "systemd", *words], capture_output=True, text=True, check=True)
+    assert f"inco-trio: warning: {read}\n" in printed.stderr
+    assert f"inco-trio: warning: {create}\n" in printed.stderr
+    directory.mkdir(mode=0o700)
+    service = link_service("x", config)
+    # The user may not read the Python of this test if it is in root's home directory. Every user may read /bin/sh.
+    found = list(access_warnings(service, "daemon", "/bin/sh"))
+    write = f"warning: {directory}: the user daemon may not write to it: run as root: {command}"
+    assert found == [f"warning: {read}", write]
+    assert list(access_warnings(service, "daemon", "/bin/sh", check_directories=False)) == found[:1]
+    assert list(access_warnings(service, "root", sys.executable)) == []
+    assert list(access_warnings(service, "no-such-user", sys.executable)) == []

@@ -52,6 +52,10 @@ LOOK_AGAIN = 0.5
 """Seconds between searches for new control sockets."""
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
+REQUESTS_MAX = 100
+"""Maximum number of requests of a board that the gateway receives before it has handled the first one."""
+REQUEST_MAX = 16 << 10
+"""Maximum size of a request in bytes."""
 SHORT = 3.0
 """A connection that lasts less than this (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
@@ -213,7 +217,13 @@ class Gateway:
         while True:
             try:
                 async with open_connection(
-                    self._broker, self._config.broker, topics.client_id, will=will, session=SESSION
+                    self._broker,
+                    self._config.broker,
+                    topics.client_id,
+                    will=will,
+                    session=SESSION,
+                    receive_max=REQUESTS_MAX,
+                    packet_max=REQUEST_MAX,
                 ) as connection:
                     begun = trio.current_time()
                     backoff.connected()
@@ -351,7 +361,8 @@ class Gateway:
             where = "response_prefix is not configured" if prefix is None else f"response topic outside of {prefix!r}"
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return
-        (refusal,) = await connection.publish([Message(topic, _json(response), correlation=received.correlation)])
+        message = Message(topic, _json(response), correlation=received.correlation, is_response=True)
+        (refusal,) = await connection.publish([message])
         if refusal is None:
             self._problems.forget(key)
         else:
