@@ -55,6 +55,9 @@ MACHINE_PACKAGES = {
 }
 """The Debian packages that virtual machines need."""
 
+CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd-container",)}
+"""The Debian packages that build and boot a Debian system in a container."""
+
 # Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes
 # and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
 FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
@@ -454,6 +457,7 @@ def processors(session: nox.Session) -> None:
 @nox.session(default=False)
 def deb(session: nox.Session) -> None:
     """Build the Debian package for each suite, and check it in a booted system (as root): `nox -s deb -- bookworm`."""
+    need_programs(session, CONTAINER_PACKAGES)
     session.install(*nox.project.dependency_groups(PROJECT, "packages"))
     session.run("python", "-u", "-m", "packages.deb", *session.posargs)
 

@@ -172,6 +172,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using wait; and test $_shtab_inco_tri
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a demo -d 'Demonstrate two simulated cores that signal each other (root is not required).'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l qemu -d 'run real firmware as core 1 in QEMU, and measure round trips (root is not required)'
+complete -c inco-trio -n '_shtab_inco_trio_using demo' -l firmware -d 'print the path of this firmware, and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'record to FILE, for Wireshark, `replay` and `plot`'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l count -x -d 'notifications per signal (default: 80)'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l rate -x -d 'notifications per second (default: 100)'
