@@ -27,6 +27,7 @@ from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.rtnetlink import IFF_LOWER_UP, Interface, Rtnetlink
+from inco_trio.linux.sockets import SO_LOCK_FILTER
 from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
 from tests.support_bpf import accepted
@@ -490,6 +491,14 @@ def test_other_sockets_do_not_fit(cores: Cores, make: Callable[[], socket.socket
     stranger = PacketLink.take(cores.link, cores.core0.run(make).detach())
     assert not stranger.fits
     close(stranger)
+
+
+def test_a_socket_whose_filter_is_locked_does_not_fit(cores: Cores) -> None:
+    locked = cores.core0.run(functools.partial(PacketLink.open, cores.link))
+    assert locked.fits
+    locked._socket.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    assert not locked.fits
+    close(locked)
 
 
 def test_a_socket_of_another_link_does_not_fit(link: PacketLink) -> None:

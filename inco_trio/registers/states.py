@@ -75,22 +75,17 @@ class StateFile:
         directory, register = self.directory, self._register
         if directory.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-        if directory.shared or register not in directory.checked:
+        if directory.shared:
+            return directory.open_shared(register)
+        if register not in directory.checked:
             directory.check(register)  # Check before open(2), which has effects on some devices.
             directory.checked.add(register)
         try:
-            fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
+            return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
         except OSError:
             directory.checked.discard(register)
             directory.check(register)  # Raises an error that names the cause, such as a FIFO.
             raise
-        if directory.shared:
-            try:
-                directory.check(register, fd)  # Another user may have replaced the file before open(2).
-            except OSError:
-                os.close(fd)
-                raise
-        return fd
 
     def pend(self) -> None:
         """Record that a notification becomes pending now."""
