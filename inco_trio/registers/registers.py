@@ -146,7 +146,7 @@ class Registers:
         trigger = self.triggers.by_path.get(signal.path)
         if trigger is not None and trigger.missing_since is not None:
             return "the file is missing or cannot be watched"
-        return self._problems.said(signal.path)
+        return self._problems.said(signal.path) or self.directories.missing_state(directory, signal.register)
 
     def mounts_changed(self) -> int:
         """Make `restore` check all directories and triggers, because a mount may hide them. Return their number."""
