@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,14 +55,15 @@ MACHINE_PACKAGES = {
 }
 """The Debian packages that virtual machines need."""
 
-# Run two tests at a time, each with its own namespaces, directories and sockets. Print the 10 slowest tests.
-TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
+CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd-container",)}
+"""The Debian packages that build and boot a Debian system in a container."""
 
-# These tests mostly wait for other processes and for the kernel, so two tests at a time would leave a CPU idle.
-FOUR_AT_A_TIME = (*TWO_AT_A_TIME, "-n", "4")
+# Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes
+# and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
+FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
 
-# Beside busy processes, only more runnable tests get more of the CPU time.
-EIGHT_AT_A_TIME = (*TWO_AT_A_TIME, "-n", "8")
+# Tests in namespaces wait most of the time. Beside busy processes, only more runnable tests get more of the CPU time.
+EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
 # `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
 # The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
@@ -148,7 +150,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
         old.unlink()
     session.run(
         *(AS_ROOT if root else ()),
-        *("coverage", "run", "-m", "pytest", *args, *(FOUR_AT_A_TIME if root else TWO_AT_A_TIME), *session.posargs),
+        *("coverage", "run", "-m", "pytest", *args, *(EIGHT_AT_A_TIME if root else FOUR_AT_A_TIME), *session.posargs),
         env={"COVERAGE_FILE": str(COVERAGE_DATA / f"data.{data}"), **env},
         external=root,
     )
@@ -225,7 +227,7 @@ def run_unit(session: nox.Session, *args: str) -> None:
         if is_first(session):
             run_pytest(session, *words, data="unit")
         else:
-            session.run("pytest", *words, *TWO_AT_A_TIME, *session.posargs)
+            session.run("pytest", *words, *FOUR_AT_A_TIME, *session.posargs)
 
 
 @nox.session(default=False, python=next(iter(PYTHONS.values())))
@@ -239,7 +241,7 @@ def oldest(session: nox.Session) -> None:
         *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
     )
     words = ("tests", "-m", "not qemu and not faults")
-    session.run(*AS_ROOT, "python", "-m", "pytest", *words, *TWO_AT_A_TIME, *session.posargs, external=True)
+    session.run(*AS_ROOT, "python", "-m", "pytest", *words, *FOUR_AT_A_TIME, *session.posargs, external=True)
 
 
 @nox.session
@@ -255,7 +257,7 @@ def wheel(session: nox.Session) -> None:
     session.run("uv", "venv", "--quiet", str(work / "clean"))
     session.run("uv", "pip", "install", "--quiet", "--python", python, str(*(work / "dist").glob("*.whl")))
     session.run(
-        *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *TWO_AT_A_TIME, *session.posargs),
+        *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *FOUR_AT_A_TIME, *session.posargs),
         env={"INCO_TRIO_WHEEL_PYTHON": python, "INCO_TRIO_WHEEL_DIST": str(work / "dist")},
     )
 
@@ -290,7 +292,17 @@ def release(session: nox.Session) -> None:
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
     # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
-    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
+    audit = ("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    report = str(session.run(*audit, "--requirement", str(installed), silent=True, success_codes=(0, 1))).strip()
+    session.log(report)
+    if "No known vulnerabilities found" not in report:
+        reason = report.splitlines()[-1].removeprefix("ERROR:pip_audit._cli:")
+        if re.search("^Found [0-9]+ known vulnerabilit", report, re.MULTILINE):
+            session.error("pip-audit: the dependencies have known vulnerabilities: require versions without them")
+        session.error(
+            f"pip-audit: the dependencies were not audited ({reason}): "
+            "the files in dist/ are complete, but run this session with access to pypi.org before you publish them"
+        )
 
 
 @nox.session
@@ -445,6 +457,7 @@ def processors(session: nox.Session) -> None:
 @nox.session(default=False)
 def deb(session: nox.Session) -> None:
     """Build the Debian package for each suite, and check it in a booted system (as root): `nox -s deb -- bookworm`."""
+    need_programs(session, CONTAINER_PACKAGES)
     session.install(*nox.project.dependency_groups(PROJECT, "packages"))
     session.run("python", "-u", "-m", "packages.deb", *session.posargs)
 

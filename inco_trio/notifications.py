@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Wanted = Callable[[Signal], bool]
 
 Times = tuple[int, int]
-"""One moment, given as time.time_ns() and as time.monotonic_ns()."""
+"""One moment, given as real_clock.time_ns() and as real_clock.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -57,7 +57,7 @@ class Listener(Protocol):
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
 
-        `since` is the time when they became pending (time.monotonic_ns()), or 0 if they were not pending.
+        `since` is the time when they became pending (real_clock.monotonic_ns()), or 0 if they were not pending.
         """
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
@@ -99,7 +99,7 @@ class Events:
         self.sent: Counter[str] = Counter()
         """Number of frames that the link accepted, by wire name. Inbound signals are counted by their `StateFile`."""
         self.sent_last: dict[str, int] = {}
-        """When the link accepted the last frame (time.monotonic_ns()), by wire name."""
+        """When the link accepted the last frame (real_clock.monotonic_ns()), by wire name."""
         self._counters = counters
         # Continue the numbering of a previous process.
         self._sequence = history.sequence if history.keeping else 0

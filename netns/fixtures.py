@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -190,20 +191,24 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
 
 
 class Consumer:
-    """A counter of the notifications that an application sees in one state file.
+    """A counter of the notifications that an application sees in one or more state files.
 
-    A thread reads continuously, because the kernel queues at most 16,384 events.
+    A thread reads continuously, because the kernel queues at most 16,384 events. There is one inotify instance for all
+    files, because a user may have only 128.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, *paths: Path) -> None:
+        self.path = paths[0]
+        self.each = Counter[str]()
+        """The number of notifications in each file, by its name."""
         self._watch = Watch()
-        self._watch.follow([Signal("state", Direction.INBOUND, path.parent, path.name)], self._report)
+        signals = [Signal("state", Direction.INBOUND, path.parent, path.name) for path in paths]
+        self._watch.follow(signals, self._report)
         self._stop_read, self._stop_write = os.pipe()
         self._changed = threading.Condition()
         self._count = 0
         self._failure: IncoError | None = None
-        self._thread = threading.Thread(target=self._read, name=f"consumer of {path.name}")
+        self._thread = threading.Thread(target=self._read, name=f"consumer of {self.path.name}")
         self._thread.start()
 
     def _read(self) -> None:
@@ -217,6 +222,7 @@ class Consumer:
             self._failure = what
         else:
             self._count += 1
+            self.each[what.register] += 1
 
     @property
     def count(self) -> int:

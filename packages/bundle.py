@@ -54,8 +54,7 @@ def build(directory: Path) -> Path:
 
 def check(archive: Path, work: Path) -> None:
     """Install the bundle without a network and run the demonstration. Raises CalledProcessError."""
-    with tarfile.open(archive) as opened:
-        opened.extractall(work, filter="data")
+    subprocess.run(["tar", "-xf", str(archive), "-C", str(work)], check=True)
     (bundle,) = work.iterdir()
     for machine in MACHINES:
         for python in PYTHONS:

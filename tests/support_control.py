@@ -25,6 +25,14 @@ MAC = bytes.fromhex("020000000001")
 FRAME = encode(b"ihub_hwwd_irq", MAC)
 
 
+def block(register: Path) -> None:
+    """Replace a register file with a directory, also if the proxy creates the file again in between."""
+    while True:
+        register.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):
+            return register.mkdir()
+
+
 class Client:
     """A connection to the control socket that reads lines of JSON."""
 

@@ -108,6 +108,11 @@ class World:
         buffer = memoryview(bytearray(1 << 20))
         return parse_events(buffer[: self.inotify.read_into(buffer)])
 
+    def events_of(self, *files: str) -> list[Event]:
+        """Read events, and return those of files with these names. Other programs may change the directories above."""
+        names = {b"", *map(os.fsencode, files)}
+        return [event for event in self.events() if event.name in names]
+
     def take(self, triggered: Triggered) -> list[str]:
         """Return the names of the triggered signals, and record their watches, as the proxy does after sending."""
         for key, wd in triggered.watches.items():

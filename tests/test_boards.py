@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import shutil
 import socket
@@ -332,6 +333,32 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
 
 
 @in_trio
+async def test_a_board_that_was_open_is_retried_after_the_shortest_pause(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE", 0.01)
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE_MAX", math.inf)
+    (place.home / "a").mkdir()
+    (place.home / "a/message_5_state").symlink_to("/dev/null")
+    peer = place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        for _ in range(20):  # Each reload is an attempt to open the board, and doubles the pause.
+            await proxies.reload(place.configs("a"))
+            await wait_all_tasks_blocked()
+        (place.home / "a/message_5_state").unlink()
+        await proxies.reload(place.configs("a"))
+        await until(lambda: "a" in proxies)
+        broken = proxies["a"]
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(broken._inbound._states, "write", fail)
+        place.interrupt("a", peer)
+        await until(lambda: "a" in proxies and proxies["a"] is not broken)
+
+
+@in_trio
 async def test_a_reload_adds_removes_and_changes_boards(place: Place) -> None:
     peers = {name: place.peer(name) for name in ("a", "b", "c")}
     async with open_proxies(place.configs("a", "b")) as proxies:
@@ -513,6 +540,20 @@ async def test_a_board_whose_link_is_down_fills_only_its_own_queue(place: Place)
             assert await received(peer) == b"redun_notify_irq"
         assert proxies["down"].stats.sent == 2000
         assert proxies["down"].stats.overflowed == 0
+
+
+@in_trio
+async def test_unknown_names_are_one_cause_of_log_lines(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """With `-v`, the log contains unknown names, but core 1 must not be able to fill the log."""
+    caplog.set_level(logging.DEBUG, "inco_trio")
+    peer = place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        for number in range(5):
+            peer.sendto(encode(b"name%d" % number, bytes(6)), str(place.home / "a.0"))
+        await until(lambda: proxies["a"].stats.unknown == 5)
+    records = [record for record in caplog.records if "unknown signal" in record.getMessage()]
+    assert [record.getMessage()[:5] for record in records] == [f"name{number}" for number in range(5)]
+    assert {getattr(record, "cause", record.getMessage()) for record in records} == {"unknown signal"}
 
 
 @in_trio

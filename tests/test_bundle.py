@@ -160,6 +160,21 @@ def test_an_invalid_bundle_is_reported_and_replaced(
     store.close()
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_socket_that_cannot_contain_a_bundle_is_reported(
+    listens: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if listens:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen()
+    store = Cupboard({"bundle": sock.detach()})
+    heir = Bundle(store)
+    assert (heir.kept, caplog.messages) == ({}, [INVALID])
+    heir.close()
+    store.close()
+
+
 @pytest.mark.parametrize("kind", ["file", "datagrams", "network"])
 def test_a_bundle_of_the_wrong_kind_is_reported(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     held = {

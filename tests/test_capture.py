@@ -212,6 +212,62 @@ def test_a_second_recorder_of_one_file_is_refused(tmp_path: Path) -> None:
     assert entries(tmp_path / "f") == []
 
 
+def test_a_restarted_recorder_keeps_the_files_of_the_previous_one(tmp_path: Path) -> None:
+    for other in ("f_1.pcapng", "f_00009.txt", "g_00009.pcapng", "f_00009.pcapng.gz"):
+        (tmp_path / other).touch()
+    for number in range(1, 6):
+        recorder = Recorder(tmp_path / "f.pcapng", size_max=10**6, keep=3)
+        recorder.append(NOW + number, Direction.INBOUND, "a", "", None, "rpmsg4000")
+        recorder.close()
+        assert recorder.written == [tmp_path / f"f_{number:05}.pcapng"]
+    files = sorted(tmp_path.glob("f_????[345].pcapng"))
+    assert [each.time_ns - NOW for path in files for each in entries(path)] == [3, 4, 5]
+    assert len(list(tmp_path.iterdir())) == 3 + 4
+
+
+def test_the_numbers_of_the_files_continue_beyond_five_digits(tmp_path: Path) -> None:
+    (tmp_path / "f_99999").touch()
+    for number in (100_000, 100_001):
+        recorder = Recorder(tmp_path / "f", seconds_max=1000.0, keep=2)
+        recorder.close()
+        assert recorder.path == tmp_path / f"f_{number}"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "f_100000", tmp_path / "f_100001"]
+
+
+def test_a_second_recorder_of_numbered_files_is_refused(tmp_path: Path) -> None:
+    first = Recorder(tmp_path / "f", size_max=10**6)
+    with pytest.raises(ResourceError, match="f_00001: another process is recording to this file"):
+        Recorder(tmp_path / "f", size_max=10**6)
+    append_many(first)
+    first.close()
+    assert sorted(tmp_path.iterdir()) == first.written
+    (tmp_path / "f_00002").symlink_to("gone")  # The lock of a file that cannot be opened is not checked.
+    second = Recorder(tmp_path / "f", size_max=10**6)
+    second.close()
+    assert second.written == [tmp_path / "f_00003"]
+
+
+def test_restarts_on_a_full_disk_keep_the_earlier_files(tmp_path: Path) -> None:
+    first = Recorder(tmp_path / "f", size_max=10**6, keep=2)
+    append_many(first)
+    first.close()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        for _ in range(3):
+            with pytest.raises(ResourceError, match="f_00002: File too large: the recording ends after 0"):
+                Recorder(tmp_path / "f", size_max=10**6, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(tmp_path.iterdir()) == first.written
+    assert len(entries(first.path)) == first.count
+
+
+def test_a_recorder_in_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="cannot be written"):
+        Recorder(tmp_path / "gone" / "f", size_max=10**6)
+
+
 def test_ignored_frames_are_marked_as_ignored(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
     recorder.append(NOW, Direction.INBOUND, "a", "/irq/a", encode(b"a", MAC), "rpmsg4000")

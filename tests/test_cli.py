@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_help_fits_a_screen_and_has_an_example(say: Say, command: str) -> None:
     assert (code, err) == (0, "")
     assert f"example: inco-trio {command}" in out
     assert len(out.splitlines()) <= 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_no_file_that_the_wheel_lacks(say: Say, command: str) -> None:
+    _, out, _ = say(command, "--help")
+    assert not re.search(r"docs/|\w\.md\b", out)
+
+
+def test_help_names_the_site(say: Say) -> None:
+    _, out, _ = say("--help")
+    project = tomllib.loads((SAMPLE.parents[2] / "pyproject.toml").read_text())["project"]
+    assert f"\nDocumentation: {project['urls']['Documentation']}\n" in f"{out}\n"
 
 
 def test_help_names_the_commands(say: Say) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = {"sleep", "move_on_after", "fail_after", "move_on_at", "fail_at", "settimeout", "timeout"}
@@ -53,6 +54,11 @@ def test_each_wait_uses_hang_or_has_a_comment(directory: str) -> None:
         for line in unexplained(path.read_text())
     }
     assert left == set(), "use HANG, or state the reason in a comment"
+
+
+def test_hypothesis_accepts_any_time() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
 
 
 @pytest.mark.parametrize(

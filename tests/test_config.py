@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inco_trio.config import Board, Config, parse_board, read_board
@@ -477,8 +477,6 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-anytime = settings(deadline=None)  # How long an example takes depends on the machine.
-
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 values = st.recursive(
     scalars,
@@ -516,19 +514,16 @@ def board_or_problems(text: bytes) -> None:
         assert problem.encode()
 
 
-@anytime
 @given(st.binary())
 def test_any_bytes_are_a_board_or_an_error(text: bytes) -> None:
     board_or_problems(text)
 
 
-@anytime
 @given(values)
 def test_any_json_is_a_board_or_an_error(document: object) -> None:
     board_or_problems(json.dumps(document).encode())
 
 
-@anytime
 @given(st.lists(mistakes, max_size=4))
 def test_any_value_at_any_key_is_a_board_or_an_error(changes: list[tuple[tuple[str, ...], object]]) -> None:
     document = copy.deepcopy(MINIMAL)
@@ -568,7 +563,6 @@ def boards(draw: st.DrawFn) -> tuple[dict[str, Any], list[Signal]]:
     return document, list(expected.values())
 
 
-@anytime
 @given(boards())
 def test_a_valid_board_gives_exactly_its_signals(board: tuple[dict[str, Any], list[Signal]]) -> None:
     document, expected = board

@@ -75,6 +75,12 @@ def table(said: str) -> list[list[str]]:
     return [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
 
 
+def test_the_path_of_the_firmware_is_printed() -> None:
+    command = [sys.executable, "-m", "inco_trio", "demo", "--firmware"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG)
+    assert Path(done.stdout.removesuffix("\n")).read_bytes().startswith(b"\x7fELF")
+
+
 @pytest.mark.netns
 def test_all_notifications_arrive() -> None:
     code, said, complaints = finish([*DEMO, *SHORT])

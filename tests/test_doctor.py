@@ -120,7 +120,7 @@ def test_missing_proc_is_a_warning(tmp_path: Path) -> None:
     # Without /proc, the doctor skips the checks that need it.
     for found in (
         machine.capability("l0", tmp_path),
-        machine.receive_buffer(None, 5, tmp_path),
+        machine.receive_buffer(None, 5, root=tmp_path),
         machine.inotify_limits(processes, None, tmp_path),
         machine.unix_queue(tmp_path),
     ):
@@ -203,9 +203,17 @@ def test_small_receive_buffer_limit_is_a_warning(
     tree.put("proc/3/uid_map" if running else "proc/self/uid_map", uid_map)
     if limit is not None:
         tree.put("proc/sys/net/core/rmem_max", f"{limit}\n")
-    found = only(machine.receive_buffer(process(3) if running else None, 101, tree.root))
+    found = only(machine.receive_buffer(process(3) if running else None, 101, root=tree.root))
     assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith("net.core.rmem_max: ")
+
+
+@pytest.mark.parametrize(("granted", "level"), [(101, "ok"), (100, "warn")])
+def test_a_proxy_that_dropped_cap_net_admin_keeps_its_receive_buffer(tree: Tree, granted: int, level: str) -> None:
+    tree.status("3", 0, NET_RAW)
+    tree.put("proc/3/uid_map", FIRST)
+    tree.put("proc/sys/net/core/rmem_max", "100\n")
+    assert only(machine.receive_buffer(process(3), 101, granted, tree.root))[0] == level
 
 
 def limits(tree: Tree, instances: int, watches: int, queued: int = 16384) -> None:
@@ -500,7 +508,9 @@ def test_the_peer_path_is_checked(tmp_path: Path) -> None:
         assert only(links.peer(address)) == ("fail", text, None)
 
 
-def test_the_registers_directory_is_checked(tmp_path: Path) -> None:
+def test_the_registers_directory_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The user of the services may exist on the machine of this test.
+    monkeypatch.setattr(register_files, "USER", "no-such-user-of-a-service")
     path = tmp_path / "an irq"
     found = only(register_files.directory(path))
     assert found == (
@@ -508,6 +518,11 @@ def test_the_registers_directory_is_checked(tmp_path: Path) -> None:
         f"{path}: does not exist: a proxy creates it when it starts, and 60 s after a removal",
         f"mkdir -p '{path}'",
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.geteuid", lambda: 0)
+        patch.setattr(register_files, "USER", "inco-trio")
+        patch.setattr("pwd.getpwnam", lambda _: None)
+        assert only(register_files.directory(path))[2] == f"install -d -o inco-trio -g inco-trio '{path}'"
     run_fix(found)
     fine = "ok", f"{path}: uid {os.geteuid()} may read and write it", None
     assert only(register_files.directory(path)) == fine

@@ -597,7 +597,7 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     send = f"{sys.executable} -m inco_trio send"
     as_core1 = f"unix:{tmp_path}/l.1,peer={tmp_path}/l.0 --as core1"
     setup = f"""
-        rm {irq}/message_4_state; mkdir {irq}/message_4_state
+        until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done  # The proxy may create it again.
         {send} unknown_irq {as_core1}
         {send} ihub_reset_irq {as_core1}
         until {sys.executable} -m inco_trio status --json | grep -q '"pending": 1'; do :; done

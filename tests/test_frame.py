@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inco_trio.frame import BROADCAST, ETHERTYPE, FRAME_MAX, HEADER_LENGTH, NAME_MAX, decode, encode, is_wire_name
@@ -12,7 +12,6 @@ MAC = bytes.fromhex("02005e100001")
 HEADER = BROADCAST + MAC + b"\x88\x00"
 TAGGED = BROADCAST + MAC + b"\x81\x00\x0f\xa0\x88\x00"
 
-anytime = settings(deadline=None)  # How long an example takes depends on the machine.
 macs = st.binary(min_size=6, max_size=6)
 wire_names = st.binary(min_size=1, max_size=NAME_MAX).map(lambda b: bytes(0x21 + c % 0x5E for c in b))
 
@@ -79,7 +78,6 @@ def test_a_frame_longer_than_the_maximum_is_not_decoded(length: int, name: bytes
     assert decode(memoryview(whole + b"more"), length) == name
 
 
-@anytime
 @given(name=wire_names, source=macs, padding=st.integers(0, 1500))
 def test_round_trip_with_any_padding(name: bytes, source: bytes, padding: int) -> None:
     frame = encode(name, source)
@@ -87,20 +85,17 @@ def test_round_trip_with_any_padding(name: bytes, source: bytes, padding: int) -
     assert decode(frame + bytes(padding)) == name
 
 
-@anytime
 @given(name=wire_names, tci=st.binary(min_size=2, max_size=2))
 def test_one_vlan_tag_is_skipped(name: bytes, tci: bytes) -> None:
     frame = encode(name, MAC)
     assert decode(frame[:12] + b"\x81\x00" + tci + frame[12:]) == name
 
 
-@anytime
 @given(name=wire_names, junk=st.binary(min_size=1))
 def test_trailing_junk_is_never_part_of_the_name(name: bytes, junk: bytes) -> None:
     assert decode(encode(name, MAC) + junk) != (name if junk.strip(b"\0") else None)
 
 
-@anytime
 @given(name=wire_names)
 def test_a_truncated_frame_never_decodes_to_the_whole_name(name: bytes) -> None:
     frame = encode(name, MAC)
@@ -108,14 +103,12 @@ def test_a_truncated_frame_never_decodes_to_the_whole_name(name: bytes) -> None:
         assert decode(frame[:length]) == (name[: length - HEADER_LENGTH] if length > HEADER_LENGTH else None)
 
 
-@anytime
 @given(st.binary() | st.builds(bytes.__add__, st.sampled_from([HEADER, TAGGED]), st.binary()))
 def test_any_bytes_give_a_wire_name_or_none(frame: bytes) -> None:
     name = decode(frame)
     assert name is None or (is_wire_name(name) and name in frame)
 
 
-@anytime
 @given(st.binary(max_size=70))
 def test_wire_names_match_their_definition(name: bytes) -> None:
     assert is_wire_name(name) == (1 <= len(name) <= 64 and all(0x21 <= byte <= 0x7E for byte in name))

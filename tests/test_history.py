@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
+from inco_trio.control.answering import Connection
 from inco_trio.control.feed import Feed
-from inco_trio.control.monitors import Follower
+from inco_trio.control.monitors import PIECE, Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
+from inco_trio.control.server import Peer
 from inco_trio.persist import followed as room
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
@@ -192,7 +198,7 @@ class SteadyWalk(Walk):
 
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
 def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40))
 
 
 def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,15 +263,29 @@ def test_an_ended_history_is_empty() -> None:
     inflight.close()
 
 
-def test_a_replaced_history_is_read_to_its_end_first() -> None:
+@pytest.fixture
+def new_history() -> Iterator[Callable[[], History]]:
+    """Begin a history in new memory."""
+    with ExitStack() as stack:
+
+        def make() -> History:
+            inflight = Inflight.open()
+            stack.callback(inflight.close)
+            history = History(inflight.history)
+            history.begin(0)
+            return history
+
+        yield make
+
+
+def test_a_replaced_history_is_read_to_its_end_first(new_history: Callable[[], History]) -> None:
     """A board that is removed and added again starts a new history; the rest of the old history is not lost."""
 
     async def main() -> list[tuple[str, int]]:
         follower = Follower()
         boots = []
         for _ in range(2):
-            history = History(Inflight.open().history)
-            history.begin(0)
+            history = new_history()
             boots.append(history.boot)
             follower.begin(BOARD, history)
             history.append(SIGNALS[:1] * 3, NOW)
@@ -278,17 +298,55 @@ def test_a_replaced_history_is_read_to_its_end_first() -> None:
     assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
 
 
+def test_a_long_rest_of_a_replaced_history_precedes_the_next_history(new_history: Callable[[], History]) -> None:
+    """The rest does not fit into the lines that `take` returns at once."""
+
+    async def main() -> None:
+        follower, read = Follower(), list[tuple[str, int]]()
+        old, new = new_history(), new_history()
+        for history in (old, new):
+            follower.begin(BOARD, history)
+            history.append(SIGNALS[:1] * (3 * PIECE), NOW)
+        while len(read) < 6 * PIECE:
+            for line in (await follower.take()).splitlines():
+                event = json.loads(line)
+                read.append((event["boot"], event["sequence"]))
+        assert read == [(history.boot, number + 1) for history in (old, new) for number in range(3 * PIECE)]
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_reopened_board_continues_its_history(batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next proxy uses the same memory. Merged, sent and unsent notifications arrive once each."""
+    monkeypatch.setattr(room, "KEPT", FEW)
+    monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
+    inflight, follower, events = Inflight.open(), Follower(batches=batches), list[Event]()
+    History(inflight.history).begin(0)
+    for number in (3, 7, 4, 2):
+        history = History(inflight.history)
+        follower.begin(BOARD, history)
+        history.append(SIGNALS[:1] * number, NOW)
+        follower.appended(BOARD, SIGNALS[:1] * number, NOW)
+        events += [event for line in follower._stored() for event in single_events(line)]
+    while history.waiting:
+        assert follower.acknowledge(BOARD, events[-1].sequence) == events[-1].sequence
+        events += [event for line in follower._stored() for event in single_events(line)]
+    numbers = [event.sequence for event in events]
+    assert numbers == sorted(set(numbers))
+    assert sum(event.count or 1 for event in events) == history.sequence == 16
+    inflight.close()
+
+
 @pytest.mark.parametrize("acknowledged", [0, 4], ids=["merged unacknowledged", "merged acknowledged"])
 def test_a_replaced_history_with_merged_notifications_is_read_once(
-    acknowledged: int, monkeypatch: pytest.MonkeyPatch
+    acknowledged: int, monkeypatch: pytest.MonkeyPatch, new_history: Callable[[], History]
 ) -> None:
     """The queue of the follower is full from the second event on."""
     monkeypatch.setattr(room, "KEPT", FEW)
     monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
     monkeypatch.setattr("inco_trio.control.monitors.WAITING_MAX", 1)
-    old, new = (History(Inflight.open().history) for _ in range(2))
-    old.begin(0)
-    new.begin(0)
+    old, new = new_history(), new_history()
     events: list[Event] = []
 
     async def main() -> None:
@@ -325,14 +383,11 @@ def test_a_replaced_history_with_merged_notifications_is_read_once(
     assert [event.event for event in events if event.event in ("opened", "closed")] == ["opened", "closed", "opened"]
 
 
-def test_a_large_backlog_does_not_delay_other_boards() -> None:
+def test_a_large_backlog_does_not_delay_other_boards(new_history: Callable[[], History]) -> None:
     async def main() -> None:
         follower = Follower()
-        histories = {}
-        for name in ("a", "b"):
-            inflight = Inflight.open()
-            histories[name] = History(inflight.history)
-            histories[name].begin(0)
+        histories = {name: new_history() for name in ("a", "b")}
+        for name in histories:
             follower.begin(name, histories[name])
         histories["a"].append(SIGNALS[:1] * 500, NOW)
         histories["b"].append(SIGNALS[:1], NOW)
@@ -340,3 +395,88 @@ def test_a_large_backlog_does_not_delay_other_boards() -> None:
         assert "b" in boards
 
     trio.run(main)
+
+
+class SlowClient:
+    """A client of the control socket that reads only in `read`. The send buffer of its connection is tiny."""
+
+    def __init__(self, feed: Feed) -> None:
+        proxy, self._client = socket.socketpair()
+        proxy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self._client.setblocking(False)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(proxy))
+        self.connection = Connection(stream, Peer(1, os.geteuid()), feed, "0", self._reload)
+        self._received = b""
+        self.closing = contextlib.ExitStack()
+        for each in (proxy, self._client):
+            self.closing.enter_context(each)
+
+    async def _reload(self) -> list[str]:
+        raise AssertionError
+
+    async def send(self, *requests: Mapping[str, object]) -> None:
+        """Send requests, and wait until the connection has handled them or waits for the client."""
+        self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+        await wait_all_tasks_blocked()
+
+    async def read(self) -> list[dict[str, Any]]:
+        """Return all lines that the proxy has written, except those that `read` has returned before."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                await wait_all_tasks_blocked()
+                self._received += self._client.recv(1 << 16)
+        *lines, self._received = self._received.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_response_does_not_split_an_event_that_was_only_partly_written(batches: bool) -> None:
+    """The send buffer accepts the first part of the events. The client then sends requests before it reads on."""
+
+    async def main() -> list[dict[str, Any]]:
+        feed, history = Feed(ServedBoard()), History(Inflight.open().history)
+        history.begin(0)
+        client = SlowClient(feed)
+        with client.closing:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.connection.run)
+                await client.send({"request": "follow", "batches": batches})
+                feed.opened(lambda: history)
+                await client.read()
+                history.append(SIGNALS * 25, NOW)
+                feed.carried(SIGNALS * 25, 1, (), NOW, 0)
+                await client.send(*[{"request": "status"}] * 3)
+                lines = await client.read()
+                await trio.sleep(1)  # The clock is simulated.
+                lines += await client.read()
+                nursery.cancel_scope.cancel()
+        return lines
+
+    lines = trio.run(main, clock=MockClock(autojump_threshold=0))
+    events = [each for line in lines if "event" in line for each in single_events(json.dumps(line))]
+    assert [each.sequence for each in events] == list(range(1, 4 * 25 + 1))
+    assert [line for line in lines if "event" not in line] == [{"status": []}] * 3
+
+
+def test_no_event_follows_a_response_that_was_only_partly_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy shuts down while it writes a response. It then still writes the queued events."""
+    missing = {f"b{number}": "the interface does not exist" for number in range(100)}
+
+    async def main() -> list[dict[str, Any]]:
+        served = ServedBoard()
+        monkeypatch.setattr(served, "not_open", lambda: missing)
+        feed = Feed(served)
+        client = SlowClient(feed)
+        with client.closing:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.connection.run)
+                await client.send({"request": "monitor"})
+                await client.read()
+                await client.send({"request": "status"})
+                feed.offer("message", message="shutting down")
+                await wait_all_tasks_blocked()
+                client.connection.end()
+                return await client.read()
+
+    status, event = trio.run(main)
+    assert (len(status["status"]), event["message"]) == (len(missing), "shutting down")

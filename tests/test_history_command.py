@@ -17,7 +17,7 @@ from inco_trio.frame import encode
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.support_control import COMMAND, MAC, Board
+from tests.support_control import COMMAND, MAC, Board, block
 from tests.test_fdstore import Daemon as Holder
 
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
@@ -53,8 +53,7 @@ def test_the_history_has_what_happened_before_it_was_asked(board: Board) -> None
         peer.recv(2000)
         client.until(event="notification")
         state = board.irq / "message_5_state"
-        state.unlink()
-        state.mkdir()
+        block(state)
         board.inbound(peer)
         client.until(event="pending")
         state.rmdir()

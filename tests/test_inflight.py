@@ -251,7 +251,7 @@ def test_a_successor_reuses_removed_entries(memory: Inflight, successor: Callabl
 keys = st.sampled_from([b"a", b"b", b"c", b"d" * 64, b"e\0f"])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(keys, st.integers(0, 3), st.booleans())))
 def test_a_table_behaves_like_a_counter(changes: list[tuple[bytes, int, bool]]) -> None:
     expected: dict[bytes, int] = {}

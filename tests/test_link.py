@@ -26,7 +26,8 @@ from inco_trio.links.name_filter import SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.rtnetlink import Interface, Rtnetlink
+from inco_trio.linux.rtnetlink import IFF_LOWER_UP, Interface, Rtnetlink
+from inco_trio.linux.sockets import SO_LOCK_FILTER
 from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
 from tests.support_bpf import accepted
@@ -48,14 +49,24 @@ def close(link: PacketLink) -> None:
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
-    """Change the attributes of an interface on core 0."""
+    """Change the attributes of an interface on core 0, and wait until all interfaces that have a carrier can send."""
     from pyroute2 import IPRoute
 
     def inside() -> None:
         with IPRoute() as links:
             links.link("set", ifname=interface, **attributes)
 
+    def settle() -> None:
+        # The kernel activates the queue of an interface some time after its carrier, and drops frames until then.
+        with IPRoute() as links:
+            while any(
+                each["flags"] & IFF_LOWER_UP and each.get_attr("IFLA_OPERSTATE") == "DOWN" for each in links.get_links()
+            ):
+                pass
+
     cores.core0.run(inside)
+    for core in (cores.core0, cores.core1):
+        core.run(settle)
 
 
 @pytest.fixture
@@ -480,6 +491,14 @@ def test_other_sockets_do_not_fit(cores: Cores, make: Callable[[], socket.socket
     stranger = PacketLink.take(cores.link, cores.core0.run(make).detach())
     assert not stranger.fits
     close(stranger)
+
+
+def test_a_socket_whose_filter_is_locked_does_not_fit(cores: Cores) -> None:
+    locked = cores.core0.run(functools.partial(PacketLink.open, cores.link))
+    assert locked.fits
+    locked._socket.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    assert not locked.fits
+    close(locked)
 
 
 def test_a_socket_of_another_link_does_not_fit(link: PacketLink) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.mqtt.configuration import parse_broker
+from inco_trio.mqtt.gateway import REQUEST_MAX
 from inco_trio.mqtt.topics import level
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -88,8 +89,10 @@ def test_only_permitted_signals_are_sent(bench: Bench) -> None:
     assert ask("redun_notify_irq") == {"sent": 1}
     peer.settimeout(HANG)
     assert b"redun_notify_irq" in peer.recv(2048)
-    assert ask("redun_notify_irq", bytes(1 << 20)) == {"sent": 1}
+    assert ask("redun_notify_irq", bytes(REQUEST_MAX - 300)) == {"sent": 1}
     assert b"redun_notify_irq" in peer.recv(2048)
+    # The broker drops a request that is larger than the gateway's limit.
+    reader.publish(send + "redun_notify_irq", bytes(1 << 20), response="answers/here", correlation=b"18")
     assert ask("ihub_hwwd_irq") == "not-permitted"
     assert ask("unlisted") == "not-permitted"
     assert ask("%2B") == "not-permitted"

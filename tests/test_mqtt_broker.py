@@ -199,7 +199,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
     peer = with_signals(bench)
     dice = random.Random(7)  # noqa: S311
     relay = Relay(bench.broker, stack)
-    relay.bytes_until_cut = lambda: dice.randint(8000, 20_000)
+    relay.bytes_until_cut = lambda: dice.randint(12_000, 24_000)
     reader = Reader(bench.broker, "answers/#")
     stack.callback(reader.close)
     watching = Reader(bench.broker, name="watching")

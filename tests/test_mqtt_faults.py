@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import Connection, open_connection
-from inco_trio.mqtt.session import BrokerLostError, BrokerRefusedError, Message, Receipts
+from inco_trio.mqtt.session import RECEIVE_MAX, BrokerLostError, BrokerRefusedError, Message, Receipts
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
@@ -220,6 +220,33 @@ def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.
                     assert await connection.publish([Message("lab/x", b"1")]) == [None]
 
     trio.run(main)
+
+
+def flood(server: socket.socket, flooded: Callable[[], None]) -> None:
+    """Act as a broker that sends many messages at QoS 0. Call `flooded` once the client has read them."""
+    sock, _ = server.accept()
+    with sock:
+        sock.settimeout(HANG)
+        sock.recv(1000)
+        sock.sendall(b"\x20\x06\0\0\x03\x13\0\x01" + b"\x30\x04\0\x01x\0" * (10 * RECEIVE_MAX) + b"\xd0\0")
+        while sock.recv(1000) != b"\xc0\0":  # The client sends a ping after half a second.
+            pass
+        trio.from_thread.run_sync(flooded)
+        sock.recv(1000)
+
+
+def test_a_flood_of_messages_that_are_not_handled_needs_limited_memory(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        flooded = trio.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, flood, server, flooded.set)
+                async with open_connection(at(server.getsockname()[1]), Credentials(), "test") as connection:
+                    await flooded.wait()
+                    assert connection.received.statistics().current_buffer_used == RECEIVE_MAX
+
+    trio.run(main)
+    assert f"dropped QoS 0 messages, because {RECEIVE_MAX} messages are queued" in caplog.text
 
 
 def answer_and_end(server: socket.socket) -> None:

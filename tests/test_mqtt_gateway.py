@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from inco_trio.control.protocol import Event, Response, SendRequest, StatusRequest
-from inco_trio.errors import ResourceError
+from inco_trio.control.protocol import Event, Greeting, Response, SendRequest, StatusRequest
+from inco_trio.errors import ProtocolError, ResourceError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
 from inco_trio.mqtt.gateway import Gateway
+from inco_trio.mqtt.publishing import REFUSED_AGAIN
 from inco_trio.mqtt.session import Limits, Received
 
 BROKER = parse_broker("mqtt://h/lab")
@@ -83,6 +85,52 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) == {"sent": 1}
     assert conversation.requests == [SendRequest("s1", board="b1")]
+
+
+@pytest.mark.parametrize("where", ["greeting", "event"])
+def test_a_proxy_of_another_version_is_reported_once(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, attempts, boots = Path("/run/x.sock"), 0, ["one"]
+    caplog.set_level(logging.INFO)
+
+    class Undecodable(Conversation):
+        async def request(self, _: object) -> Response:
+            return Response(follow={})
+
+        async def read(self) -> list[Response]:
+            if boots == ["one"]:
+                raise ProtocolError(path, "another version")
+            await trio.sleep_forever()
+            return []
+
+        send_acknowledgements = _never
+
+        def acknowledge_at_end(self) -> None:
+            pass
+
+    @asynccontextmanager
+    async def converse(path: Path) -> AsyncIterator[tuple[Conversation, Greeting]]:
+        nonlocal attempts
+        attempts += 1
+        if where == "greeting" and boots == ["one"]:
+            raise ProtocolError(path, "another version")
+        yield Undecodable(), Greeting("b1", 1, boots[0], ())
+
+    monkeypatch.setattr("inco_trio.mqtt.gateway.converse", converse)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Gateway(BROKER, GatewayConfig(), [path]).run, lambda: None)
+            await trio.sleep(60)  # The clock is simulated.
+            assert 10 < attempts < 60 / REFUSED_AGAIN
+            assert caplog.messages == [f"{path}: another version"]
+            boots[:] = ["two"]
+            await trio.sleep(60)  # The clock is simulated.
+            assert caplog.messages[1:] == [f"{path}: works again"]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("opened", [0, 1, 2])

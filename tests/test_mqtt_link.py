@@ -28,8 +28,8 @@ from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.names import Names
 from inco_trio.mqtt.bridge import Bridge, _open_link
-from inco_trio.mqtt.bridge_codec import Batch, encode_status
-from inco_trio.mqtt.bridge_progress import WINDOW
+from inco_trio.mqtt.bridge_codec import NUMBER_MAX, Batch, encode_status
+from inco_trio.mqtt.bridge_progress import WINDOW, Memory, Progress
 from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.session import Limits, Message, Received, SessionTakenError
 from inco_trio.persist.fdstore import NoFdStore
@@ -485,6 +485,21 @@ def test_statistics_can_be_logged_before_opening() -> None:
     bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
     bridge.log_statistics()
     bridge.close()
+
+
+def test_a_number_that_the_next_process_cannot_use_is_refused() -> None:
+    """Any client that may publish to the topic could otherwise make the next process forget all numbers."""
+    for first, is_valid in ((NUMBER_MAX - 2, True), (NUMBER_MAX - 1, False), ((1 << 63) - 1, False)):
+        data = Batch(bytes(8), first, [b"x", b"y"]).encode()
+        if not is_valid:
+            with pytest.raises(ValueError, match="wrong header"):
+                Batch.decode(data)
+            continue
+        memory = Memory.open(None)
+        Progress(memory.numbers).wrote(bytes(8), Batch.decode(data).first + 1)
+        following = Memory.open(memory.fd)
+        assert (following.fd, Progress(following.numbers).written(bytes(8))) == (memory.fd, NUMBER_MAX - 1)
+        following.close()
 
 
 @pytest.mark.parametrize("topic", TOPICS)

@@ -217,6 +217,26 @@ def test_a_recovery_is_logged_only_once_the_broker_accepts_a_notification(caplog
     run(main)
 
 
+def test_a_refusal_before_another_proxy_begins_is_no_recovery(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        (board, _), connection, problems = followed(), Connection(), Problems()
+        problems.failed(board, "the broker refused notifications", board.name)
+        async with publishing(board, connection, problems):
+            add(board, 1, 2)
+            first, second = connection.sent()
+            connection.answer(second, reason="NOT_AUTHORIZED")
+            board.follow(Source())  # type: ignore[arg-type]
+            connection.answer(first)
+            assert "works again" not in caplog.text
+            add(board, 1, 2)
+            connection.answer(*connection.sent())
+            assert "works again" in caplog.text
+
+    run(main)
+
+
 def test_a_notification_that_is_too_large_for_the_broker_stays_pending(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         (board, source), connection = followed(), Connection(max_packet_size=64)

@@ -34,7 +34,10 @@ AT_LEAST_ONCE = mqtt5.QoS.AT_LEAST_ONCE
 
 def fresh() -> Session:
     """Return a session that waits for CONNACK, after its CONNECT has been sent."""
-    session = Session("broker", mqtt5.ConnectPacket("me", keep_alive=30, session_expiry_interval=60))
+    connect = mqtt5.ConnectPacket(
+        "me", keep_alive=30, session_expiry_interval=60, receive_max=RECEIVE_MAX, max_packet_size=PACKET_MAX
+    )
+    session = Session("broker", connect)
     assert isinstance(sent(session)[0], mqtt5.ConnectPacket)
     return session
 
@@ -235,6 +238,31 @@ def test_excess_messages_at_qos_0_are_dropped() -> None:
     assert (len(session.received), session.dropped) == (RECEIVE_MAX, 5)
 
 
+def test_messages_that_the_caller_has_not_handled_count_towards_the_limit() -> None:
+    session = opened()
+    session.taken = RECEIVE_MAX - 1
+    session.feed(incoming(None) * 3)
+    assert (len(session.received), session.dropped) == (1, 2)
+
+
+def test_a_message_that_is_repeated_on_the_same_connection_ends_the_connection() -> None:
+    """A broker could otherwise fill the memory with messages that have the same packet identifier."""
+    session = opened()
+    session.feed(incoming(7))
+    session.acknowledge(session.received[0])
+    session.feed(incoming(7))
+    with pytest.raises(BrokerLostError, match="another message with the packet identifier 7"):
+        session.feed(incoming(7))
+    assert session.goodbye == mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
+
+
+def test_topics_that_clients_choose_get_no_alias() -> None:
+    session = opened(topic_alias_max=2)
+    responses = [Message(f"answers/{number}", b"1", is_response=True) for number in range(3)]
+    _, packets = publish(session, *responses, Message("lab/b1/status", b"1"))
+    assert [packet.topic_alias for packet in packets] == [None, None, None, 1]
+
+
 def test_packets_may_arrive_in_pieces() -> None:
     session = fresh()
     data = mqtt5.ConnAckPacket().write() + incoming(1) + incoming(2, response_topic="r" * 300) + incoming(3)
@@ -250,6 +278,7 @@ def test_packets_may_arrive_in_pieces() -> None:
         (b"\x32\xff\xff\xff\x7f", f"was allowed only {PACKET_MAX}"),
         (b"\x40\x03\x00\x07\x50", "sent invalid MQTT 5 data: Invalid PubAckReasonCode"),
         (b"\x40\x01\x00", "sent invalid MQTT 5 data"),
+        (b"\xe0\x06\xff\x04\x7f\x00\x01\xff", "sent invalid MQTT 5 data"),
         (incoming(1, qos=mqtt5.QoS.EXACTLY_ONCE), "at QoS 2"),
         (mqtt5.ConnAckPacket().write(), r"unexpected packet \(CONNACK\)"),
         (mqtt5.PingReqPacket().write(), r"unexpected packet \(PINGREQ\)"),
@@ -264,11 +293,64 @@ def test_what_the_protocol_does_not_allow_ends_the_connection(data: bytes, text:
     assert session.goodbye != mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # The codec's panics cause this warning.
-@pytest.mark.parametrize("data", [b"\x30\x04\x00\x01\xff\x00", b"\xe0\x06\x8e\x04\x1f\x00\x01\xff"])
-def test_a_text_that_is_not_utf_8_ends_the_connection(data: bytes) -> None:
+def broken(packet: Any) -> bytes:
+    """Return a packet whose text `bad` is not UTF-8."""
+    data: bytes = packet.write()
+    assert data.count(b"bad") == 1
+    return data.replace(b"bad", b"b\xff\xfe")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        broken(mqtt5.PublishPacket("bad", b"1")),
+        broken(mqtt5.PublishPacket("\u00f6/bad", b"1", qos=AT_LEAST_ONCE, packet_id=200)),
+        incoming(7).replace(b"lab/x", b"l\xed\xa0\x80x"),
+        broken(
+            mqtt5.PublishPacket(
+                "x",
+                b"\xff",
+                correlation_data=b"\xff\xfe",
+                message_expiry_interval=255,
+                subscription_ids=[129, 1 << 20],
+                response_topic="\u00f6",
+                user_properties=[("\u00f6", "1"), ("2", "bad")],
+            )
+        ),
+        broken(mqtt5.PublishPacket("x", b"1", user_properties=[("bad", "")], topic_alias=255)),
+        broken(mqtt5.PubAckPacket(200, reason_code=mqtt5.PubAckReasonCode.NOT_AUTHORIZED, reason_str="bad")),
+        broken(mqtt5.SubAckPacket(200, [], reason_str="bad")),
+        broken(mqtt5.DisconnectPacket(reason_code=mqtt5.DisconnectReasonCode.SERVER_MOVED, server_reference="bad")),
+        broken(mqtt5.ConnAckPacket(receive_max=255, reason_str="bad")),
+    ],
+)
+def test_a_text_that_is_not_utf_8_ends_the_connection(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BrokerLostError, match="a string is not valid UTF-8"):
         opened().feed(data)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_failure_of_the_codec_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def fail(_: memoryview) -> None:
+        raise PanicException("index out of bounds")
+
+    session = opened()
+    monkeypatch.setattr(mqtt5, "read", fail)
+    with pytest.raises(BrokerLostError, match="sent invalid MQTT 5 data: the codec failed: index out of bounds"):
+        session.feed(b"\xd0\x00")
+
+
+def test_other_exceptions_of_the_codec_are_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: memoryview) -> None:
+        raise KeyboardInterrupt
+
+    session = opened()
+    monkeypatch.setattr(mqtt5, "read", fail)
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(b"\xd0\x00")
 
 
 def test_unknown_acknowledgements_are_ignored() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 
 )
 
 
-@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 @example([("queue", 8, (2**63).to_bytes(8, "little"))])
 def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, bytes]]) -> None:
@@ -241,6 +242,12 @@ def unsealed() -> int:
     return fd
 
 
+def sealed_for_writing(seal: int) -> int:
+    fd = unsealed()
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | seal)
+    return fd
+
+
 def read_only() -> int:
     fd = new_memory("read-only", SIZE, MAGIC % FRAMES)
     reopened = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
@@ -253,6 +260,8 @@ def read_only() -> int:
     [
         (unsealed, "not a sealed memfd"),
         (read_only, "not writable"),
+        (lambda: sealed_for_writing(fcntl.F_SEAL_WRITE), "not writable"),
+        (lambda: sealed_for_writing(0x10), "not writable"),  # F_SEAL_FUTURE_WRITE
         (lambda: os.pipe()[0], "not a sealed memfd"),
         (lambda: os.open("/", os.O_RDONLY), "not a sealed memfd"),
         (lambda: new_memory("old", SIZE, b"inco-trio inflight 4"), "written by another version"),
@@ -285,7 +294,7 @@ async def run_proxy(tmp_path: Path, store: Cupboard, name: str) -> None:
             assert proxy.status.signals
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(mutations=st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 def test_a_proxy_runs_with_mutated_memory(
     tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[str, int, bytes]]
@@ -321,6 +330,26 @@ def test_a_stored_descriptor_of_the_wrong_kind_is_reported(
     trio.run(run_proxy, tmp_path, store, "a")
     assert f"fd store: the stored descriptor {name} is of the wrong kind: starting without it" in caplog.messages
     assert name in store.stored
+    store.close()
+
+
+def test_a_stored_inotify_descriptor_that_blocks_does_not_block_the_proxy(tmp_path: Path) -> None:
+    inotify = Inotify()
+    os.set_blocking(inotify.fd, True)
+    store = Cupboard({"inotify": inotify.fd})
+    trio.run(run_proxy, tmp_path, store, "a")
+    assert "inotify" not in store.stored
+    store.close()
+
+
+def test_the_sender_of_a_link_that_is_replaced_cannot_delay_the_start(tmp_path: Path) -> None:
+    """A socket that was shut down returns an empty datagram for each read, like a sender that never stops."""
+    former = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    former.bind(f"{tmp_path}/former")
+    former.shutdown(socket.SHUT_RD)
+    store = Cupboard({"link": former.detach()})
+    trio.run(run_proxy, tmp_path, store, "a")
+    assert "link" in store.stored
     store.close()
 
 

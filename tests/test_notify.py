@@ -67,6 +67,18 @@ def test_an_unusable_notify_socket_is_one_warning(
     assert not any("\n" in line for line in caplog.messages)
 
 
+def test_a_supervisor_that_does_not_read_does_not_block_the_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("inco_trio.notify.TIMEOUT", 0.01)
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        while not caplog.messages:
+            notify_reloading()
+    assert caplog.messages == [f"cannot report RELOADING=1 to $NOTIFY_SOCKET ('{tmp_path}/notify'): timed out"]
+
+
 def test_without_a_supervisor_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     notify_ready(None)
     notify_stopping()

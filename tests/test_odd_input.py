@@ -534,3 +534,20 @@ def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     assert code == 77
     assert line.startswith(f"inco-trio: error: {irq_dir}/message_6_trig: Permission denied: uid ")
     assert "must be able to read triggers" in line
+
+
+@pytest.mark.netns
+def test_a_directory_that_the_proxy_may_not_create_is_named(cores: Cores, tmp_path: Path, nobody: list[str]) -> None:
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    sockets.chmod(0o777)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o755)
+    address, directory = f"unix:{sockets}/a,peer={sockets}/b", closed / "irq"
+    command = [*nobody[:2], str(closed), str(sockets), *nobody[2:], *RUN, "run", address, "--irq-dir", str(directory)]
+    code, _, err = finished([*command, "--log-timestamps", "never", "--control", "none"])
+    assert code == 77
+    found = re.search(rf"{directory}: Permission denied: uid (\d+) may not create {directory} ", err.decode())
+    assert found, err
+    assert f"(run as root at each boot: install -d -o {found[1]} -g " in err.decode()

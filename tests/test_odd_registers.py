@@ -14,9 +14,11 @@ import pytest
 
 from inco_trio.errors import ConfigError
 from inco_trio.linux import inotify as ino
+from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.inotify import Event
 from inco_trio.registers.directory import Directory
 from inco_trio.signals import Direction, Signal
+from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
@@ -269,3 +271,20 @@ def test_a_file_replaced_between_check_and_open_is_not_written(
     world.write(state)
     assert untouched[0]()
     assert world.pending == {state.name: 1}
+
+
+def test_the_status_says_why_a_state_file_is_missing(world: World, clock: Clock) -> None:
+    state, _ = registers(world)
+    world.open()
+    state.path.unlink()
+    world.write(state)
+    assert world.registers.problem(state) == "the file is missing"
+    directory = state.path.parent
+    directory.chmod(0o500)
+    with without_capability(CAP_DAC_OVERRIDE):
+        world.later()
+        assert world.registers.problem(state) == "cannot create: Permission denied; retrying"
+    directory.chmod(0o700)
+    world.later()
+    assert world.registers.problem(state) is None
+    assert world.pending == {}

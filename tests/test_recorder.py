@@ -276,7 +276,7 @@ def test_damaged_numbers_start_an_empty_recorder(
     assert again.status().notifications > 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(place=st.integers(0, 3000), slot=st.integers(0, 16), garbage=st.binary(min_size=1, max_size=200))
 def test_damaged_memory_never_raises(place: int, slot: int, garbage: bytes) -> None:
     memory = memoryview(mmap.mmap(-1, AREA))

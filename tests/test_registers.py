@@ -24,6 +24,7 @@ from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import ABANDONED, Directories
 from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
+from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
@@ -315,7 +316,7 @@ def test_each_notification_is_one_write_and_close(start: StartWorld, reset: Sign
     assert (resets(), hwwds()) == (3, 1)
     assert reset.path.read_text() == "1"
     assert world.stats == Counters(delivered=4)
-    assert world.events() == []
+    assert world.events_of(reset.register, hwwd.register) == []
 
 
 def test_a_write_does_not_truncate(start: StartWorld, irq: Path, reset: Signal) -> None:
@@ -804,6 +805,30 @@ def test_only_writes_to_the_replaced_directory_are_repeated(
     assert other.path.read_text() == "1"
 
 
+def test_a_write_before_the_directory_is_removed_and_recreated_is_repeated(
+    start: StartWorld, irq: Path, reset: Signal, hwwd: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second write fails, which makes the proxy open the new directory."""
+    world, is_replaced, write_one = start(reset, hwwd), False, StateFile.write
+
+    def replaced_afterwards(file: StateFile) -> None:
+        nonlocal is_replaced
+        write_one(file)
+        if not is_replaced:
+            is_replaced = True
+            shutil.rmtree(irq)
+            irq.mkdir()
+            for signal in (reset, hwwd):
+                signal.path.touch()
+
+    monkeypatch.setattr(StateFile, "write", replaced_afterwards)
+    world.write(reset, hwwd, hwwd)
+    assert world.pending == {"ihub_reset_irq": 1, "ihub_hwwd_irq": 2}
+    world.later()
+    assert [signal.path.read_text() for signal in (reset, hwwd)] == ["1", "1"]
+    assert world.pending == {}
+
+
 def test_a_missing_directory_is_reported_and_retried(
     start: StartWorld, irq: Path, notify: Signal, reset: Signal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -968,7 +993,7 @@ def test_a_removed_signal_is_unwatched_after_a_moment(start: StartWorld, notify:
     world.reload([notify])
     assert world.later() == []
     write(uart.path)
-    assert world.events() == []
+    assert world.events_of(uart.register) == []
     assert not world.troubled
 
 
@@ -1009,7 +1034,7 @@ def test_a_reload_with_impossible_registers_is_refused(
         assert world.later() == []
         assert not world.troubled
     write(fine.path)
-    assert world.events() == []
+    assert world.events_of(fine.register) == []
 
 
 def test_events_between_two_processes_are_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
@@ -1175,7 +1200,7 @@ def test_watches_of_an_earlier_configuration_are_removed(start: StartWorld, noti
     write(uart.path)
     assert successor.triggered() + successor.later() == []
     write(uart.path)
-    assert successor.events() == []
+    assert successor.events_of(uart.register) == []
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
 
@@ -1419,7 +1444,7 @@ def test_a_directory_inside_a_removed_one_is_still_followed(start: StartWorld, t
     assert world.triggered() == ["inner"]
     # No signal uses the outer directory any more, so its events are ignored.
     (tmp_path / "a" / "stranger").touch()
-    assert world.events() == []
+    assert world.events_of("stranger") == []
 
 
 def test_retries_do_not_count_as_notifications(
@@ -1535,6 +1560,47 @@ def test_many_blocked_triggers_are_reported_in_one_line(
     assert caplog.records[-1].getMessage() == f"{many[0].path}: works again"
     write(many[7].path)
     assert world.triggered() == ["s7"]
+
+
+def test_a_trigger_works_again_only_once_it_is_watched(
+    start: StartWorld, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Replace the trigger by a directory, then by a hard link, and then delete it."""
+    world = start(notify, uart)
+    caplog.set_level(logging.INFO)
+    other = notify.path.with_name("other")
+    other.touch()
+    notify.path.unlink()
+    notify.path.mkdir()
+    world.triggered()
+    world.restore()
+    notify.path.rmdir()
+    notify.path.hardlink_to(other)
+    world.triggered()
+    world.restore()
+    failed = [
+        f"{notify.path}: cannot watch: {reason}; retrying"
+        for reason in ("not a regular file but a directory", "has 2 names (hard links)")
+    ]
+    assert [record.getMessage() for record in caplog.records] == failed
+    notify.path.unlink()
+    world.triggered()
+    world.restore()
+    assert [record.getMessage() for record in caplog.records] == failed  # The proxy has not created the file yet.
+    world.later()
+    assert [record.getMessage() for record in caplog.records] == [*failed, f"{notify.path}: works again"]
+
+
+def test_a_refused_trigger_that_is_removed_from_the_table_does_not_work_again(
+    start: StartWorld, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = start(notify, uart)
+    caplog.set_level(logging.INFO)
+    notify.path.unlink()
+    notify.path.mkdir()
+    assert world.triggered() + world.later() == []
+    assert world.reload([uart]) + world.later() == []
+    assert "works again" not in caplog.text
 
 
 def test_only_the_directory_of_a_written_file_is_checked(

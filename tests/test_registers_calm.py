@@ -255,7 +255,6 @@ def calm(steps: int, walks: int) -> None:
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )

@@ -310,7 +310,6 @@ def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pwd
 import re
 import shlex
 import signal
@@ -17,7 +19,13 @@ import pytest
 
 from inco_trio.errors import InvalidArgumentError
 from inco_trio.service.descriptions import Service as Described
-from inco_trio.service.descriptions import bridge_service, exporter_service, gateway_service, link_service
+from inco_trio.service.descriptions import (
+    access_warnings,
+    bridge_service,
+    exporter_service,
+    gateway_service,
+    link_service,
+)
 from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from netns.hang import HANG
@@ -187,3 +195,31 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert level.returncode == 0, level.stdout[-2000:]
+
+
+@pytest.mark.netns
+def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    config, directory = tmp_path / "udrv.json", tmp_path / "irq"
+    config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(directory)}}}))
+    command = f"install -d -o daemon -g {pwd.getpwnam('daemon').pw_gid} {directory}"
+    read = f"{config}: the user daemon may not read it, so the service cannot start: move it to a public directory"
+    create = f"{directory}: the user daemon may not create it: run as root at each boot: {command}"
+    words = ["--user", "daemon", "--config", str(config)]
+    written = subprocess.run(
+        [*COMMAND, "service", "s6", str(tmp_path / "scan"), *words], capture_output=True, text=True, check=True
+    )
+    assert f"\nwarning: {read}\n" in written.stdout
+    assert f"\nwarning: {create}\n" in written.stdout
+    printed = subprocess.run([*COMMAND, "service", "systemd", *words], capture_output=True, text=True, check=True)
+    assert f"inco-trio: warning: {read}\n" in printed.stderr
+    assert f"inco-trio: warning: {create}\n" in printed.stderr
+    directory.mkdir(mode=0o700)
+    service = link_service("x", config)
+    # The user may not read the Python of this test if it is in root's home directory. Every user may read /bin/sh.
+    found = list(access_warnings(service, "daemon", "/bin/sh"))
+    write = f"warning: {directory}: the user daemon may not write to it: run as root: {command}"
+    assert found == [f"warning: {read}", write]
+    assert list(access_warnings(service, "daemon", "/bin/sh", check_directories=False)) == found[:1]
+    assert list(access_warnings(service, "root", sys.executable)) == []
+    assert list(access_warnings(service, "no-such-user", sys.executable)) == []

@@ -27,6 +27,7 @@ from inco_trio.cli.monitor import Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect, sockets, wait_for_end
+from inco_trio.control.place import silent_services
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
@@ -36,7 +37,7 @@ from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.support_control import COMMAND, MAC, Board, Client, Running
+from tests.support_control import COMMAND, MAC, Board, Client, Running, block
 from tests.support_proxy import frame
 
 GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": ["x"]}\n'
@@ -680,8 +681,7 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
     peer = board.core1()
     board.running()
     state = board.irq / "message_5_state"
-    state.unlink()
-    state.mkdir()
+    block(state)
     with ExitStack() as stack:
         client = Client(board.path, stack)
         client.ask({"request": "monitor"})
@@ -725,3 +725,16 @@ def test_a_trigger_is_pending_while_the_link_is_down(board: Board) -> None:
         peer.recv(2000)
         board.trigger()
         assert "delay" not in client.until(event="notification")
+
+
+def test_a_service_without_a_proxy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("inco_trio.control.place.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    (tmp_path / "boards.sock").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/control.sock").touch()
+    assert silent_services() is None
+    (tmp_path / "rpmsg4000").mkdir()
+    expected = f"no proxy of x answers in {tmp_path}: the service of rpmsg4000 is starting or has failed, see its log "
+    with pytest.raises(ProxyNotFoundError, match=re.escape(expected)):
+        connect("x", None)

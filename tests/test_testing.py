@@ -254,10 +254,29 @@ def test_both_cores_are_shown_side_by_side() -> None:
     assert lines[0].split() == ["seconds", "core", "0", "core", "1"]
     places = [line.index(word) for line, word in zip(lines[1:], ("sends", "gets", "-- the"), strict=True)]
     assert places == [lines[0].index("core 1"), lines[0].index("core 0"), lines[0].index("core 0")]
-    for _ in range(300):
+    for _ in range(150):
         history.add(1, "sends", RESET)
+        history.add(1, "sends", HWWD)
     lines = side_by_side(history.all()).splitlines()
     assert (len(lines), lines[1].strip()) == (202, "(103 earlier events)")
+
+
+def test_a_burst_is_shown_in_one_line() -> None:
+    history = History()
+    for what, name, count in (("sends", HWWD, 100), ("gets", NOTIFY, 3), ("gets", RESET, 4)):
+        for _ in range(count):
+            history.add(1, what, name)
+    burst, *single, last = side_by_side(history.all()).splitlines()[1:]
+    assert re.fullmatch(rf" +0\.000000 +sends {HWWD} \(100 times within \d+\.\d{{6}} s\)", burst)
+    assert [line.split()[1:] for line in single] == [["gets", NOTIFY]] * 3
+    assert f"gets {RESET} (4 times within " in last
+    listed = f"sends {HWWD} (100 times), " + f"gets {NOTIFY}, " * 3 + f"gets {RESET} (4 times)"
+    with pytest.raises(NotificationMissingError, match=f"events at this core: {re.escape(listed)}$"):
+        history.wait(1, "another", 0)
+    for _ in range(100):
+        history.add(1, "sends", RESET)
+        history.add(1, "sends", HWWD)
+    assert side_by_side(history.all()).splitlines()[1].strip() == "(107 earlier events)"
 
 
 @pytest.fixture(params=[False, True], ids=["process", "in process"])

@@ -290,6 +290,58 @@ def test_a_fuse_filesystem_over_registers_in_use_does_not_block(home: Path, cove
     assert (uncovered, triggered) == ("{} 1", "['out']")
 
 
+RACE = """
+import ctypes, os, sys
+from pathlib import Path
+import pytest
+from inco_trio.registers.directory import Directory
+from inco_trio.registers.trust import Trust
+from inco_trio.signals import Direction, Signal
+from tests.support_registers import Clock, World
+irq, owner = Path(sys.argv[1]), int(sys.argv[2])
+libc = ctypes.CDLL(None)
+check, mounted = Directory.check, set()
+
+def mount_afterwards(self, register, opened=None):
+    check(self, register, opened)
+    cover = os.fsencode(irq / os.fsdecode(register))
+    if cover not in mounted and cover in covers:
+        mounted.add(cover)
+        fd = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={fd},rootmode=100644,user_id={owner},group_id=0,allow_other,default_permissions".encode()
+        assert libc.mount(b"x", cover, b"fuse", 0, options) == 0
+
+with pytest.MonkeyPatch.context() as patch:
+    clock = Clock()
+    clock.install(patch)
+    state = Signal("in", Direction.INBOUND, irq, "state")
+    trigger = Signal("out", Direction.OUTBOUND, irq, "trig")
+    covers = {os.fsencode(trigger.path)}
+    for path in (state.path, trigger.path):
+        path.touch()
+        os.chown(path, owner, owner)
+    world = World(clock, [state, trigger])
+    world.registers.directories.trust = Trust(owner=owner)
+    patch.setattr(Directory, "check", mount_afterwards)
+    world.open()
+    covers.add(os.fsencode(state.path))
+    world.write(state)
+    assert mounted == covers
+    for cover in covers:
+        assert libc.umount2(cover, 2) == 0
+    trigger.path.write_text("1")
+    print(world.pending, state.path.read_text(), world.triggered())
+"""
+"""A program that mounts a FUSE filesystem over each register directly after the proxy has checked the register."""
+
+
+def test_a_fuse_filesystem_that_is_mounted_between_check_and_open_does_not_block(home: Path) -> None:
+    irq = give(give(home / "app", OWNER) / "irq", OWNER)
+    command = ["unshare", "--mount", sys.executable, "-c", RACE, str(irq), str(OWNER)]
+    done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "{} 1 ['out']\n"
+
+
 def test_a_fuse_filesystem_is_refused_without_a_trusted_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     """It can report root as the owner of its files."""
     place = Path("/dev/pts")  # On each system, this is a filesystem that root has mounted.

@@ -248,6 +248,23 @@ def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
     run(main)
 
 
+def test_waiting_for_room_without_a_free_descriptor_pauses(world: World) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> None:
+        link, _ = world.bound(), world.other()
+        fill(link)
+        began = trio.current_time()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            await link.wait_for_room()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert trio.current_time() > began
+
+    in_simulated_time(main)
+
+
 @pytest.mark.parametrize("end", ["replaced", "closed", "removed"])
 def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
     async def main() -> None:

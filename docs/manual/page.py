@@ -74,7 +74,7 @@ def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
 def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]) -> str:
     title = parser.prog.replace(" ", "-")
     commands = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-    epilog = parser.epilog or ""
+    epilog, _, site = (parser.epilog or "").partition("\nDocumentation: ")
     # The epilog of all commands begins with a list of them, which the section COMMANDS contains.
     notes = _Notes(epilog.partition("\n\n")[2] if commands else epilog)
     words = _Words(parser)
@@ -116,7 +116,10 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     if notes.examples:
         lines += [".SH EXAMPLES", ".EX", *(_line(_escaped(example)) for example in notes.examples), ".EE"]
     lines += [".SH SEE ALSO", *(f".BR {_escaped(page)} (1)," for page in see_also)]
-    return "\n".join(lines).removesuffix(",") + "\n"
+    lines[-1] = lines[-1].removesuffix(",")
+    if site:
+        lines += [".PP", f".UR {site}", "Documentation", ".UE"]
+    return "\n".join(lines) + "\n"
 
 
 def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) -> list[str]:

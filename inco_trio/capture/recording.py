@@ -54,8 +54,9 @@ class Recorder:
     The path `-` is standard output. If the file is a pipe whose reader has exited, raise BrokenPipeError.
 
     With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
-    numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. One
-    write(2) writes each entry, so the file stays readable if the process is killed. Raises PermissionDeniedError and
+    numbered: _00001 and so on before the suffix. The numbers continue after those of existing files, because a
+    supervisor may restart the process. If there are more than `keep` files, the oldest one is removed. One write(2)
+    writes each entry, so the file stays readable if the process is killed. Raises PermissionDeniedError and
     ResourceError; after an error, the file is closed but complete up to the last entry.
     """
 
@@ -64,17 +65,22 @@ class Recorder:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.written: list[Path] = []
-        """The files that have not been removed, oldest first."""
+        """The files of this recorder that have not been removed, oldest first."""
         self.count = 0
         """The number of notifications in all files."""
         self._path = path
         self._interfaces: dict[str, int] = {}
         self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
         self._fd = -1
-        self._number = 0
+        self._numbered = (size_max, seconds_max) != (None, None)
+        self._earlier = _numbered_files(path) if self._numbered else {}
+        """The files of earlier recorders by number, the oldest first."""
+        self._number = max(self._earlier, default=0)
         self._size = self._entries = 0
         self._clock, self._begun = clock, 0.0
         self._wall_clock: WallClock | None = None
+        if self._earlier:
+            _refuse_if_recording(self._earlier[self._number])
         self._open()
 
     @property
@@ -153,7 +159,7 @@ class Recorder:
     def _open(self) -> None:
         self._number += 1
         path = self._path
-        if (self._size_max, self._seconds_max) != (None, None):
+        if self._numbered:
             path = path.with_name(f"{path.stem}_{self._number:05}{path.suffix}")
         try:
             self._fd = os.dup(_STANDARD_OUTPUT) if self._path == STREAM else open_output(path)
@@ -167,21 +173,20 @@ class Recorder:
         self._size = self._entries = 0
         self._interfaces = {REGISTERS: 0}
         self._write(section_block(APPLICATION) + interface_block(REGISTERS))
-        while self._keep is not None and len(self.written) > max(self._keep, 1):
+        while self._keep is not None and len(self._earlier) + len(self.written) > max(self._keep, 1):
+            oldest = self._earlier.pop(min(self._earlier)) if self._earlier else self.written.pop(0)
             with contextlib.suppress(OSError):  # Another process may have removed the file.
-                self.written.pop(0).unlink()
+                oldest.unlink()
 
     def _begin(self, path: Path) -> None:
         """Lock and truncate the file. Raises ResourceError if another process is recording to it."""
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             return
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(self._fd, path)
+        except ResourceError:
             self.close()
-            raise ResourceError(path, "another process is recording to this file (use another file)") from None
-        except OSError:
-            pass  # Record without a lock: the filesystem does not support locks.
+            raise
         os.ftruncate(self._fd, 0)
 
     def _write(self, data: bytes) -> None:
@@ -197,11 +202,15 @@ class Recorder:
                 if self._path != STREAM:  # Standard output may contain other data.
                     os.ftruncate(self._fd, self._size)
             self.close()
-            if not self._size and len(self.written) > 1:  # A file without its header is not a recording.
+            path = self.path
+            if not self._size and self._numbered:  # A file without its header is not a recording.
                 with contextlib.suppress(OSError):
-                    self.written.pop().unlink()
+                    path.unlink()
+                if len(self.written) > 1:
+                    self.written.pop()
+                    path = self.path
             raise ResourceError(
-                self.path, f"{error.strerror}: the recording ends after {self.count} notifications, which are kept"
+                path, f"{error.strerror}: the recording ends after {self.count} notifications, which are kept"
             ) from error
         self._size += len(data)
 
@@ -215,6 +224,36 @@ class Recorder:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+def _numbered_files(path: Path) -> dict[int, Path]:
+    """Return the files that a recorder with a limit has written for `path`, by number in ascending order."""
+    numbered = re.compile(rf"{re.escape(path.stem)}_(\d{{5,}}){re.escape(path.suffix)}")
+    try:
+        found = {each: numbered.fullmatch(each.name) for each in path.parent.iterdir()}
+    except OSError:
+        return {}  # Opening the new file reports this error.
+    return dict(sorted((int(match[1]), each) for each, match in found.items() if match))
+
+
+def _refuse_if_recording(path: Path) -> None:
+    """Raise ResourceError if another process is recording to the existing file at `path`."""
+    with contextlib.suppress(OSError):  # Another process may have removed the file.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            _lock(fd, path)
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Lock a recording for this process. Raises ResourceError if another process is recording to it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ResourceError(path, "another process is recording to this file (use another file)") from None
+    except OSError:
+        pass  # Record without a lock: the filesystem does not support locks.
 
 
 @attrs.frozen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inco_trio.cli.options import absolute, positive, rate
-from inco_trio.cli.streams import output, writing
+from inco_trio.cli.streams import output, say, writing
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run real firmware as core 1 in QEMU, and measure round trips (root is not required)",
     )
+    sub.add_argument("--firmware", action="store_true", help="print the path of this firmware, and exit")
     sub.add_argument("--record", metavar="FILE", help="record to FILE, for Wireshark, `replay` and `plot`")
     sub.add_argument("--count", type=positive, default=80, metavar="N", help="notifications per signal (default: 80)")
     sub.add_argument("--rate", type=rate, default=100.0, metavar="R", help="notifications per second (default: 100)")
@@ -26,6 +27,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; return the exit code."""
+    if args.firmware:
+        from inco_trio.simulation.guest import FIRMWARE
+
+        say(str(FIRMWARE))
+        return 0
     from inco_trio.simulation.demonstration import run_demo
 
     record = None if args.record is None else absolute(args.record, "--record")

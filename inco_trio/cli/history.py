@@ -32,7 +32,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only this direction: inbound or outbound"
     )
     add_color(sub)
-    sub.add_argument("--json", action="store_true", help="print one JSON object per line (see docs/control.md)")
+    sub.add_argument(
+        "--json", action="store_true", help='print one JSON object per line (see the page "The control socket")'
+    )
 
 
 def run(args: argparse.Namespace) -> int:

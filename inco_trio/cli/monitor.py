@@ -29,7 +29,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     add_place(sub)
     add_selection(sub)
     add_color(sub)
-    sub.add_argument("--json", action="store_true", help="print the proxy's JSON lines (see docs/control.md)")
+    sub.add_argument(
+        "--json", action="store_true", help='print the JSON lines of the proxy (see the page "The control socket")'
+    )
 
 
 def run(args: argparse.Namespace) -> int:

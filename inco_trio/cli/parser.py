@@ -73,6 +73,7 @@ EXIT_CODES = {
 """The meaning of each exit code. `docs/commands.md` contains the same table."""
 TOPICS = ("exit-codes",)
 """The topics that `inco-trio help` explains in addition to the commands."""
+SITE = "https://github.com/inco-trio/inco-trio/blob/main/docs/index.md"
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -214,7 +215,7 @@ def parser(command: str | None = None) -> _Parser:
         prog="inco-trio",
         usage="%(prog)s [OPTION ...] COMMAND ...",
         description="Transfer inter-core interrupts between the cores of an AMP board or its simulation.",
-        epilog=f"{_grouped()}\n\nTry it: inco-trio demo",
+        epilog=f"{_grouped()}\n\nTry it: inco-trio demo\nDocumentation: {SITE}",
     )
     made.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
     commands = made.add_subparsers(prog="inco-trio", metavar="COMMAND", required=True, parser_class=_Parser)

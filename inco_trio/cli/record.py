@@ -43,6 +43,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
         "If the proxy exits, the command waits for the next one. Without a proxy, it captures on the interface.\n"
+        "With --size or --period, the numbers of the files continue after those of an earlier recording.\n"
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )

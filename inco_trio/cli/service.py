@@ -68,18 +68,21 @@ def run(args: argparse.Namespace) -> int:
         extra += ["--irq-owner", args.irq_owner]
     if extra and service.words[0] != "run":
         raise UsageError(f"{extra[0]} applies only to proxies")
+    warnings = list(descriptions.access_warnings(service, user, program[0], check_directories=args.irq_owner is None))
     if args.supervisor == "systemd":
         if args.user is not None:
             descriptions.account_of(args.user)
         unit = systemd_unit(service=service, user=user, program=program, options=extra)
         # Print bytes: paths may be invalid text, and the unit must not depend on the encoding of standard output.
         say_bytes(os.fsencode(f"{unit}\n"))
+        for warning in (*service.warnings, *warnings):
+            remark(warning)
         return 0
     if args.scandir is None:
         raise UsageError("SCANDIR: missing (expected the scan directory to write to)")
     directory = options.absolute(args.scandir, "SCANDIR")
     changes = write_scandir(directory, service=service, user=user, program=program, options=extra)
-    say(*(changes or ["nothing changed"]))
+    say(*(changes or ["nothing changed"]), *warnings)
     return 0
 
 

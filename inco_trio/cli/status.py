@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_color(sub)
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one line of JSON (see docs/control.md)")
+    how.add_argument("--json", action="store_true", help='print one line of JSON (see the page "The control socket")')
     how.add_argument(
         "--openmetrics", action="store_true", help="print metrics for the textfile collector of node_exporter"
     )

@@ -39,6 +39,8 @@ class Connection:
         self._reading = trio.CancelScope()
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
+        self._unsent = bytearray()
+        """What the next write sends first. If a write is cancelled, it contains the rest of a line."""
         self.fault = ""
         """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 
@@ -279,7 +281,7 @@ class Connection:
 
     def _transmit(self, lines: bytes) -> int:
         """Send lines without waiting. Return how many bytes were sent."""
-        if self._writing.locked():
+        if self._writing.locked() or self._unsent:
             return 0
         try:
             return os.write(self._stream.socket.fileno(), lines)
@@ -292,6 +294,10 @@ class Connection:
         except trio.WouldBlock:
             await self._writing.acquire()
         try:
-            await self._stream.send_all(lines)
+            if self._monitor is not None and (rest := self._monitor.take_rest()):
+                self._unsent += rest.encode()  # Complete the event that `_transmit` has sent only partly.
+            self._unsent += lines
+            while self._unsent:
+                del self._unsent[: await self._stream.socket.send(self._unsent)]
         finally:
             self._writing.release()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from inco_trio import real_clock
 from inco_trio.control import protocol
-from inco_trio.control.place import runtime_directories
+from inco_trio.control.place import runtime_directories, silent_services
 from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
 from inco_trio.errors import (
     IncoError,
@@ -295,7 +295,8 @@ def _none_answers(errors: Sequence[IncoError], wanted: str) -> IncoError:
         if not isinstance(error, ProxyNotFoundError):
             return error
     places = " or ".join(map(str, runtime_directories()))
-    return ProxyNotFoundError(f"{wanted} answers in {places}: start one, or name its socket with --control PATH")
+    start = silent_services() or "start one"
+    return ProxyNotFoundError(f"{wanted} answers in {places}: {start}, or name its socket with --control PATH")
 
 
 def client_of(pid: int) -> Client | None:

@@ -87,7 +87,7 @@ class Monitor:
         """Wait for events, and return some of them as lines. After `end`, return b"" once the queue is empty."""
         while True:
             await self.pause()
-            lines, self._rest = [self._rest] if self._rest else [], ""
+            lines = [rest] if (rest := self.take_rest()) else []
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
@@ -106,6 +106,11 @@ class Monitor:
                     await self._arrived.wait()
                 finally:
                     self._is_idle = False
+
+    def take_rest(self) -> str:
+        """Return the unsent remainder of lines that were only partly sent. Send it before any other line."""
+        rest, self._rest = self._rest, ""
+        return rest
 
     async def pause(self) -> None:
         """Wait until `take` may return the next events."""
@@ -207,7 +212,7 @@ class _Cursor:
         """
         history, sequence = self.history, self.sent + 1
         if (
-            len(signals) > 1
+            len(signals) != 1
             or history.sequence != sequence
             or history.acknowledged >= sequence
             or history.merged_ever != self._checked  # Otherwise, `merged` is empty.
@@ -296,6 +301,8 @@ class Follower(Monitor):
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
+    _last_of_rest: Event | None = None
+    """The last queued event of a replaced history, or None once `take` has returned it."""
     _pause: float = 0.0
     """Seconds between the last write and the next one; 0 if more events may be waiting."""
     _due_ns: int = 0
@@ -305,11 +312,18 @@ class Follower(Monitor):
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
-        """Follow `history` from its oldest notification. First queue the rest of the history that it replaces."""
-        if (before := self.cursors.get(board)) is not None:
-            for event in before.rest(board):
+        """Follow `history` from its oldest notification. First queue the rest of the history that it replaces.
+
+        If the board was reopened with the same memory, continue where the follower is, so that nothing is sent twice.
+        """
+        before = self.cursors.get(board)
+        if before is not None and before.history.boot == history.boot:
+            before.history = history
+        else:
+            for event in before.rest(board) if before is not None else ():
                 self._append(event)
-        self.cursors[board] = _Cursor(history, history.floor)
+                self._last_of_rest = event
+            self.cursors[board] = _Cursor(history, history.floor)
         self._turn_of(board)
 
     def _turn_of(self, board: str) -> None:
@@ -364,8 +378,16 @@ class Follower(Monitor):
         self._turn_of(board)
         return done
 
+    def _wanted(self, what: Batch | Event) -> Iterator[str]:
+        if what is self._last_of_rest:
+            self._last_of_rest = None
+        return super()._wanted(what)
+
     def _stored(self) -> Iterator[str]:
         number = 0
+        if self._last_of_rest is not None:
+            self._pause = 0.0  # The rest of a replaced history must be sent before the next history.
+            return
         while self._behind and number < PIECE:
             board = next(iter(self._behind))
             del self._behind[board]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
-__all__ = ["bind", "default_path", "is_live", "listening", "make_directory", "runtime_directories"]
+__all__ = ["bind", "default_path", "is_live", "listening", "make_directory", "runtime_directories", "silent_services"]
 
 BACKLOG = 128
 MODE = 0o660
@@ -27,6 +27,21 @@ def runtime_directories() -> list[Path]:
     bases = dict.fromkeys(("/run", os.environ.get("XDG_RUNTIME_DIR")))
     private = _private_directory()
     return [*(Path(base, "inco-trio") for base in bases if base), *([private] if _is_private(private) else [])]
+
+
+def silent_services() -> str | None:
+    """Return a text that names the services whose proxies are expected here but have no socket, or None.
+
+    A service creates the directory of its proxy's socket before the proxy starts, and keeps it if the proxy fails.
+    """
+    names = []
+    for place in runtime_directories():
+        with contextlib.suppress(OSError):
+            names += [path.name for path in sorted(place.iterdir()) if path.is_dir() and not any(path.iterdir())]
+    if not names:
+        return None
+    log = "journalctl -u 'inco-trio*', or log/main/current of the s6 service"
+    return f"the service of {' or '.join(names)} is starting or has failed, see its log ({log})"
 
 
 def default_path(label: str) -> Path:

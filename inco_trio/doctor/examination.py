@@ -54,6 +54,7 @@ def examine(
                 # Collect the results in the namespace: a generator would run in the caller's namespace.
                 with inside(netns, link):
                     results, users = _interface(address, processes, start, signals)
+                    results += _receive_buffer(users.proxy, answers, link, netns)
             except IncoError as error:
                 results = [fail("netns", link, error.reason)]
         yield from results
@@ -101,8 +102,6 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
 def _interface(
     address: InterfaceAddress, processes: Processes, start: str | None, signals: Sequence[Signal]
 ) -> tuple[list[Result], Users]:
-    from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
-
     users = _NO_USERS
     found, state = links.interface(address.name)
     results = [*machine.capability(address.name), *state]
@@ -114,7 +113,16 @@ def _interface(
             *proxies.users_of_link(address.name, users, start),
             *proxies.descriptors(address.name, users, processes),
         ]
-    return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER)], users
+    return results, users
+
+
+def _receive_buffer(proxy: Process | None, answers: Answers, link: str, netns: Path | None) -> Iterator[Result]:
+    from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
+
+    boards = [] if proxy is None else _boards_of(proxy, answers, link, netns)
+    status = boards[0].status if boards else None
+    granted = None if status is None else status.receive_buffer
+    return machine.receive_buffer(proxy, RECEIVE_BUFFER, granted)
 
 
 def _registers(signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust) -> Iterator[Result]:

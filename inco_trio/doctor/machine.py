@@ -53,26 +53,35 @@ def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:
         yield fail("capability", link, f"this user (uid {uid}) does not have CAP_NET_RAW", fix)
 
 
-def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -> Iterator[Result]:
-    """Check that packet sockets of `proxy` (default: of this process) get a receive buffer of `wanted` bytes."""
+def receive_buffer(
+    proxy: Process | None, wanted: int, granted: int | None = None, root: Path = Path("/")
+) -> Iterator[Result]:
+    """Check that packet sockets of `proxy` (default: of this process) get a receive buffer of `wanted` bytes.
+
+    `granted` is the size of the buffer of the running proxy. A proxy keeps its buffer after it has dropped the
+    capability CAP_NET_ADMIN.
+    """
     who = f"process {proxy.pid}" if proxy else "this user"
     place = root / "proc" / (str(proxy.pid) if proxy else "self")
     status = status_of(place)
     if "CapEff" not in status:
         return
     check, setting = "receive-buffer", "net.core.rmem_max"
+    if granted is not None and granted >= wanted:
+        yield ok(check, setting, f"{who} has a receive buffer of {granted} bytes, whatever this limit is")
+        return
     # SO_RCVBUFFORCE needs CAP_NET_ADMIN in the initial user namespace (socket(7)).
     first = (read(place / "uid_map") or "").split() == FIRST_USER_NAMESPACE
     if first and int(status["CapEff"], 16) >> CAP_NET_ADMIN & 1:
         yield ok(check, setting, f"{who} has CAP_NET_ADMIN, and may exceed this limit")
         return
-    granted = _sysctl(setting, root)
-    if granted is None:
+    limit = _sysctl(setting, root)
+    if limit is None:
         yield warn(check, setting, "cannot be read in this network namespace: see the buffer size in the proxy's log")
-    elif int(granted) >= wanted:
-        yield ok(check, setting, f"{granted} bytes are enough for a burst of 20,000 frames")
+    elif int(limit) >= wanted:
+        yield ok(check, setting, f"{limit} bytes are enough for a burst of 20,000 frames")
     else:
-        text = f"{granted} bytes: {who} without CAP_NET_ADMIN needs {wanted}, or the kernel drops frames of long bursts"
+        text = f"{limit} bytes: {who} without CAP_NET_ADMIN needs {wanted}, or the kernel drops frames of long bursts"
         yield warn(check, setting, f"{text} (restart the proxy after a change)", f"sysctl -w {setting}={wanted}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import shlex
 import stat
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from inco_trio.linux.processes import Process
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.service.descriptions import USER
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
@@ -31,7 +33,7 @@ def directory(path: Path) -> Iterator[Result]:
         status = path.stat()
     except FileNotFoundError:
         text = "does not exist: a proxy creates it when it starts, and 60 s after a removal"
-        yield warn("directory", path, text, f"mkdir -p {quoted}")
+        yield warn("directory", path, text, _creation(quoted))
         return
     except OSError as error:
         yield fail("directory", path, f"cannot be inspected: {error.strerror}")
@@ -42,6 +44,15 @@ def directory(path: Path) -> Iterator[Result]:
         yield ok("directory", path, f"uid {uid} may read and write it")
     else:
         yield fail("directory", path, f"uid {uid} may not read and write it", permit(path, "u+rwx"))
+
+
+def _creation(quoted: str) -> str:
+    """Return the command that creates a directory. As root, give it to the user of the services if the user exists."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            pwd.getpwnam(USER)
+            return f"install -d -o {USER} -g {USER} {quoted}"
+    return f"mkdir -p {quoted}"
 
 
 def trusted(path: Path, trust: Trust) -> Iterator[Result]:

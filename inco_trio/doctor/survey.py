@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.config import Config
+from inco_trio.control.place import silent_services
 from inco_trio.doctor import machine
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
@@ -31,6 +32,8 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
     running = [process for process in processes.all if process.is_proxy or process.pid in answers.by_pid]
     if not running:
         text = "no proxy is running: start one with `inco-trio run LINK --config FILE`, or start its service"
+        if services := silent_services():
+            text = f"no proxy is running: {services}"
         yield fail("proxy", "this machine", text)
         yield from machine.inotify_limits(processes, None)
     for process in running:

@@ -22,7 +22,7 @@ from inco_trio.linux import bpf, if_packet
 from inco_trio.linux.bpf import Instruction
 from inco_trio.linux.if_packet import GONE, SOL_PACKET
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
-from inco_trio.linux.sockets import set_receive_buffer
+from inco_trio.linux.sockets import SO_LOCK_FILTER, set_receive_buffer
 from inco_trio.problems import report
 
 __all__ = ["PacketLink"]
@@ -147,6 +147,7 @@ class PacketLink:
                 and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
                 and bpf.filter_of(self._socket).startswith(HEAD_CODE)
+                and not self._socket.getsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER)
             )
         except (OSError, ValueError):
             return False

@@ -358,7 +358,8 @@ class UnixLink:
             if self._closed:
                 raise
         except OSError:
-            pass  # The next `send` reports the error.
+            # The next `send` reports the error. Pause, because without a free descriptor, this method fails at once.
+            await trio.sleep(UNWATCHED)
         finally:
             self._room = None
 

@@ -6,10 +6,11 @@ import socket
 import struct
 from typing import Protocol
 
-__all__ = ["SOCKET_PATH_MAX", "SO_PEEK_OFF", "peer_of", "set_receive_buffer"]
+__all__ = ["SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PEEK_OFF", "peer_of", "set_receive_buffer"]
 
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
+SO_LOCK_FILTER = 44
 SOCKET_PATH_MAX = 107
 """Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
 

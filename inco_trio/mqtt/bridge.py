@@ -223,8 +223,8 @@ class Bridge:
         return f"{self._broker.prefix}/{end}/{what}"
 
     async def _exchange(self, connection: Connection) -> None:
-        # The channel is never full, because the broker sends at most RECEIVE_MAX unacknowledged messages.
-        entry, batches = trio.open_memory_channel[Received](RECEIVE_MAX)
+        # The channel is never full: it has room for all unacknowledged messages, and for as many at QoS 0.
+        entry, batches = trio.open_memory_channel[Received](2 * RECEIVE_MAX)
         async with plain_nursery() as nursery:
             nursery.start_soon(self._sort, connection, entry)
             nursery.start_soon(self._write_all, connection, batches)

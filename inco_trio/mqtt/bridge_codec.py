@@ -11,8 +11,10 @@ import attrs
 
 from inco_trio.frame import FRAME_MAX
 
-__all__ = ["Batch", "decode_report", "decode_status", "encode_report", "encode_status"]
+__all__ = ["NUMBER_MAX", "Batch", "decode_report", "decode_status", "encode_report", "encode_status"]
 
+NUMBER_MAX = 1 << 62
+"""Highest frame number. Stored numbers above it are invalid (see `bridge_progress`)."""
 _HEADER = struct.Struct("!4s8sQ?")
 _MAGIC = b"inw1"
 _LENGTH = struct.Struct("!H")
@@ -51,7 +53,7 @@ class Batch:
                 place += _LENGTH.size + length
         except struct.error as error:
             raise ValueError(str(error)) from error
-        if magic != _MAGIC or not 0 < first < 1 << 63:
+        if magic != _MAGIC or not 0 < first <= NUMBER_MAX - len(frames):
             raise ValueError("wrong header")
         return cls(boot, first, frames, report)
 

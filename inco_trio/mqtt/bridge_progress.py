@@ -8,6 +8,7 @@ import re
 
 import attrs
 
+from inco_trio.mqtt.bridge_codec import NUMBER_MAX
 from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
@@ -15,8 +16,6 @@ __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
 """Maximum number of published frames not yet reported as written. mosquitto queues 1,000 messages by default."""
-NUMBER_MAX = 1 << 62
-"""Highest frame number that a valid memfd may contain."""
 BOOTS_MAX = 16
 """How many of the other side's numberings are kept. The broker may repeat messages of recent numberings."""
 _MAGIC = b"inco-trio bridge 2\n"

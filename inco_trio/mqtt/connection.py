@@ -106,7 +106,7 @@ class Connection:
         self._progress = self._last_sent = trio.current_time()
         """The start of the time limit for the broker's answer, and when the client last sent data."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
-        """The received messages. There are never more than `session.RECEIVE_MAX`."""
+        """The received messages, at most `Session.receive_max` of each QoS."""
 
     @property
     def limits(self) -> Limits:
@@ -283,6 +283,7 @@ class Connection:
             if not data:
                 self._lose(self._hung_up())
                 return
+            session.taken = entry.statistics().current_buffer_used
             if session.feed(data):
                 self._progress = trio.current_time()
                 self._is_pinging = False
@@ -294,7 +295,9 @@ class Connection:
                 entry.send_nowait(session.received.popleft())
             if session.dropped and not is_warned:
                 is_warned = True
-                logger.warning("%s: dropped QoS 0 messages, because %d messages are queued", self._broker, RECEIVE_MAX)
+                logger.warning(
+                    "%s: dropped QoS 0 messages, because %d messages are queued", self._broker, session.receive_max
+                )
 
     async def _read(self) -> bytes | bytearray:
         stream = self._stream
@@ -383,18 +386,20 @@ async def open_connection(
     session: int = 0,
     clean: bool = False,
     patience: float = PATIENCE,
+    receive_max: int = RECEIVE_MAX,
+    packet_max: int = PACKET_MAX,
 ) -> AsyncIterator[Connection]:
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
-    The broker then keeps the session for another `session` seconds. `clean` discards an earlier session. If the
-    connection is lost, the block is cancelled. The last will is not retained if the broker does not allow retained
-    messages. Raises BrokerLostError and BrokerRefusedError.
+    The broker then keeps the session for another `session` seconds. `clean` discards an earlier session. `receive_max`
+    and `packet_max` limit the messages from the broker. If the connection is lost, the block is cancelled. The last
+    will is not retained if the broker does not allow retained messages. Raises BrokerLostError and BrokerRefusedError.
     """
     identity = credentials.read()
     connect = functools.partial(
         mqtt5.ConnectPacket, client_id, username=identity.user,
         password=None if identity.password is None else identity.password.encode(), clean_start=clean,
-        keep_alive=KEEPALIVE, session_expiry_interval=session, receive_max=RECEIVE_MAX, max_packet_size=PACKET_MAX,
+        keep_alive=KEEPALIVE, session_expiry_interval=session, receive_max=receive_max, max_packet_size=packet_max,
     )  # fmt: skip
     try:
         async with _connected(broker, credentials, connect(will=_will(will)), patience) as connection:

@@ -24,7 +24,7 @@ from inco_trio.control import protocol
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Notifications, Reply, Response
-from inco_trio.errors import IncoError, ProxyNotFoundError, ResourceError
+from inco_trio.errors import IncoError, ProtocolError, ProxyNotFoundError, ResourceError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
@@ -52,6 +52,10 @@ LOOK_AGAIN = 0.5
 """Seconds between searches for new control sockets."""
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
+REQUESTS_MAX = 100
+"""Maximum number of requests of a board that the gateway receives before it has handled the first one."""
+REQUEST_MAX = 16 << 10
+"""Maximum size of a request in bytes."""
 SHORT = 3.0
 """A connection that lasts less than this (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
@@ -72,6 +76,8 @@ class Gateway:
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
         """For each socket path, an event that is set after the first attempt to follow the proxy."""
+        self._misunderstood: dict[Path, str] = {}
+        """For each socket path, the last process (`Greeting.boot`) that sent a line that the gateway cannot decode."""
         self._problems = Problems()
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -100,9 +106,10 @@ class Gateway:
         followed = self._proxies[path]
         try:
             await self._follow_once(path, nursery, followed)
-        except ProxyNotFoundError as error:
-            logger.debug("%s", error)
         except IncoError as error:
+            if isinstance(error, ProxyNotFoundError) and not isinstance(error, ProtocolError):
+                logger.debug("%s", error)
+                return
             self._problems.failed(path, error.reason)
             followed.set()
             await trio.sleep(REFUSED_AGAIN)
@@ -111,11 +118,12 @@ class Gateway:
             del self._proxies[path]
 
     async def _follow_once(self, path: Path, nursery: trio.Nursery, followed: trio.Event) -> None:
-        async with converse(path) as (source, _):
+        async with converse(path) as (source, greeting):
             mine: list[Board] = []
             try:
                 response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
-                self._problems.well(path)
+                if self._misunderstood.get(path) != greeting.boot:
+                    self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in response.follow]
                 followed.set()
                 async with plain_nursery() as asking:
@@ -124,6 +132,9 @@ class Gateway:
                     while True:
                         for reply in await source.read():
                             self._hear(reply, source, mine, nursery)
+            except ProtocolError:
+                self._misunderstood[path] = greeting.boot
+                raise
             finally:
                 source.acknowledge_at_end()
                 for board in mine:
@@ -213,7 +224,13 @@ class Gateway:
         while True:
             try:
                 async with open_connection(
-                    self._broker, self._config.broker, topics.client_id, will=will, session=SESSION
+                    self._broker,
+                    self._config.broker,
+                    topics.client_id,
+                    will=will,
+                    session=SESSION,
+                    receive_max=REQUESTS_MAX,
+                    packet_max=REQUEST_MAX,
                 ) as connection:
                     begun = trio.current_time()
                     backoff.connected()
@@ -351,7 +368,8 @@ class Gateway:
             where = "response_prefix is not configured" if prefix is None else f"response topic outside of {prefix!r}"
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return
-        (refusal,) = await connection.publish([Message(topic, _json(response), correlation=received.correlation)])
+        message = Message(topic, _json(response), correlation=received.correlation, is_response=True)
+        (refusal,) = await connection.publish([message])
         if refusal is None:
             self._problems.forget(key)
         else:

@@ -140,7 +140,7 @@ class Publisher:
             self._first += len(flights)
             for each in (flights, self._refused, self._again):
                 each.clear()
-        if is_accepted and not flights:
+        elif is_accepted and not flights:
             self._problems.well(board, board.name)
 
 

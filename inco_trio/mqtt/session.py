@@ -15,6 +15,7 @@ import mqtt5
 import trio
 
 from inco_trio.errors import PermissionDeniedError, UnavailableError
+from inco_trio.mqtt.texts import check_texts
 
 __all__ = [
     "PUBLISH_OVERHEAD",
@@ -34,10 +35,10 @@ __all__ = [
     "do_nothing",
 ]
 
-RECEIVE_MAX = 1000
-"""Maximum number of unacknowledged messages from the broker."""
-PACKET_MAX = 4 << 20
-"""Maximum size of a packet from the broker, in bytes."""
+RECEIVE_MAX = 500
+"""Maximum number of unacknowledged messages from the broker (default). A bridge can have 400."""
+PACKET_MAX = 128 << 10
+"""Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
 INFLIGHT_MAX = 1000
 """Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
 PUBLISH_OVERHEAD = 13
@@ -86,6 +87,8 @@ class Message:
     correlation: bytes | None = None
     expiry: int | None = None
     """Seconds for which the broker keeps the message."""
+    is_response: bool = False
+    """Whether a client has chosen the topic. Such topics get no alias, so that clients cannot use up the aliases."""
 
 
 @attrs.frozen(eq=False)
@@ -188,10 +191,15 @@ class Session:
         self.received: deque[Received] = deque()
         """Received messages that the caller has not yet taken."""
         self.dropped = 0
-        """Number of QoS 0 messages that were dropped because RECEIVE_MAX messages were queued."""
+        """Number of QoS 0 messages that were dropped because `receive_max` messages were queued."""
+        self.taken = 0
+        """Number of messages that the caller has taken from `received` and not handled yet."""
         self.goodbye = mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
         """The reason code for DISCONNECT."""
         self._subject, self._connect = subject, connect
+        self.receive_max = connect.receive_max
+        """Maximum number of unacknowledged messages from the broker, and of queued messages at QoS 0."""
+        self._packet_max = PACKET_MAX if connect.max_packet_size is None else connect.max_packet_size
         self._data = bytearray()
         self.window = 0
         """Maximum number of unacknowledged messages to the broker."""
@@ -225,7 +233,7 @@ class Session:
         """Append a message to `out`. If it cannot be sent, settle it in `receipts`. There must be `room`."""
         assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
         topic, alias = message.topic, None
-        if self.limits.topic_alias_maximum:
+        if self.limits.topic_alias_maximum and not message.is_response:
             alias = self._alias(topic)
         packet_id = self._next_id()
         limit = self.limits.maximum_packet_size or _PUBLISH_PACKET_MAX
@@ -307,9 +315,9 @@ class Session:
             shift += 7
             if byte < 0x80:
                 end = index + 1 + length
-                if end - place > PACKET_MAX:
+                if end - place > self._packet_max:
                     self.goodbye = mqtt5.DisconnectReasonCode.PACKET_TOO_LARGE
-                    text = f"sent a packet of {end - place} bytes, but was allowed only {PACKET_MAX}"
+                    text = f"sent a packet of {end - place} bytes, but was allowed only {self._packet_max}"
                     raise BrokerLostError(self._subject, text)
                 return end if end <= len(self._data) else None
         if shift == 28:
@@ -318,14 +326,18 @@ class Session:
 
     def _decode(self, packet: bytes) -> mqtt5.Packet:
         try:
+            check_texts(packet)
+        except ValueError:
+            raise self._malformed("a string is not valid UTF-8") from None
+        try:
             return mqtt5.read(memoryview(packet))[0]
         except (ValueError, IndexError) as error:
             raise self._malformed(str(error)) from error
         except BaseException as error:
-            # The codec panics if a string is not UTF-8 (mqtt5 0.8). pyo3 derives its PanicException from BaseException.
+            # A bug in the codec. pyo3 derives its PanicException from BaseException.
             if type(error).__name__ != "PanicException":
                 raise
-            raise self._malformed("a string is not valid UTF-8") from error
+            raise self._malformed(f"the codec failed: {error}") from error
 
     def _malformed(self, reason: str) -> BrokerLostError:
         self.goodbye = mqtt5.DisconnectReasonCode.MALFORMED_PACKET
@@ -376,17 +388,21 @@ class Session:
     def _on_publish(self, packet: mqtt5.PublishPacket) -> None:
         packet_id = packet.packet_id
         if packet_id is None:
-            if len(self.received) >= RECEIVE_MAX:
+            if len(self.received) + self.taken >= self.receive_max:
                 self.dropped += 1
                 return
         elif packet.qos == mqtt5.QoS.EXACTLY_ONCE:
             self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
             raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
+        elif packet_id in self._unacknowledged:
+            # A broker repeats messages only on a new connection. Repeated messages would need unlimited memory.
+            self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
+            raise BrokerLostError(self._subject, f"sent another message with the packet identifier {packet_id}")
         else:
             self._unacknowledged.add(packet_id)
-            if len(self._unacknowledged) > RECEIVE_MAX:
+            if len(self._unacknowledged) > self.receive_max:
                 self.goodbye = mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED
-                text = f"sent more than {RECEIVE_MAX} unacknowledged messages, which is the limit"
+                text = f"sent more than {self.receive_max} unacknowledged messages, which is the limit"
                 raise BrokerLostError(self._subject, text)
         self.received.append(
             Received(

@@ -29,8 +29,11 @@ MESSAGE_FDS = 250
 READ_SIZE = 1 << 18
 """Bytes per read: more than any message has. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""Error numbers that mean that the process cannot receive the descriptors now, but that the bundle may be valid."""
 _REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
 STORED, REMOVED = b"+", b"-"
+INVALID = "fd store: the stored bundle of descriptors is invalid: starting without it; the notifications in it are lost"
 _LINES = re.compile(rb"(?:[+-][^\0\n]+\n)*")
 
 
@@ -57,10 +60,7 @@ class Bundle:
         try:
             text = _peek(former, fds)
             if not _LINES.fullmatch(text) or sum(line.startswith(STORED) for line in text.splitlines()) != len(fds):
-                logger.warning(
-                    "fd store: the stored bundle of descriptors is invalid: starting without it; "
-                    "the notifications in it are lost"
-                )
+                logger.warning(INVALID)
                 return
             for line in text.split(b"\n")[:-1]:
                 name = os.fsdecode(line[1:])
@@ -68,7 +68,10 @@ class Bundle:
                 if line.startswith(STORED):
                     self.kept[name] = fds.pop(0)
         except OSError as error:
-            raise from_os_error(error, "cannot take over the stored descriptors", FULL) from error
+            if error.errno in _LIMITS:
+                raise from_os_error(error, "cannot take over the stored descriptors", FULL) from error
+            logger.warning(INVALID)  # EINVAL: the socket listens, or is not connected.
+            return
         finally:
             for fd in fds:
                 os.close(fd)

@@ -24,6 +24,9 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 """MAP_FAILED, the result of mmap(2) on error."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_F_SEAL_FUTURE_WRITE = 0x10
+_READ_ONLY = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
+"""The seals with which mmap(2) refuses a writable mapping."""
 
 
 def new_memory(name: str, size: int, head: bytes) -> int:
@@ -42,12 +45,12 @@ def new_memory(name: str, size: int, head: bytes) -> int:
 def check_memory(fd: int, size: int, head: bytes) -> None:
     """Check that `fd` is a sealed memfd of `size` bytes that begins with `head`. Raises ValueError with the reason."""
     try:
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:  # EINVAL: the descriptor is not a memfd.
-        sealed = False
-    if not sealed:
+        seals = 0
+    if seals & _SEALS != _SEALS:
         raise ValueError("not a sealed memfd")
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+    if seals & _READ_ONLY or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
         raise ValueError("not writable")
     if os.fstat(fd).st_size != size or os.pread(fd, len(head), 0) != head:
         raise ValueError("written by another version")

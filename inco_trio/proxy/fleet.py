@@ -47,7 +47,10 @@ RECORDED_MIN = 256
 """By default, each board's flight recorder keeps at least this number of notifications."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""Seconds before the fleet retries to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX."""
+"""Seconds before the fleet retries to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX.
+
+A board that was open is retried after PAUSE.
+"""
 
 
 class _BoardStore:
@@ -342,6 +345,8 @@ class Proxies(Mapping[str, Proxy]):
                         logger.exception("internal error: this is a bug in inco-trio, please report it")
                         board.problem = f"internal error: {error!r}"
                     finally:
+                        if board.proxy is not None:
+                            pause = PAUSE
                         board.proxy = None
                         opened.set()
                     with trio.move_on_after(pause):

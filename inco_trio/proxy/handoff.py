@@ -33,7 +33,7 @@ class Batch(Generic[Item]):
     frames: Sequence[bytes] = ()
     """The frame of each item. Empty unless `Listener.wants_frames` is set."""
     pending_since: int = 0
-    """When the items were reported as pending (time.monotonic_ns()), or 0."""
+    """When the items were reported as pending (real_clock.monotonic_ns()), or 0."""
     finished: trio.Event | None = None
     """An event that is set once all items are finished."""
 

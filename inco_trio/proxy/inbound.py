@@ -25,6 +25,8 @@ __all__ = ["Inbound"]
 
 FORMS = 4
 """Maximum average number of cached frames per signal. A signal's frames may differ in their VLAN tags."""
+DRAINED_MAX = 1 << 17
+"""Maximum number of frames to read from a link that is being replaced. A receive buffer of 24 MiB holds fewer."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
 """One slot of the in-flight buffer. The bytes after the MAC addresses are the key of the cache `StateFiles.by_frame`. A
 frame that is too long for a slot overwrites the mark at the end of the slot, so its key is never in the cache."""
@@ -73,8 +75,12 @@ class Inbound:
             self._deliver(Batch(files, ((bank, len(bank.view)),)))
 
     def drain(self, stale: Link) -> None:
-        """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced."""
-        while batch := self._read(stale):
+        """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced.
+
+        Its sender may still run. So read no more frames than a queue can contain.
+        """
+        end = self._counters.received + DRAINED_MAX
+        while self._counters.received < end and (batch := self._read(stale)):
             self._deliver(batch)
 
     def count_dropped(self) -> None:
@@ -131,7 +137,8 @@ class Inbound:
         file = known.get(name)
         if file is None:
             self._counters.unknown += self._stands_for(room[:length])
-            logger.debug("%s: unknown signal", name.decode())
+            # All names have one cause, because core 1 could send many different names to fill the log.
+            logger.debug("%s: unknown signal", name.decode(), extra={"cause": "unknown signal"})
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file

@@ -29,6 +29,8 @@ __all__ = ["ABANDONED", "Directories"]
 ABANDONED = 60.0
 """Seconds to wait before recreating a directory that another process removed."""
 
+_STATES = "states"
+"""The key, with the path of the directory, of the problem that missing state files cannot be created."""
 ATTEMPTS = 4
 """Maximum number of consecutive attempts to open a directory that another process keeps replacing."""
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
@@ -130,7 +132,7 @@ class Directories:
     def _watch_above(self, directory: Directory, *, waiting: bool, refused: bool = False) -> None:
         """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries.
 
-        With `refused`, an ancestor is not trusted. Watch only the trusted ones.
+        With `refused`, the directory or one of its ancestors was refused. Watch only the ancestors that are trusted.
         """
         watch = self._watch_trusted if refused or self.trust.delegated else self._inotify.watch
         before, directory.above = directory.above, set()
@@ -343,6 +345,17 @@ class Directories:
             directory.states_missing_since = real_clock.monotonic()
         self.trouble(directory)
 
+    def missing_state(self, directory: Directory, register: str) -> str | None:
+        """Return why a state file is missing, or None if it exists or its absence has not been noticed yet."""
+        if directory.states_missing_since is None or register not in directory.states:
+            return None
+        with contextlib.suppress(OSError):  # The next write reports other errors.
+            try:
+                directory.status(register)
+            except FileNotFoundError:
+                return self._problems.said((directory.path, _STATES)) or "the file is missing"
+        return None
+
     def restore(self, directory: Directory) -> float | None:
         """Try to open a directory and to create its missing state files.
 
@@ -358,7 +371,7 @@ class Directories:
         recreate_at = max(directory.states_missing_since, directory.vanished_at) + directory.patience
         if now < recreate_at:
             return recreate_at
-        problem = (directory.path, "states")
+        problem = (directory.path, _STATES)
         try:
             for register in sorted(directory.states):
                 directory.make_state(register)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -143,14 +143,38 @@ class Directory:
         """Return the status of the file with the name `register`, without following a symlink. Raises OSError."""
         if not self.shared:
             return os.stat(register, dir_fd=self.fd, follow_symlinks=False)
+        with self._pinned(register) as fd:
+            return os.fstat(fd)
+
+    @contextlib.contextmanager
+    def _pinned(self, register: str | bytes) -> Iterator[int]:
+        """Open a register with O_PATH while the block runs. Raise UnfitFileError if a FUSE filesystem covers it.
+
+        The descriptor refers to the same file even if another user mounts a filesystem over its name afterwards.
+        """
         fd = os.open(register, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             # Check this before fstat(2), which waits for the process that serves a FUSE filesystem.
             if proc_is_mounted() and mount_id(fd) != mount_id(self.fd) and fuse_user(fd) is not None:
                 raise UnfitFileError(self.path / os.fsdecode(register), OTHER_FILESYSTEM, "unmount it")
-            return os.fstat(fd)
+            yield fd
         finally:
             os.close(fd)
+
+    def open_shared(self, register: str | bytes) -> int:
+        """Check a state file in a `shared` directory and open it for writing, without waiting for another user."""
+        with self._pinned(register) as pinned:
+            self.check(register, pinned)  # Check before open(2), which has effects on some devices.
+            if proc_is_mounted():
+                fd = os.open(f"/proc/self/fd/{pinned}", WRITE_FLAGS & ~os.O_NOFOLLOW)
+            else:
+                fd = os.open(register, WRITE_FLAGS, dir_fd=self.fd)
+        try:
+            self.check(register, fd)  # Another user may have replaced the file or added a name before open(2).
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def check(self, register: str | bytes, opened: int | None = None) -> None:
         """Check that a register is a regular file with only one name, on the directory's filesystem.
@@ -195,10 +219,21 @@ class Directory:
     def watch_trigger(self, register: str, inotify: Watcher) -> int:
         """Watch a trigger and return the watch descriptor, or 0 if the file is missing."""
         try:
+            if self.shared:
+                return self._watch_shared(register, inotify)
             self.check(register)
             return inotify.watch(self.name(register), TRIGGER_MASK)
         except FileNotFoundError:
             return 0
+
+    def _watch_shared(self, register: str, inotify: Watcher) -> int:
+        """Check a file in a `shared` directory and watch it, without waiting for another user."""
+        with self._pinned(register) as pinned:
+            self.check(register, pinned)
+            if not proc_is_mounted():
+                return inotify.watch(self.name(register), TRIGGER_MASK)
+            # Follow the link in /proc to the pinned file. The file itself is not a symlink.
+            return inotify.watch(f"/proc/self/fd/{pinned}", TRIGGER_MASK & ~ino.IN_DONT_FOLLOW)
 
     def make_trigger(self, register: str, inotify: Watcher, note: Callable[[int], None]) -> int:
         """Create a missing trigger and return its watch descriptor. Return 0 if another process has created the file.
@@ -209,7 +244,10 @@ class Directory:
         self._unlink(temporary)  # An earlier process with our PID may have left this file; PIDs repeat in containers.
         try:
             os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
-            wd = inotify.watch(self.name(temporary), TRIGGER_MASK)
+            if self.shared:
+                wd = self._watch_shared(temporary, inotify)
+            else:
+                wd = inotify.watch(self.name(temporary), TRIGGER_MASK)
             note(wd)
             try:
                 os.link(temporary, register, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
@@ -21,13 +22,35 @@ class UnfitFileError(OSError):
         self.remedy = remedy
 
 
-def refusal(error: OSError, what: object) -> IncoError:
-    """Convert an OSError to an IncoError. `what` is the subject if the error contains no file name."""
+def refusal(error: OSError, what: object, *, is_directory: bool = False) -> IncoError:
+    """Convert an OSError to an IncoError. `what` is the subject if the error contains no file name.
+
+    With `is_directory`, `what` is the path of an IRQ directory, which may be missing.
+    """
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
         return ConfigError(subject, f"{error.strerror} ({error.remedy})")
-    needed = f"uid {os.geteuid()} must be able to read triggers and to write state files and their directory"
-    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed} (or have CAP_DAC_OVERRIDE)")
+    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {_needed(what, is_directory)}")
     misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")
     return from_os_error(error, subject, STRERROR, denied, misplaced)
+
+
+def _needed(what: object, is_directory: bool) -> str:
+    """Return the permission that this user lacks. See `refusal`."""
+    uid = os.geteuid()
+    if is_directory and _is_missing(Path(str(what))):
+        command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what))}"
+        return f"uid {uid} may not create {what} (run as root at each boot: {command})"
+    needed = "must be able to read triggers and to write state files and their directory"
+    return f"uid {uid} {needed} (or have CAP_DAC_OVERRIDE)"
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -38,6 +38,8 @@ class _New:
     signals: dict[Trigger, Signal] = attrs.Factory(dict)
     path: Path = Path("/")
     """The path that is being opened, for error messages."""
+    directory: Path = Path("/")
+    """The IRQ directory of this path, or the path itself."""
 
 
 class Registers:
@@ -84,7 +86,7 @@ class Registers:
             unsafe = isinstance(error, UnfitFileError | NotADirectoryError)
             if not unsafe and (problem := unreported(new.path)):
                 raise ConfigError(problem) from error
-            raise refusal(error, new.path) from error
+            raise refusal(error, new.path, is_directory=new.path == new.directory) from error
         for trigger in self.triggers.by_path.values():
             # In the new table, the same file may belong to a different signal.
             trigger.signal = new.signals.get(trigger)
@@ -93,7 +95,7 @@ class Registers:
 
     def _prepare(self, signal: Signal, new: _New) -> None:
         """Open the register of a signal, and its directory if it is new. Add both to `new`. Raises OSError."""
-        new.path = signal.directory
+        new.path = new.directory = signal.directory
         directory = self.directories.by_path.get(new.path)
         if directory is None:
             new.directories.append(directory := self.directories.add(new.path))
@@ -144,7 +146,7 @@ class Registers:
         trigger = self.triggers.by_path.get(signal.path)
         if trigger is not None and trigger.missing_since is not None:
             return "the file is missing or cannot be watched"
-        return self._problems.said(signal.path)
+        return self._problems.said(signal.path) or self.directories.missing_state(directory, signal.register)
 
     def mounts_changed(self) -> int:
         """Make `restore` check all directories and triggers, because a mount may hide them. Return their number."""

@@ -75,22 +75,17 @@ class StateFile:
         directory, register = self.directory, self._register
         if directory.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-        if directory.shared or register not in directory.checked:
+        if directory.shared:
+            return directory.open_shared(register)
+        if register not in directory.checked:
             directory.check(register)  # Check before open(2), which has effects on some devices.
             directory.checked.add(register)
         try:
-            fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
+            return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
         except OSError:
             directory.checked.discard(register)
             directory.check(register)  # Raises an error that names the cause, such as a FIFO.
             raise
-        if directory.shared:
-            try:
-                directory.check(register, fd)  # Another user may have replaced the file before open(2).
-            except OSError:
-                os.close(fd)
-                raise
-        return fd
 
     def pend(self) -> None:
         """Record that a notification becomes pending now."""
@@ -205,6 +200,8 @@ class StateFiles:
         if not self._current.issuperset(files):
             return self._write_renewed(files)
         pending, unwritten = self._pending, []
+        reopened: dict[Directory, int] = {}
+        """For each directory that a failed write has reopened, the number of that write."""
         any_pending = bool(pending.places)
         if len(files) == 1 and not any_pending:
             return self._write_alone(files[0])
@@ -215,7 +212,10 @@ class StateFiles:
                     file.write()
                     continue
                 except OSError as error:
+                    before = file.directory.wd
                     self._failed(file, error)
+                    if file.directory.wd != before:
+                        reopened[file.directory] = number
             self._pend(file)
             any_pending = True
             unwritten.append(number)
@@ -235,7 +235,7 @@ class StateFiles:
         for number in unwritten:
             outcomes[number] = files[number].reason
         for number, file in enumerate(files):
-            if file.directory in replaced and not outcomes[number]:
+            if not outcomes[number] and (file.directory in replaced or number < reopened.get(file.directory, 0)):
                 # The directory was replaced during the write, which may have gone to the old directory.
                 self._pend(file)
                 outcomes[number] = REPLACED

@@ -397,14 +397,21 @@ class Triggers:
 
     def _log_refused(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
         """Log each reason only once per directory, because a directory may have thousands of unwatched triggers."""
+        unwatched = {path for paths in refused.values() for path in paths}
+        for reason, path in tuple(self._reasons.get(directory, {}).items()):
+            trigger = self.by_path.get(path)
+            is_missing = trigger is not None and trigger.missing_since is not None and path not in unwatched
+            if reason in refused or is_missing:  # The proxy waits before it recreates a missing file.
+                continue
+            if trigger is None or path in unwatched:  # Now the proxy cannot watch this trigger for another reason.
+                self._problems.forget((directory, reason))
+            else:
+                self._problems.well((directory, reason), path)
+            del self._reasons[directory][reason]
         for reason, paths in refused.items():
             others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
             self._problems.failed((directory, reason), f"cannot watch: {reason}; retrying", f"{paths[0]}{others}")
             self._reasons.setdefault(directory, {})[reason] = paths[0]
-        for reason, path in tuple(self._reasons.get(directory, {}).items()):
-            if reason not in refused:
-                self._problems.well((directory, reason), path)
-                del self._reasons[directory][reason]
 
     def expire(self) -> None:
         """End the watches of files that were replaced at least `RETIREMENT` seconds ago."""

@@ -131,7 +131,7 @@ class _Walk:
         if target.startswith("/"):
             root = os.open("/", _DIRECTORY)
             os.close(self.fd)
-            self._place, self.fd, self.found, self._mount = "/", root, os.fstat(root), 0
+            self._place, self.fd, self.found = "/", root, os.fstat(root)
             self._check_owner(self.found)
             parts = parts[1:]
         self._names.extendleft(reversed(parts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ __all__ = [
     "PREFIX",
     "USER",
     "Service",
+    "access_warnings",
     "account_of",
     "boards_service",
     "bridge_service",
@@ -94,6 +96,10 @@ class Service:
     """The value of RestrictNamespaces= in a systemd unit."""
     paths: tuple[Path, ...] = ()
     """The known files and directories that the service uses."""
+    reads: tuple[Path, ...] = ()
+    """The configuration files and directories that the user of the service must be able to read."""
+    irq_directories: tuple[Path, ...] = ()
+    """The IRQ directories, which the user of the service must be able to write, or to create."""
 
     @property
     def is_client(self) -> bool:
@@ -108,7 +114,7 @@ def gateway_service(url: str, config: Path | None) -> Service:
     words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
     warnings = () if config is None else _warnings(lambda: read_gateway(config))
     paths = () if config is None else (config.absolute(),)
-    return Service(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings, paths=paths)
+    return Service(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings, paths=paths, reads=paths)
 
 
 def exporter_service(listen: str) -> Service:
@@ -121,15 +127,17 @@ def link_service(link: str, config: Path) -> Service:
     config = config.absolute()
     words = ("run", link, "--config", str(config), "--wait-link")
     of, label = f"inter-core interrupts on {link}", _label(link)
-    paths = [config]
+    directories: tuple[Path, ...] = ()
     warnings = _warnings(lambda: read_udrv(config))
     with contextlib.suppress(IncoError):
-        paths += [signal.directory for signal in read_board(config).signals]
+        directories = tuple(dict.fromkeys(signal.directory for signal in read_board(config).signals))
+    paths = (config, *directories)
+    service = Service(label, of, words, warnings, paths=paths, reads=(config,), irq_directories=directories)
     address = parse_address(link)
     if isinstance(address, UnixAddress):
-        paths += [Path(address.local), Path(address.peer)]
-        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET, paths=tuple(paths))
-    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, _OF_USER, paths=tuple(paths))
+        sockets = (Path(address.local), Path(address.peer))
+        return attrs.evolve(service, rights=_RIGHTS_OF_SOCKET, paths=(*paths, *sockets))
+    return attrs.evolve(service, rights=_RIGHTS_OF_INTERFACE, capability=_OF_USER)
 
 
 def boards_service(directory: Path, label: str) -> Service:
@@ -138,13 +146,26 @@ def boards_service(directory: Path, label: str) -> Service:
     words = ("run", "--boards", str(directory))
     of = f"inter-core interrupts of the boards in {directory}"
     paths, namespaces = [directory], "yes"
+    directories: list[Path] = []
     warnings = _warnings(lambda: os.scandir(directory).close())
     with contextlib.suppress(IncoError):
         configs = read_boards(directory).configs.values()
         paths += [path for config in configs for path in _paths_of(config)]
+        directories += dict.fromkeys(signal.directory for config in configs for signal in config.signals)
         if any(config.netns is not None for config in configs):
             namespaces = "net"
-    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, namespaces, tuple(paths))
+    return Service(
+        label,
+        of,
+        words,
+        warnings,
+        _RIGHTS_OF_BOARDS,
+        _OF_USER,
+        namespaces,
+        tuple(paths),
+        reads=(directory,),
+        irq_directories=tuple(directories),
+    )
 
 
 def _paths_of(config: Config) -> Iterator[Path]:
@@ -162,8 +183,11 @@ def bridge_service(url: str, link: str, end: str, config: Path | None) -> Servic
     options = () if config is None else ("--config", str(config.absolute()))
     address = parse_address(link)
     sockets = (Path(address.local), Path(address.peer)) if isinstance(address, UnixAddress) else ()
-    paths = sockets if config is None else (*sockets, config.absolute())
-    return Service(_BRIDGE + _label(link), of, (*words, *options), warnings, _RIGHTS_OF_BRIDGE, paths=paths)
+    reads = () if config is None else (config.absolute(),)
+    paths = (*sockets, *reads)
+    return Service(
+        _BRIDGE + _label(link), of, (*words, *options), warnings, _RIGHTS_OF_BRIDGE, paths=paths, reads=reads
+    )
 
 
 def account_of(user: str) -> pwd.struct_passwd:
@@ -173,6 +197,45 @@ def account_of(user: str) -> pwd.struct_passwd:
     except (KeyError, ValueError):  # ValueError: the name contains a NUL or another invalid character
         remedy = "create it with `useradd --system`, or choose --user root"
         raise InvalidArgumentError(f"--user {user}: no such user ({remedy})") from None
+
+
+def access_warnings(
+    service: Service, user: str | None, program: str, *, check_directories: bool = True
+) -> Iterator[str]:
+    """Yield a warning for each path that `user` may not use as the service needs it. Only root can check this.
+
+    Do not check the IRQ directories if `check_directories` is false, because another user owns them.
+    """
+    if user in (None, "root") or os.geteuid() != 0:
+        return
+    try:
+        account = pwd.getpwnam(user)
+    except (KeyError, ValueError):
+        return  # A unit may be written before its user is created.
+    for path in (*service.reads, Path(program)):
+        if path.exists() and not _may(account, "-r", path):
+            text = f"the user {user} may not read it, so the service cannot start: move it to a public directory"
+            yield f"warning: {path}: {text}"
+    for path in service.irq_directories if check_directories else ():
+        command = f"install -d -o {user} -g {account.pw_gid} {shlex.quote(str(path))}"
+        if not path.exists():
+            parent = next(parent for parent in path.parents if parent.exists())
+            if not _may(account, "-w", parent):
+                yield f"warning: {path}: the user {user} may not create it: run as root at each boot: {command}"
+        elif not _may(account, "-w", path):
+            yield f"warning: {path}: the user {user} may not write to it: run as root: {command}"
+
+
+def _may(account: pwd.struct_passwd, test: str, path: Path) -> bool:
+    """Return the result of test(1) for a path, executed by another user. Return True if that is not possible."""
+    groups = os.getgrouplist(account.pw_name, account.pw_gid)
+    try:
+        done = subprocess.run(
+            ["test", test, path], user=account.pw_uid, group=account.pw_gid, extra_groups=groups, check=False
+        )
+    except OSError:  # In a user namespace, root cannot become a user that the namespace does not map.
+        return True
+    return done.returncode == 0
 
 
 def _label(link: str) -> str:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import attrs
 
 from inco_trio import real_clock
 from inco_trio.signals import Direction
 
-__all__ = ["Happening", "History", "NotificationMissingError"]
+__all__ = ["Happening", "History", "NotificationMissingError", "runs", "summary"]
+
+SINGLE = 3
+"""Maximum number of equal events that are shown one by one."""
+LISTED = 20
+"""Maximum number of events, or of runs of equal events, in an error message."""
 
 
 class NotificationMissingError(AssertionError):
@@ -34,6 +40,21 @@ class Happening:
     """The time (time.time_ns()) at which the test saw the event."""
     direction: Direction | None = None
     frame: bytes | None = None
+
+
+def runs(happenings: Iterable[Happening]) -> list[Sequence[Happening]]:
+    """Group more than `SINGLE` equal events that follow one another. Other events are groups of one."""
+    found: list[Sequence[Happening]] = []
+    for _, group in itertools.groupby(happenings, key=lambda each: (each.core, each.what, each.name)):
+        equal = list(group)
+        found += [equal] if len(equal) > SINGLE else [[each] for each in equal]
+    return found
+
+
+def summary(run: Sequence[Happening], within: str = "") -> str:
+    """Describe a group of equal events. `within` is added to their number."""
+    text = f"{run[0].what} {run[0].name}".rstrip()
+    return text if len(run) == 1 else f"{text} ({len(run)} times{within})"
 
 
 class History:
@@ -98,7 +119,7 @@ class History:
 
     def _missing(self, core: int, name: str, timeout: float) -> NotificationMissingError:
         why = f"within {timeout:g} s" if self.failure is None else f"({self.failure})"
-        came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing"
+        came = ", ".join(summary(run) for run in runs(self.all(core))[-LISTED:]) or "nothing"
         return NotificationMissingError(f"{name}: did not arrive at core {core} {why}; events at this core: {came}")
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
