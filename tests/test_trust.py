@@ -392,6 +392,7 @@ def test_the_files_of_a_recording_follow_no_symlink_of_a_stranger(home: Path) ->
         fcntl.flock(read, fcntl.LOCK_EX)  # A recorder that followed the link would find this lock.
         recorder = Recorder(place / "r.pcapng", size_max=1000)
     assert recorder.path.name == "r_00002.pcapng"
+    recorder.mark(1, "x")
     link_of_a_stranger(links[1], victim)
     with pytest.raises(PermissionDeniedError) as refused:
         recorder.mark(1, "x" * 1000)
