@@ -155,13 +155,13 @@ class Reader:
     ) -> None:
         self.messages: queue.Queue[Message] = queue.Queue()
         self._subscribed: queue.Queue[None] = queue.Queue()
-        self._marked: queue.Queue[None] = queue.Queue()
+        self._marked: queue.Queue[int] = queue.Queue()
         self._number = self._mark = 0
         self._topic = topic
         self._client = client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5)
         client.on_message = self._on_message
         client.on_connect = self._on_connect
-        client.on_subscribe = lambda *_: self._subscribed.put(None)
+        client.on_subscribe = self._on_subscribe
         client.reconnect_delay_set(1, 1)
         if certificates is not None:
             context = ssl.create_default_context(cafile=certificates[0])
@@ -178,11 +178,19 @@ class Reader:
     def _on_connect(self, client: paho.Client, *_: object) -> None:
         client.subscribe(self._topic, qos=1)
 
+    def _on_subscribe(self, *_: object) -> None:
+        self._subscribed.put(None)
+        if self._mark:
+            self._publish_mark()  # `settle` may have published it after the reconnection, but before the subscription.
+
+    def _publish_mark(self) -> None:
+        self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)
+
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         correlation = getattr(message.properties, "CorrelationData", None)
         self._number += 1
         if message.topic.endswith("/mark"):
-            self._marked.put(None)
+            self._marked.put(int(message.payload))
         else:
             self.messages.put(Message(message.topic, bytes(message.payload), message.retain, correlation))
 
@@ -216,8 +224,9 @@ class Reader:
             before = self._number
             self._mark += 1
             # While the client is disconnected, paho queues the message and publishes it later.
-            self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)
-            self._marked.get(timeout=HANG)
+            self._publish_mark()
+            while self._marked.get(timeout=HANG) != self._mark:
+                pass  # This mark was published twice.
             quiet = quiet + 1 if self._number == before + 1 else 0
 
     def until_status(self, board: str, **fields: object) -> Message:

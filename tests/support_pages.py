@@ -148,21 +148,23 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
-    with subprocess.Popen(
-        [*hidden, "/bin/bash", "-c", f"set -e\n{ADD_USER}{ENDING}\n{script}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=cores.core0.enter, env=environment, process_group=0,
-    ) as shell:  # fmt: skip
-        try:
-            out, err = shell.communicate(timeout=HANG)
-        except subprocess.TimeoutExpired:
-            # Also kill the background processes of the script.
-            os.killpg(shell.pid, signal.SIGKILL)
-            out, err = shell.communicate()
-            raise AssertionError(f"the script does not end:\n{out}{err}") from None
-        except BaseException:
-            os.killpg(shell.pid, signal.SIGKILL)
+    # Background processes of the script may outlive it, so a pipe might never end.
+    outputs = home / "output", home / "errors"
+    with outputs[0].open("wb") as output, outputs[1].open("wb") as errors:
+        shell = subprocess.Popen(
+            [*hidden, "/bin/bash", "-c", f"set -e\n{ADD_USER}{ENDING}\n{script}"],
+            stdout=output, stderr=errors, preexec_fn=cores.core0.enter, env=environment, process_group=0,
+        )  # fmt: skip
+    try:
+        shell.wait(HANG)
+    except BaseException as error:
+        os.killpg(shell.pid, signal.SIGKILL)  # This also ends the background processes of the script.
+        shell.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
             raise
+        said = "".join(path.read_text() for path in outputs)
+        raise AssertionError(f"the script does not end:\n{said}") from None
+    out, err = (path.read_text() for path in outputs)
     out = out.replace("/run/etc/", "/etc/").replace("/run/page", "/home/you")
     return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 

@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import pty
+import pwd
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -24,9 +26,12 @@ from inco_trio.board_files import Boards
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.config import Config
+from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
-from inco_trio.doctor.examination import trust_of
+from inco_trio.doctor.answers import Answer, Answers
+from inco_trio.doctor.examination import examine, expected_trust, trust_of
 from inco_trio.doctor.result import Level, Result, hidden, permit, refused
+from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -804,6 +809,66 @@ def test_a_missing_fd_store_is_reported(users: Users, unseen: bool, level: str, 
     found = only(proxies.descriptors("l0", users, everyone(unseen=unseen)))
     assert (found[0], found[2]) == (level, fix)
     assert found[1].partition(": ")[2].startswith(text)
+
+
+def test_the_stored_sockets_of_several_boards_are_known_from_the_status() -> None:
+    boards, single = (process(3, f"inco-trio run {words} --fd-holder s") for words in ("--boards b", "l0"))
+    for proxy, store, level in ((boards, "s6-fdholder", "ok"), (boards, None, "fail"), (single, "s6-fdholder", "fail")):
+        status = attrs.evolve(status_of("l0", ()), descriptors=store)
+        found = only(proxies.descriptors("l0", Users((proxy,), (), (), 0), everyone(proxy), status))
+        assert found[0] == level
+        if level == "ok":
+            assert found[1] == "l0: s6-fdholder keeps its socket while the proxy restarts"
+
+
+def test_the_proxy_of_a_missing_interface_is_examined() -> None:
+    proxy = process(os.getpid(), "inco-trio run gone0", uid=7)
+    status = attrs.evolve(status_of("gone0", (), owner=3), counters=Stats(link_downs=1))
+    answers = Answers({proxy.pid: Answer("gone0", (BoardStatus("gone0", status=status),))})
+    found = list(examine("gone0", (), everyone(proxy), answers, serving=proxy))
+    assert next(each for each in found if each.check == "interface").found.startswith("no such interface (available: ")
+    assert [each.found for each in found if each.check == "counters"] == [
+        "link_downs: 1 times the link went down: `inco-trio history` shows when"
+    ]
+    _, (result,) = links.interface("gone0", Path("/run/netns/b1"))
+    assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
+
+
+def test_the_user_of_the_services_is_trusted_while_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = pwd.getpwnam("daemon").pw_uid
+    for name, uid, trust in (
+        ("daemon", 0, Trust(3, 4, service)),
+        ("daemon", 5, Trust(3, 4)),
+        ("no such user", 0, Trust(3, 4)),
+    ):
+        monkeypatch.setattr("inco_trio.doctor.examination.USER", name)
+        monkeypatch.setattr("os.geteuid", lambda uid=uid: uid)
+        assert expected_trust(3, 4) == trust
+
+
+def test_the_rights_of_the_doctor_do_not_matter_to_a_proxy_of_another_user(tmp_path: Path) -> None:
+    irq, link, uid = tmp_path / "irq", f"unix:{tmp_path}/a,peer={tmp_path}/b", os.geteuid()
+    irq.mkdir()
+    (irq / "message_4_state").touch(0o400)
+    irq.chmod(0o500)
+    with without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+        for user, levels in ((uid, ["fail", "fail"]), (uid + 1, ["ok", "ok"])):
+            proxy = process(os.getpid(), f"inco-trio run {link}", uid=user)
+            found = examine(link, builtin_signals(irq), everyone(proxy), Answers(), serving=proxy)
+            assert [each.level.name.lower() for each in found if each.check in ("directory", "registers")] == levels
+    irq.chmod(0o700)
+
+
+def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        proxy = process(child.pid, "inco-trio run l0")
+        (result,) = [each for each in survey(everyone(proxy), Answers()) if each.check == "control"]
+        assert (result.level, result.fix) == (Level.FAIL, f"kill -CONT {child.pid}")
+        assert result.found.startswith("the process is stopped by a signal or a debugger")
+        run_fix(("", "", result.fix))
+        child.communicate(b"\n", timeout=HANG)
 
 
 @pytest.mark.parametrize(

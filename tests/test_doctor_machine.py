@@ -333,6 +333,31 @@ def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: 
         assert of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)["level"] == "ok"
 
 
+def test_the_fix_makes_a_read_only_directory_writable(cores: Cores, tmp_path: Path) -> None:
+    irq = tmp_path / "an irq"
+    irq.mkdir()
+    setup = f"""
+        mount -t tmpfs none '{irq}'; mkdir '{irq}/x'; touch '{irq}/x/message_4_state'; mount -o remount,ro '{irq}'
+    """
+    found = driven(cores.core0, setup, "directory", irq / "x", "--irq-dir", irq / "x", around=IN_MOUNTS)
+    assert levels(found) == ["fail", "ok"]
+    assert found[0]["found"] == "is on a read-only filesystem: no state file can be written"
+    assert found[0]["fix"] == f"mount -o remount,rw '{irq}'"
+
+
+@pytest.mark.parametrize(
+    ("size", "fill", "what"),
+    [("size=4k", "head -c 4k /dev/zero > x", "space"), ("nr_inodes=2", "touch x", "inodes")],
+    ids=["space", "inodes"],
+)
+def test_a_full_filesystem_is_a_warning(cores: Cores, irq_dir: Path, size: str, fill: str, what: str) -> None:
+    irq_dir.mkdir()
+    setup = f"mount -t tmpfs -o {size} none {irq_dir}; cd {irq_dir}; {fill}"
+    (found,) = driven(cores.core0, setup, "space", irq_dir, "--irq-dir", irq_dir, around=IN_MOUNTS)
+    assert found["level"] == "warn"
+    assert found["found"].startswith(f"the filesystem has no free {what}: remove files")
+
+
 def test_registers_on_proc_are_a_fault(cores: Cores) -> None:
     result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
     assert (result["level"], result["fix"]) == ("fail", None)
@@ -527,6 +552,16 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
         f"{boards}/b2.json",
     }
     assert [level for level, _ in groupby(levels(found))] == ["fail", "warn", "ok"]
+
+
+def test_without_arguments_a_killed_proxy_is_a_warning(cores: Cores, tmp_path: Path) -> None:
+    program = "import os; from inco_trio.linux.processes import look; "
+    program += f"[os.kill(each.pid, 9) for each in look().all if each.is_proxy and '{tmp_path}/two' in each.command]"
+    proxies = [(unix_link(tmp_path, name), "--irq-dir", tmp_path / name) for name in ("one", "two")]
+    _, found = survey(cores.core0, tmp_path, *proxies, setup=f'{sys.executable} -c "{program}"')
+    killed = of(found, "control")
+    assert killed["level"] == "warn"
+    assert killed["found"].startswith("the proxy of this socket was killed or has crashed, and no other proxy has")
 
 
 def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp_path: Path) -> None:

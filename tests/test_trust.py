@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import pwd
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.capture.recording import Recorder
 from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
 from inco_trio.cli.run import _load
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.linux import users
 from inco_trio.linux.files import fuse_user, open_output
 from inco_trio.linux.libc import libc
@@ -376,18 +378,39 @@ def test_an_output_goes_to_the_directory_that_was_checked(home: Path, monkeypatc
     assert [*place.iterdir()] == []
 
 
-@pytest.mark.parametrize("options", [["--size", "1k"], []], ids=["rotated", "single"])
-def test_a_recording_follows_no_symlink_of_a_stranger(home: Path, options: list[str]) -> None:
+def link_of_a_stranger(link: Path, target: Path) -> None:
+    link.symlink_to(target)
+    os.lchown(link, STRANGER, STRANGER)
+
+
+def test_the_files_of_a_recording_follow_no_symlink_of_a_stranger(home: Path) -> None:
     place, victim = give(home / "app"), home / "victim"
     victim.write_text("precious")
-    link = place / ("r_00001.pcapng" if options else "r.pcapng")
-    link.symlink_to(victim)
-    os.lchown(link, STRANGER, STRANGER)
+    links = [place / f"r_{number:05}.pcapng" for number in (1, 3)]
+    link_of_a_stranger(links[0], victim)
+    with victim.open() as read:
+        fcntl.flock(read, fcntl.LOCK_EX)  # A recorder that followed the link would find this lock.
+        recorder = Recorder(place / "r.pcapng", size_max=1000)
+    assert recorder.path.name == "r_00002.pcapng"
+    recorder.mark(1, "x")
+    link_of_a_stranger(links[1], victim)
+    with pytest.raises(PermissionDeniedError) as refused:
+        recorder.mark(1, "x" * 1000)
+    assert str(refused.value) == f"{links[1]}: cannot be written: it is a symlink of another user"
+    assert victim.read_text() == "precious"
+    assert all(map(Path.is_symlink, links))
+
+
+def test_a_recording_follows_no_symlink_of_a_stranger(home: Path) -> None:
+    place, victim = give(home / "app"), home / "victim"
+    victim.write_text("precious")
+    link = place / "r.pcapng"
+    link_of_a_stranger(link, victim)
     control = home / "control"
     words = ("run", f"unix:{home}/0,peer={home}/1", "--irq-dir", home / "irq", "--control", control)
     with contextlib.closing(Launched(*words, log=home / "log")) as proxy:
         assert proxy.wait_ready(HANG), proxy.log
-        command = ["record", place / "r.pcapng", *options, "--control", control, "--duration", "1ms"]
+        command = ["record", link, "--control", control, "--duration", "1ms"]
         done = subprocess.run(
             [sys.executable, "-m", "inco_trio", *map(str, command)],
             check=False,

@@ -137,7 +137,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using record' -l since -x -d 'with --
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l duration -x -d 'stop after TIME, such as 10m'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l size -x -d 'start a new file (FILE_00002) at this size, such as 10M'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l period -x -d 'start a new file after TIME, such as 1h'
-complete -c inco-trio -n '_shtab_inco_trio_using record' -l keep -x -d 'keep the newest N files and remove older ones'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l keep -x -d 'keep only the newest N files, also of earlier recordings'
 complete -c inco-trio -n '_shtab_inco_trio_using record; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'pcapng file to create or replace; - for standard output'
 complete -c inco-trio -n '_shtab_inco_trio_using record; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'link or board directory of the proxy'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a send -d 'Send a signal through the proxy or as one of the cores.'

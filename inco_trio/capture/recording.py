@@ -239,7 +239,7 @@ def _numbered_files(path: Path) -> dict[int, Path]:
 def _refuse_if_recording(path: Path) -> None:
     """Raise ResourceError if another process is recording to the existing file at `path`."""
     with contextlib.suppress(OSError):  # Another process may have removed the file.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:
             _lock(fd, path)
         finally:

@@ -138,9 +138,8 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
 def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.board_files import read_boards
     from inco_trio.doctor.answers import ask
-    from inco_trio.doctor.examination import examine
+    from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
-    from inco_trio.registers.trust import Trust
 
     processes = look()
     yield from proc(processes)
@@ -159,7 +158,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     for name, board in boards.configs.items():
         file = directory / f"{name}.json"
         yield ok("configuration", file, f"valid, {len(board.signals)} signals")
-        trust = Trust(board.owner, board.group)
+        trust = expected_trust(board.owner, board.group)
         yield from examine(
             board.link, board.signals, processes, answers,
             netns=board.netns, configuration=(file, board), trust=trust, start=start,

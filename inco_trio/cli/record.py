@@ -43,7 +43,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
         "If the proxy exits, the command waits for the next one. Without a proxy, it captures on the interface.\n"
-        "With --size or --period, the numbers of the files continue after those of an earlier recording.\n"
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
@@ -57,7 +56,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--size", type=size, metavar="BYTES", help="start a new file (FILE_00002) at this size, such as 10M"
     )
     sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start a new file after TIME, such as 1h")
-    sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
+    sub.add_argument(
+        "--keep", type=positive, metavar="N", help="keep only the newest N files, also of earlier recordings"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

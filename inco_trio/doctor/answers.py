@@ -8,7 +8,7 @@ import attrs
 
 from inco_trio.control.client import answering, sockets
 from inco_trio.control.protocol import BoardStatus
-from inco_trio.doctor.result import Result, fail, hidden
+from inco_trio.doctor.result import Result, fail, hidden, warn
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.linux.processes import Process, Processes, listening_sockets
 
@@ -58,6 +58,13 @@ def ask(processes: Processes) -> Answers:
 def _problem(error: IncoError) -> list[Result]:
     if isinstance(error, PermissionDeniedError):
         return [hidden(f"the status of the proxy at {error.subject}")]
-    if isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)):
+    if isinstance(error.__cause__, FileNotFoundError):
         return []  # The process that created the socket has ended.
+    if isinstance(error.__cause__, ConnectionRefusedError):
+        # A proxy that stops removes its socket.
+        text = (
+            "the proxy of this socket was killed or has crashed, and no other proxy has replaced it: "
+            "start its service, or remove this socket"
+        )
+        return [warn("control", error.subject, text)]
     return [fail("control", error.subject, error.reason)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+import pwd
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.config import Config
@@ -19,10 +21,11 @@ from inco_trio.linux.processes import Process, Processes
 from inco_trio.linux.users import find_owner
 from inco_trio.proxy_status import Status
 from inco_trio.registers.trust import Trust
+from inco_trio.service.descriptions import USER
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
 
-__all__ = ["examine", "trust_of"]
+__all__ = ["examine", "expected_trust", "trust_of"]
 
 _NO_USERS = Users((), (), (), 0)
 
@@ -37,39 +40,50 @@ def examine(
     configuration: tuple[Path, Config | Sequence[Signal]] | None = None,
     trust: Trust | None = None,
     start: str | None = None,
+    serving: Process | None = None,
 ) -> Iterator[Result]:
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
     `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
-    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`).
+    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
+    the proxy of the link (default: the only process with a socket of the link, which a missing interface hides).
     """
+
+    def boards_of(users: Users) -> list[BoardStatus]:
+        proxy = serving or users.proxy
+        return [] if link is None or proxy is None else _boards_of(proxy, answers, link, netns)
+
     users = _NO_USERS
     if link is not None:
         address = parse_address(link)
         if isinstance(address, UnixAddress):
-            results, users = _unix(link, address, processes, start)
+            results, users = _unix(link, address, processes, start, boards_of)
         else:
             try:
                 # Collect the results in the namespace: a generator would run in the caller's namespace.
                 with inside(netns, link):
-                    results, users = _interface(address, processes, start, signals)
-                    results += _receive_buffer(users.proxy, answers, link, netns)
+                    results, users = _interface(address, netns, processes, start, signals, boards_of)
             except IncoError as error:
                 results = [fail("netns", link, error.reason)]
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
-    boards = [] if link is None or users.proxy is None else _boards_of(users.proxy, answers, link, netns)
-    status = boards[0].status if boards else None
-    if users.proxy is not None:
-        trust = trust_of(users.proxy, status)
-    yield from _registers(signals, processes, users, trust or Trust())
+    proxy = serving or users.proxy
+    boards = boards_of(users)
+    status = _status_of(boards)
+    if proxy is not None:
+        trust = trust_of(proxy, status)
+    yield from _registers(signals, processes, users, trust or expected_trust(), proxy)
     for board in boards:
         yield from proxies.counters(board)
-    if users.proxy is not None and status is not None:
-        yield from proxies.capabilities(users.proxy, status)
+    if proxy is not None and status is not None:
+        yield from proxies.capabilities(proxy, status)
         if configuration is not None:
-            yield from proxies.configuration(*configuration, users.proxy, status)
+            yield from proxies.configuration(*configuration, proxy, status)
+
+
+def _status_of(boards: Sequence[BoardStatus]) -> Status | None:
+    return boards[0].status if boards else None
 
 
 def _boards_of(proxy: Process, answers: Answers, link: str, netns: Path | None) -> list[BoardStatus]:
@@ -87,23 +101,36 @@ def _boards_of(proxy: Process, answers: Answers, link: str, netns: Path | None) 
     return found.get(wanted) or found.get((0, 0), [])
 
 
-def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
+def _unix(
+    link: str,
+    address: UnixAddress,
+    processes: Processes,
+    start: str | None,
+    boards_of: Callable[[Users], list[BoardStatus]],
+) -> tuple[list[Result], Users]:
     users = users_of_socket(address, processes)
     results = [
         *links.socket_path(address),
         *links.peer(address),
         *machine.unix_queue(),
         *proxies.users_of_link(link, users, start),
-        *proxies.descriptors(link, users, processes),
+        *proxies.descriptors(link, users, processes, _status_of(boards_of(users))),
     ]
     return results, users
 
 
 def _interface(
-    address: InterfaceAddress, processes: Processes, start: str | None, signals: Sequence[Signal]
+    address: InterfaceAddress,
+    netns: Path | None,
+    processes: Processes,
+    start: str | None,
+    signals: Sequence[Signal],
+    boards_of: Callable[[Users], list[BoardStatus]],
 ) -> tuple[list[Result], Users]:
+    from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
+
     users = _NO_USERS
-    found, state = links.interface(address.name)
+    found, state = links.interface(address.name, netns)
     results = [*machine.capability(address.name), *state]
     if found is not None:
         users = users_of_interface(found.index, processes)
@@ -111,31 +138,36 @@ def _interface(
             *links.short_names(found, signals),
             *links.order(found),
             *proxies.users_of_link(address.name, users, start),
-            *proxies.descriptors(address.name, users, processes),
+            *proxies.descriptors(address.name, users, processes, _status_of(boards_of(users))),
         ]
-    return results, users
-
-
-def _receive_buffer(proxy: Process | None, answers: Answers, link: str, netns: Path | None) -> Iterator[Result]:
-    from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
-
-    boards = [] if proxy is None else _boards_of(proxy, answers, link, netns)
-    status = boards[0].status if boards else None
+    status = _status_of(boards_of(users))
     granted = None if status is None else status.receive_buffer
-    return machine.receive_buffer(proxy, RECEIVE_BUFFER, granted)
+    return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER, granted)], users
 
 
-def _registers(signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust) -> Iterator[Result]:
+def _registers(
+    signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust, proxy: Process | None
+) -> Iterator[Result]:
+    # A proxy of another user may have other rights and capabilities. It reports the files that it cannot use.
+    access = proxy is None or proxy.uid == os.geteuid()
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]
-        yield from register_files.directory(directory)
+        yield from register_files.directory(directory, access=access)
         yield from register_files.trusted(directory, trust)
         yield from register_files.reported(directory)
-        yield from register_files.kinds(own)
+        yield from register_files.kinds(own, access=access)
         yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
             yield from register_files.watched(own, users.proxy)
+
+
+def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
+    """Return whom the next proxy trusts. If root runs the doctor, expect the user of the services if it exists."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            return Trust(owner, group, pwd.getpwnam(USER).pw_uid)
+    return Trust(owner, group)
 
 
 def trust_of(proxy: Process, status: Status | None) -> Trust:

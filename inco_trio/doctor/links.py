@@ -24,8 +24,11 @@ MTU = 1500
 """The default MTU of Ethernet, in bytes."""
 
 
-def interface(name: str) -> tuple[Interface | None, list[Result]]:
-    """Return the interface `name` in this thread's network namespace, and the results of its checks."""
+def interface(name: str, netns: Path | None = None) -> tuple[Interface | None, list[Result]]:
+    """Return the interface `name` in this thread's network namespace, and the results of its checks.
+
+    `netns` is the path of the namespace, for the results.
+    """
     try:
         rtnetlink = Rtnetlink()
     except OSError as error:
@@ -34,7 +37,8 @@ def interface(name: str) -> tuple[Interface | None, list[Result]]:
         found = rtnetlink.interface(name)
         if found is None:
             names = ", ".join(other.name for other in rtnetlink.interfaces()) or "none"
-            text = f"no such interface (available: {names}): create it or use another interface"
+            where = "" if netns is None else f" in the network namespace {netns}"
+            text = f"no such interface{where} (available: {names}): create it or use another interface"
             return None, [fail("interface", name, text)]
         master = rtnetlink.interface(index=found.master) if found.master else None
         return found, list(state(found, master))

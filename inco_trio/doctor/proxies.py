@@ -35,11 +35,11 @@ COUNTERS = {
     "unknown": "frames had a name that is not an inbound signal: compare `inco-trio monitor` with `inco-trio check`",
     "malformed": "frames had no valid wire name: `inco-trio monitor` shows them",
     "overflowed": "inotify overflows, each followed by a frame for every trigger: raise fs.inotify.max_queued_events",
-    "write_failures": "attempts to write a state file failed: the log has the reason",
-    "send_failures": "attempts to send a frame failed: the log has the reason",
+    "write_failures": "attempts to write a state file failed: `inco-trio history` shows when and why",
+    "send_failures": "attempts to send a frame failed: `inco-trio history` shows when and why",
     "unsendable": "notifications were discarded: the link can never send frames of that size",
     "link_downs": "times the link went down: `inco-trio history` shows when",
-    "restarts": "restarts of a failed task: the log has the reason",
+    "restarts": "restarts of a failed task: `inco-trio history` shows when and why",
 }
 """The meaning of each counter that should be 0, and the remedy."""
 
@@ -74,13 +74,19 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
         yield ok("proxy", subject, f"only process {named(everyone)} {does}")
 
 
-def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Result]:
-    """Check that an fd store keeps the proxy's socket, so that no notifications are lost during a restart."""
+def descriptors(link: str, users: Users, processes: Processes, status: Status | None = None) -> Iterator[Result]:
+    """Check that an fd store keeps the proxy's socket, so that no notifications are lost during a restart.
+
+    `status` is what the proxy reports. A proxy with several boards stores their sockets in the queue of another socket,
+    where /proc does not show them.
+    """
     proxy = users.proxy
     if proxy is None:
         return
     if users.holders:
         yield ok("descriptors", link, f"process {named(users.holders)} keeps its socket while the proxy restarts")
+    elif status is not None and status.descriptors and value_of("--boards", proxy.command) is not None:
+        yield ok("descriptors", link, f"{status.descriptors} keeps its socket while the proxy restarts")
     elif processes.unseen:
         yield hidden(f"whether an fd store keeps the socket of {link} while the proxy restarts")
     elif value_of("--fd-holder", proxy.command) is not None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import pwd
+import re
 import shlex
 import stat
 from collections.abc import Iterable, Iterator
@@ -26,8 +27,8 @@ OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems where stat(2) and the watches in /proc show different device numbers."""
 
 
-def directory(path: Path) -> Iterator[Result]:
-    """Check that an IRQ directory exists and that this user may use it."""
+def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
+    """Check that an IRQ directory exists. With `access`, check that this user may use it."""
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         status = path.stat()
@@ -40,8 +41,12 @@ def directory(path: Path) -> Iterator[Result]:
         return
     if not stat.S_ISDIR(status.st_mode):
         yield fail("directory", path, "not a directory: use another path, or remove it", f"rm {quoted}")
-    elif os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
-        yield ok("directory", path, f"uid {uid} may read and write it")
+    elif _is_read_only(path):
+        text = "is on a read-only filesystem: no state file can be written"
+        yield fail("directory", path, text, f"mount -o remount,rw {shlex.quote(str(_mount_point(path)))}")
+    elif not access or os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        yield ok("directory", path, f"uid {uid} may read and write it" if access else "is a directory")
+        yield from _space(path)
     else:
         yield fail("directory", path, f"uid {uid} may not read and write it", permit(path, "u+rwx"))
 
@@ -53,6 +58,38 @@ def _creation(quoted: str) -> str:
             pwd.getpwnam(USER)
             return f"install -d -o {USER} -g {USER} {quoted}"
     return f"mkdir -p {quoted}"
+
+
+def _is_read_only(path: Path) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False  # The path was removed.
+
+
+def _mount_point(path: Path) -> Path:
+    """Return the mount point of the filesystem that contains `path`."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        lines = []  # /proc is not mounted.
+    # The kernel writes a space as \040 (proc_pid_mountinfo(5)).
+    names = [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split()[4]) for line in lines]
+    around = [Path(name) for name in names if path.resolve().is_relative_to(name)]
+    return max(around, key=lambda point: len(point.parts), default=path)
+
+
+def _space(path: Path) -> Iterator[Result]:
+    """Check that the filesystem has free space and inodes for state files. A total of 0 means that it has no limit."""
+    try:
+        free = os.statvfs(path)
+    except OSError:
+        return  # The path was removed.
+    for total, left, what in ((free.f_blocks, free.f_bavail, "space"), (free.f_files, free.f_favail, "inodes")):
+        if total and not left:
+            yield warn(
+                "space", path, f"the filesystem has no free {what}: remove files, or the proxy may be unable to write"
+            )
 
 
 def trusted(path: Path, trust: Trust) -> Iterator[Result]:
@@ -68,17 +105,20 @@ def trusted(path: Path, trust: Trust) -> Iterator[Result]:
         yield ok("trusted", path, "only trusted users can change its path and its files")
 
 
-def kinds(signals: Iterable[Signal]) -> Iterator[Result]:
-    """Check that one directory's registers are usable regular files. Yield a single result if all of them are."""
+def kinds(signals: Iterable[Signal], *, access: bool = True) -> Iterator[Result]:
+    """Check that one directory's registers are regular files. With `access`, check that this user may use them.
+
+    Yield a single result if all of them are.
+    """
     signals = tuple(signals)
-    faults = [fault for signal in signals for fault in _register(signal)]
+    faults = [fault for signal in signals for fault in _register(signal, access=access)]
     yield from faults
     if not faults:
         names = ", ".join(dict.fromkeys(signal.register for signal in signals))
         yield ok("registers", signals[0].directory, f"{names}: regular files, or not created yet")
 
 
-def _register(signal: Signal) -> Iterator[Result]:
+def _register(signal: Signal, *, access: bool) -> Iterator[Result]:
     path, quoted, uid = signal.path, shlex.quote(str(signal.path)), os.geteuid()
     try:
         status = path.lstat()
@@ -89,7 +129,8 @@ def _register(signal: Signal) -> Iterator[Result]:
         yield fail("registers", path, f"{kind_of_file(status.st_mode)}, not a regular file: the proxy refuses it", fix)
         return
     use, verb = (os.R_OK, "read") if signal.direction is Direction.OUTBOUND else (os.W_OK, "write")
-    if not os.access(path, use, effective_ids=True):
+    # `directory` reports a read-only filesystem.
+    if access and not os.access(path, use, effective_ids=True) and not _is_read_only(path):
         yield fail("registers", path, f"uid {uid} may not {verb} it", permit(path, f"u+{verb[0]}"))
 
 

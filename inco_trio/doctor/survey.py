@@ -17,7 +17,14 @@ from inco_trio.doctor.result import Result, fail, hidden, refused, warn
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
-from inco_trio.linux.processes import Process, Processes, interfaces_of, is_same_mount_namespace, is_same_system
+from inco_trio.linux.processes import (
+    Process,
+    Processes,
+    interfaces_of,
+    is_same_mount_namespace,
+    is_same_system,
+    status_of,
+)
 from inco_trio.signals import Signal, builtin_signals
 
 __all__ = ["survey"]
@@ -67,8 +74,12 @@ def _silent(process: Process, processes: Processes, answers: Answers) -> Iterato
     if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
-    yield warn("control", subject, text)
+    if status_of(Path(f"/proc/{process.pid}")).get("State", "").strip().lower().startswith("t"):
+        text = "the process is stopped by a signal or a debugger, and neither delivers nor sends notifications"
+        yield fail("control", subject, text, f"kill -CONT {process.pid}")
+    else:
+        text = "the process does not answer on a control socket: its counters and its configuration are unknown"
+        yield warn("control", subject, text)
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(_network(process), subject):
         names = interfaces_of(process)
@@ -96,7 +107,7 @@ def _examine(
             yield warn("registers", link, f"{text}: run `inco-trio doctor` in its container")
         signals, configuration = (), None
     netns = _network(process) if netns is None else netns
-    yield from examine(link, signals, processes, answers, netns=netns, configuration=configuration)
+    yield from examine(link, signals, processes, answers, netns=netns, configuration=configuration, serving=process)
 
 
 def _network(process: Process) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import stat
@@ -171,6 +172,8 @@ class Directory:
                 fd = os.open(register, WRITE_FLAGS, dir_fd=self.fd)
         try:
             self.check(register, fd)  # Another user may have replaced the file or added a name before open(2).
+            if not os.fstat(fd).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the file has been removed")
         except OSError:
             os.close(fd)
             raise
