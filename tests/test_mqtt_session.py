@@ -14,6 +14,8 @@ from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
 from inco_trio.mqtt.connection import BrokerBackoff
 from inco_trio.mqtt.gateway import Gateway
 from inco_trio.mqtt.session import (
+    EXCESS,
+    OVERHEAD,
     PACKET_MAX,
     RECEIVE_MAX,
     BrokerLostError,
@@ -223,11 +225,19 @@ def test_messages_are_acknowledged_once() -> None:
     assert sent(session) == [mqtt5.PubAckPacket(7)]
 
 
-def test_a_broker_that_ignores_the_receive_maximum_is_disconnected() -> None:
+def test_a_broker_may_exceed_the_receive_maximum_up_to_a_limit_of_memory() -> None:
+    """Mosquitto 2.0.11 sends all queued messages at once."""
     session = opened()
-    session.feed(b"".join(incoming(number) for number in range(1, RECEIVE_MAX + 1)))
-    with pytest.raises(BrokerLostError, match=f"more than {RECEIVE_MAX} unacknowledged messages"):
-        session.feed(incoming(RECEIVE_MAX + 1))
+    session.feed(b"".join(incoming(number) for number in range(1, 2 * RECEIVE_MAX + 1)))
+    assert len(session.received) == 2 * RECEIVE_MAX
+    for received in session.received:
+        session.acknowledge(received)
+    session._packet_max = 4096
+    payload = bytes(session._packet_max - OVERHEAD)
+    large = [mqtt5.PublishPacket("x", payload, qos=AT_LEAST_ONCE, packet_id=1 + n).write() for n in range(EXCESS)]
+    session.feed(b"".join(large[:-1]))
+    with pytest.raises(BrokerLostError, match=rf"sent {EXCESS} unacknowledged messages \(limit: {RECEIVE_MAX}\)"):
+        session.feed(large[-1])
     session.disconnect()
     assert sent(session)[-1] == mqtt5.DisconnectPacket(reason_code=mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED)
 

@@ -39,6 +39,13 @@ RECEIVE_MAX = 500
 """Maximum number of unacknowledged messages from the broker (default). A bridge can have 400."""
 PACKET_MAX = 128 << 10
 """Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
+EXCESS = 1024
+"""Maximum memory of the unacknowledged messages from the broker, in packets of maximum size.
+
+RECEIVE_MAX is lower, but mosquitto 2.0.11 exceeds the client's limit, by default with up to 1,000 queued messages.
+"""
+OVERHEAD = 1024
+"""Memory of a message in bytes, without its texts and payload."""
 INFLIGHT_MAX = 1000
 """Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
 PUBLISH_OVERHEAD = 13
@@ -210,7 +217,10 @@ class Session:
         self._aliases: dict[str, int] = {}
         self._known_aliases: set[str] = set()
         """The topics whose alias the broker has acknowledged."""
-        self._unacknowledged: set[int] = set()
+        self._unacknowledged: dict[int, int] = {}
+        """The memory of each unacknowledged message from the broker in bytes, by its packet identifier."""
+        self._memory = 0
+        """The memory of all of them."""
 
     @property
     def room(self) -> int:
@@ -286,7 +296,7 @@ class Session:
     def acknowledge(self, received: Received) -> None:
         """Append the acknowledgement of a received message to `out`. Further calls do nothing."""
         if received.packet in self._unacknowledged:
-            self._unacknowledged.remove(received.packet)
+            self._memory -= self._unacknowledged.pop(received.packet)
             self.out += mqtt5.PubAckPacket(received.packet).write()
 
     def ping(self) -> None:
@@ -399,11 +409,14 @@ class Session:
             self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
             raise BrokerLostError(self._subject, f"sent another message with the packet identifier {packet_id}")
         else:
-            self._unacknowledged.add(packet_id)
-            if len(self._unacknowledged) > self.receive_max:
+            texts = packet.topic, packet.response_topic or "", packet.correlation_data or b"", packet.payload or b""
+            size = OVERHEAD + sum(map(len, texts))
+            if self._memory + size > EXCESS * self._packet_max:
                 self.goodbye = mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED
-                text = f"sent more than {self.receive_max} unacknowledged messages, which is the limit"
+                text = f"sent {len(self._unacknowledged) + 1} unacknowledged messages (limit: {self.receive_max})"
                 raise BrokerLostError(self._subject, text)
+            self._unacknowledged[packet_id] = size
+            self._memory += size
         self.received.append(
             Received(
                 packet.topic, packet.payload, packet.retain, packet.response_topic, packet.correlation_data, packet_id
