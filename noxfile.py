@@ -62,7 +62,7 @@ CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd
 # and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
 FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
 
-# Tests in namespaces wait most of the time. Beside busy processes, only more runnable tests get more of the CPU time.
+# Tests in namespaces wait most of the time. If other processes are busy, more parallel tests get more CPU time.
 EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
 # `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
@@ -297,7 +297,7 @@ def release(session: nox.Session) -> None:
     session.log(report)
     if "No known vulnerabilities found" not in report:
         reason = report.splitlines()[-1].removeprefix("ERROR:pip_audit._cli:")
-        if re.search("^Found [0-9]+ known vulnerabilit", report, re.MULTILINE):
+        if re.search("^Found [0-9]+ known ", report, re.MULTILINE):
             session.error("pip-audit: the dependencies have known vulnerabilities: require versions without them")
         session.error(
             f"pip-audit: the dependencies were not audited ({reason}): "

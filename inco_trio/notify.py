@@ -26,7 +26,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 2.0
-"""Timeout in seconds for a report to systemd. Meanwhile, the process does nothing else."""
+"""Timeout in seconds for a report to systemd. The report blocks the whole process."""
 
 
 def check_notification_fd(fd: int) -> None:
@@ -80,7 +80,7 @@ def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(TIMEOUT)  # If systemd does not read its socket, the queue is full, and sendmsg(2) waits.
+        sock.settimeout(TIMEOUT)  # sendmsg(2) blocks if the queue is full because systemd does not read it.
         sock.connect(address)
         socket.send_fds(sock, [state.encode(errors="replace")], fds)
 

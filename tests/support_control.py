@@ -26,7 +26,7 @@ FRAME = encode(b"ihub_hwwd_irq", MAC)
 
 
 def block(register: Path) -> None:
-    """Replace a register file with a directory, also if the proxy creates the file again in between."""
+    """Replace a register file with a directory. Retry if the proxy recreates the file in between."""
     while True:
         register.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError):

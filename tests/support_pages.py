@@ -148,7 +148,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
-    # Background processes of the script may outlive it, so a pipe might never end.
+    # Do not use pipes: background processes may outlive the script and keep a pipe open.
     outputs = home / "output", home / "errors"
     with outputs[0].open("wb") as output, outputs[1].open("wb") as errors:
         shell = subprocess.Popen(

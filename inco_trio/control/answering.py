@@ -40,7 +40,7 @@ class Connection:
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
         self._unsent = bytearray()
-        """What the next write sends first. If a write is cancelled, it contains the rest of a line."""
+        """The bytes that the next write sends first. After a cancelled write, they are the rest of a line."""
         self.fault = ""
         """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 

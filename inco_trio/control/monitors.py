@@ -108,7 +108,7 @@ class Monitor:
                     self._is_idle = False
 
     def take_rest(self) -> str:
-        """Return the unsent remainder of lines that were only partly sent. Send it before any other line."""
+        """Return the unsent part of lines that were partly sent. The caller must send it before any other line."""
         rest, self._rest = self._rest, ""
         return rest
 
@@ -206,16 +206,16 @@ class _Cursor:
             yield encode_notifications(board, self.history.boot, records[0].sequence, tuple(numbers), items)
 
     def take_alone(self, board: str, signals: Sequence[Signal], at: Times) -> str:
-        """Return the line of a notification that was just stored, or "" if the follower lacks other events as well.
+        """Return the line of a single notification that was just stored, or "" if `take_batch` must be used.
 
-        This is faster than `take_batch`, whose time would be part of the latency of a single notification.
+        This method is faster. The run time of `take_batch` would add to the latency of the notification.
         """
         history, sequence = self.history, self.sent + 1
         if (
             len(signals) != 1
             or history.sequence != sequence
             or history.acknowledged >= sequence
-            or history.merged_ever != self._checked  # Otherwise, `merged` is empty.
+            or history.merged_ever != self._checked  # If they are equal, `merged` is empty.
             or len(self.records) >= AHEAD
         ):
             return ""
@@ -314,7 +314,8 @@ class Follower(Monitor):
     def begin(self, board: str, history: History) -> None:
         """Follow `history` from its oldest notification. First queue the rest of the history that it replaces.
 
-        If the board was reopened with the same memory, continue where the follower is, so that nothing is sent twice.
+        If the board was reopened with the same memory, continue after the last notification that was sent,
+        so that none is sent twice.
         """
         before = self.cursors.get(board)
         if before is not None and before.history.boot == history.boot:
@@ -336,7 +337,7 @@ class Follower(Monitor):
             self._put(batch, len(batch.signals))
 
     def appended(self, board: str, signals: Sequence[Signal], at: Times) -> None:
-        """Send the notifications that were just stored in the history of a board, at once if the follower is idle."""
+        """Send notifications that were just stored in a board's history. If the follower is idle, send them at once."""
         cursor = self.cursors.get(board)
         if cursor is None:
             return

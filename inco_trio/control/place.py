@@ -30,7 +30,7 @@ def runtime_directories() -> list[Path]:
 
 
 def silent_services() -> str | None:
-    """Return a text that names the services whose proxies are expected here but have no socket, or None.
+    """Return an error text that names the services whose proxies have no control socket, or None if there are none.
 
     A service creates the directory of its proxy's socket before the proxy starts, and keeps it if the proxy fails.
     """
@@ -41,7 +41,7 @@ def silent_services() -> str | None:
     if not names:
         return None
     log = "journalctl -u 'inco-trio*', or log/main/current of the s6 service"
-    return f"the service of {' or '.join(names)} is starting or has failed, see its log ({log})"
+    return f"the service of {' or '.join(names)} is starting or has failed (see its log: {log})"
 
 
 def default_path(label: str) -> Path:

@@ -472,7 +472,7 @@ def _encode_signals(signals: tuple[tuple[Direction, str], ...]) -> str:
     return json.dumps([(direction.value, name) for direction, name in signals])
 
 
-@functools.cache  # Most programs receive no such line, and compiling takes 1 ms.
+@functools.cache  # Compile on first use: this takes 1 ms, and most programs receive no such line.
 def _alone() -> Callable[[str], re.Match[str] | None]:
     """Return a function that matches the line of a single notification. Parsing JSON takes twice as long.
 

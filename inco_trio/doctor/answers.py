@@ -61,7 +61,7 @@ def _problem(error: IncoError) -> list[Result]:
     if isinstance(error.__cause__, FileNotFoundError):
         return []  # The process that created the socket has ended.
     if isinstance(error.__cause__, ConnectionRefusedError):
-        # A proxy that stops removes its socket.
+        # A proxy that stops normally removes its socket.
         text = (
             "the proxy of this socket was killed or has crashed, and no other proxy has replaced it: "
             "start its service, or remove this socket"

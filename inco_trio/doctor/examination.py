@@ -47,7 +47,8 @@ def examine(
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
     `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
     proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
-    the proxy of the link (default: the only process with a socket of the link, which a missing interface hides).
+    the proxy of the link (default: the only process with a socket of the link). Pass it if the interface may be
+    missing, because the sockets of a missing interface cannot be found.
     """
 
     def boards_of(users: Users) -> list[BoardStatus]:
@@ -163,7 +164,10 @@ def _registers(
 
 
 def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
-    """Return whom the next proxy trusts. If root runs the doctor, expect the user of the services if it exists."""
+    """Return whom the next proxy will trust.
+
+    If root runs the doctor, assume that a service will run the proxy, as the user of the services if this user exists.
+    """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
             return Trust(owner, group, pwd.getpwnam(USER).pw_uid)

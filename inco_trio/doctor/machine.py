@@ -68,7 +68,7 @@ def receive_buffer(
         return
     check, setting = "receive-buffer", "net.core.rmem_max"
     if granted is not None and granted >= wanted:
-        yield ok(check, setting, f"{who} has a receive buffer of {granted} bytes, whatever this limit is")
+        yield ok(check, setting, f"{who} already has a receive buffer of {granted} bytes")
         return
     # SO_RCVBUFFORCE needs CAP_NET_ADMIN in the initial user namespace (socket(7)).
     first = (read(place / "uid_map") or "").split() == FIRST_USER_NAMESPACE

@@ -52,7 +52,10 @@ def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
 
 
 def _creation(quoted: str) -> str:
-    """Return the command that creates a directory. As root, give it to the user of the services if the user exists."""
+    """Return the command that creates a directory.
+
+    If root runs the doctor, the command makes the user of the services the owner, if this user exists.
+    """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
             pwd.getpwnam(USER)

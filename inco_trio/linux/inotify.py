@@ -132,7 +132,7 @@ class Inotify:
     def __init__(self, held: int | None = None) -> None:
         """Open a descriptor, or take over `held` with its watches and queue. Raises OSError (inotify_init(2))."""
         if held is not None:
-            os.set_blocking(held, False)  # The flag belongs to the open file, which another process may have changed.
+            os.set_blocking(held, False)  # Another process that shares the open file may have changed this flag.
         self._watches = _Watches(held)
         self.fd: int = self._watches.get_fd()
         self.read = 0

@@ -106,7 +106,7 @@ class Connection:
         self._progress = self._last_sent = trio.current_time()
         """The start of the time limit for the broker's answer, and when the client last sent data."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
-        """The received messages. `Session` limits them."""
+        """The received messages. `Session` limits their number."""
 
     @property
     def limits(self) -> Limits:

@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 RECEIVE_MAX = 500
-"""Maximum number of unacknowledged messages from the broker (default). A bridge can have 400."""
+"""Maximum number of unacknowledged messages from the broker (default). A bridge can have 400 of them."""
 PACKET_MAX = 128 << 10
 """Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
 EXCESS = 1024
 """Maximum memory of the unacknowledged messages from the broker, in packets of maximum size.
 
-RECEIVE_MAX is lower, but mosquitto 2.0.11 exceeds the client's limit, by default with up to 1,000 queued messages.
+RECEIVE_MAX is lower, but mosquitto 2.0.11 exceeds it: it sends all queued messages (by default, up to 1,000) at once.
 """
 OVERHEAD = 1024
 """Memory of a message in bytes, without its texts and payload."""
@@ -220,7 +220,7 @@ class Session:
         self._unacknowledged: dict[int, int] = {}
         """The memory of each unacknowledged message from the broker in bytes, by its packet identifier."""
         self._memory = 0
-        """The memory of all of them."""
+        """The memory of all unacknowledged messages in bytes."""
 
     @property
     def room(self) -> int:
@@ -405,7 +405,7 @@ class Session:
             self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
             raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
         elif packet_id in self._unacknowledged:
-            # A broker repeats messages only on a new connection. Repeated messages would need unlimited memory.
+            # MQTT 5 allows a broker to repeat messages only on a new connection. Others could fill the memory.
             self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
             raise BrokerLostError(self._subject, f"sent another message with the packet identifier {packet_id}")
         else:

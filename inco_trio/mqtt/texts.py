@@ -29,7 +29,7 @@ _SIZES = {
 
 
 def check_texts(packet: bytes) -> None:
-    """Raise ValueError if a text in a complete packet is not UTF-8. Ignore other mistakes, which the codec reports."""
+    """Raise ValueError if a text in a complete packet is not UTF-8. Ignore other errors, which the codec reports."""
     if packet.isascii():
         return
     kind, (_, place) = packet[0] >> 4, _number(packet, 1)

@@ -67,8 +67,8 @@ _NO_EVENTS = bytes(EVENT_BANK)
 _MARK = bytes(0x80 | byte for byte in os.urandom(MARK))
 """The random bytes at the end of each empty slot in memory that this process creates.
 
-None of them is an ASCII character. A long frame ends at its last byte that differs from the mark. The end of a text can
-therefore always be found.
+None of them is an ASCII character. The end of a long frame is its last byte that differs from the mark. A frame that
+ends with ASCII text is therefore never truncated.
 """
 
 

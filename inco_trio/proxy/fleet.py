@@ -49,7 +49,7 @@ PAUSE = 1.0
 PAUSE_MAX = 60.0
 """Seconds before the fleet retries to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX.
 
-A board that was open is retried after PAUSE.
+Once a board has been open, the pause is PAUSE again.
 """
 
 

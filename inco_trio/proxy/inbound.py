@@ -77,7 +77,7 @@ class Inbound:
     def drain(self, stale: Link) -> None:
         """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced.
 
-        Its sender may still run. So read no more frames than a queue can contain.
+        Its sender may still be running, so read no more frames than a queue can contain.
         """
         end = self._counters.received + DRAINED_MAX
         while self._counters.received < end and (batch := self._read(stale)):
@@ -137,7 +137,7 @@ class Inbound:
         file = known.get(name)
         if file is None:
             self._counters.unknown += self._stands_for(room[:length])
-            # All names have one cause, because core 1 could send many different names to fill the log.
+            # Log all names under one cause: core 1 could otherwise fill the log with different names.
             logger.debug("%s: unknown signal", name.decode(), extra={"cause": "unknown signal"})
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):

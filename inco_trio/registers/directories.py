@@ -30,7 +30,7 @@ ABANDONED = 60.0
 """Seconds to wait before recreating a directory that another process removed."""
 
 _STATES = "states"
-"""The key, with the path of the directory, of the problem that missing state files cannot be created."""
+"""(PATH, _STATES) is the key of a problem: the missing state files in the directory PATH cannot be created."""
 ATTEMPTS = 4
 """Maximum number of consecutive attempts to open a directory that another process keeps replacing."""
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
@@ -346,7 +346,7 @@ class Directories:
         self.trouble(directory)
 
     def missing_state(self, directory: Directory, register: str) -> str | None:
-        """Return why a state file is missing, or None if it exists or its absence has not been noticed yet."""
+        """Return why a state file is missing. Return None if it exists, or if its removal was not noticed yet."""
         if directory.states_missing_since is None or register not in directory.states:
             return None
         with contextlib.suppress(OSError):  # The next write reports other errors.

@@ -37,7 +37,7 @@ def refusal(error: OSError, what: object, *, is_directory: bool = False) -> Inco
 
 
 def _needed(what: object, is_directory: bool) -> str:
-    """Return the permission that this user lacks. See `refusal`."""
+    """Describe the permission that this user lacks, and how to grant it. See `refusal` for the arguments."""
     uid = os.geteuid()
     if is_directory and _is_missing(Path(str(what))):
         command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what))}"

@@ -39,7 +39,7 @@ class _New:
     path: Path = Path("/")
     """The path that is being opened, for error messages."""
     directory: Path = Path("/")
-    """The IRQ directory of this path, or the path itself."""
+    """The IRQ directory that contains `path`, or `path` itself if it is the directory."""
 
 
 class Registers:

@@ -201,7 +201,7 @@ class StateFiles:
             return self._write_renewed(files)
         pending, unwritten = self._pending, []
         reopened: dict[Directory, int] = {}
-        """For each directory that a failed write has reopened, the number of that write."""
+        """For each directory that was reopened after a failed write, the index of that write in `files`."""
         any_pending = bool(pending.places)
         if len(files) == 1 and not any_pending:
             return self._write_alone(files[0])

@@ -403,7 +403,7 @@ class Triggers:
             is_missing = trigger is not None and trigger.missing_since is not None and path not in unwatched
             if reason in refused or is_missing:  # The proxy waits before it recreates a missing file.
                 continue
-            if trigger is None or path in unwatched:  # Now the proxy cannot watch this trigger for another reason.
+            if trigger is None or path in unwatched:  # It was removed from the table, or has another problem.
                 self._problems.forget((directory, reason))
             else:
                 self._problems.well((directory, reason), path)

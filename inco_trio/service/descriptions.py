@@ -202,7 +202,7 @@ def account_of(user: str) -> pwd.struct_passwd:
 def access_warnings(
     service: Service, user: str | None, program: str, *, check_directories: bool = True
 ) -> Iterator[str]:
-    """Yield a warning for each path that `user` may not use as the service needs it. Only root can check this.
+    """Yield a warning for each path for which `user` lacks the permission that the service needs. Requires root.
 
     Do not check the IRQ directories if `check_directories` is false, because another user owns them.
     """
@@ -227,7 +227,7 @@ def access_warnings(
 
 
 def _may(account: pwd.struct_passwd, test: str, path: Path) -> bool:
-    """Return the result of test(1) for a path, executed by another user. Return True if that is not possible."""
+    """Run test(1) for a path as another user, and return its result. Return True if that is not possible."""
     groups = os.getgrouplist(account.pw_name, account.pw_gid)
     try:
         done = subprocess.run(

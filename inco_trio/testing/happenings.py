@@ -43,7 +43,7 @@ class Happening:
 
 
 def runs(happenings: Iterable[Happening]) -> list[Sequence[Happening]]:
-    """Group more than `SINGLE` equal events that follow one another. Other events are groups of one."""
+    """Group consecutive equal events if there are more than `SINGLE`. Each other event is its own group."""
     found: list[Sequence[Happening]] = []
     for _, group in itertools.groupby(happenings, key=lambda each: (each.core, each.what, each.name)):
         equal = list(group)
