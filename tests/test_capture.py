@@ -213,7 +213,8 @@ def test_a_second_recorder_of_one_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_restarted_recorder_keeps_the_files_of_the_previous_one(tmp_path: Path) -> None:
-    for other in ("f_1.pcapng", "f_00009.txt", "g_00009.pcapng", "f_00009.pcapng.gz"):
+    others = ("f_1", "f_000009", "f_20261128", "g_00009")
+    for other in (*(f"{name}.pcapng" for name in others), "f_00009.txt", "f_00009.pcapng.gz"):
         (tmp_path / other).touch()
     for number in range(1, 6):
         recorder = Recorder(tmp_path / "f.pcapng", size_max=10**6, keep=3)
@@ -222,7 +223,7 @@ def test_a_restarted_recorder_keeps_the_files_of_the_previous_one(tmp_path: Path
         assert recorder.written == [tmp_path / f"f_{number:05}.pcapng"]
     files = sorted(tmp_path.glob("f_????[345].pcapng"))
     assert [each.time_ns - NOW for path in files for each in entries(path)] == [3, 4, 5]
-    assert len(list(tmp_path.iterdir())) == 3 + 4
+    assert len(list(tmp_path.iterdir())) == 3 + len(others) + 2
 
 
 def test_the_numbers_of_the_files_continue_beyond_five_digits(tmp_path: Path) -> None:

@@ -290,6 +290,13 @@ def test_errors_at_start_have_the_right_type(number: int, kind: type[IncoError],
     assert text in str(found)
 
 
+def test_only_a_lack_of_permission_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lstat(2) could wait for a FUSE filesystem that another user has mounted over the directory."""
+    monkeypatch.setattr(Path, "lstat", lambda _path: pytest.fail("lstat"))
+    for number in (errno.ENOTDIR, errno.ELOOP, errno.EIO):
+        assert "/irq: " in str(refusal(OSError(number, os.strerror(number)), "/irq", is_directory=True))
+
+
 def test_the_limit_of_inotify_instances_is_named() -> None:
     found = refusal(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "inotify"), "inotify")
     assert str(found) == "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"

@@ -203,7 +203,8 @@ def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Pa
     config, directory = tmp_path / "udrv.json", tmp_path / "irq"
     config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(directory)}}}))
     command = f"install -d -o daemon -g {pwd.getpwnam('daemon').pw_gid} {directory}"
-    read = f"{config}: the user daemon may not read it, so the service cannot start: move it to a public directory"
+    remedy = "change its mode, or move it to a public directory"
+    read = f"{config}: the user daemon may not read it, so the service cannot start: {remedy}"
     create = f"{directory}: the user daemon may not create it: run as root at each boot: {command}"
     words = ["--user", "daemon", "--config", str(config)]
     written = subprocess.run(

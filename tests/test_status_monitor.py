@@ -735,6 +735,7 @@ def test_a_service_without_a_proxy_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "other/control.sock").touch()
     assert silent_services() is None
     (tmp_path / "rpmsg4000").mkdir()
-    expected = f"no proxy of x answers in {tmp_path}: the service of rpmsg4000 is starting or has failed (see its log: "
+    services = "the service of rpmsg4000 does not answer (start it, or see its log: "
+    expected = f"no proxy of x answers in {tmp_path}: {services}"
     with pytest.raises(ProxyNotFoundError, match=re.escape(expected)):
         connect("x", None)

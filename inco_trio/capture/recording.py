@@ -228,7 +228,8 @@ class Recorder:
 
 def _numbered_files(path: Path) -> dict[int, Path]:
     """Return the files that a recorder with a limit has written for `path`, by number in ascending order."""
-    numbered = re.compile(rf"{re.escape(path.stem)}_(\d{{5,}}){re.escape(path.suffix)}")
+    # A longer number is probably a date, such as 20261128.
+    numbered = re.compile(rf"{re.escape(path.stem)}_([0-9]{{5}}|[1-9][0-9]{{5}}){re.escape(path.suffix)}")
     try:
         found = {each: numbered.fullmatch(each.name) for each in path.parent.iterdir()}
     except OSError:

@@ -32,16 +32,18 @@ def runtime_directories() -> list[Path]:
 def silent_services() -> str | None:
     """Return an error text that names the services whose proxies have no control socket, or None if there are none.
 
-    A service creates the directory of its proxy's socket before the proxy starts, and keeps it if the proxy fails.
+    A service creates the directory of its proxy's socket before the proxy starts. The directory remains afterwards.
     """
     names = []
     for place in runtime_directories():
-        with contextlib.suppress(OSError):
-            names += [path.name for path in sorted(place.iterdir()) if path.is_dir() and not any(path.iterdir())]
+        for path in sorted(place.glob("*/")):
+            with contextlib.suppress(OSError):  # This user may not read it, or it has been removed.
+                if not any(path.iterdir()):
+                    names.append(path.name)
     if not names:
         return None
     log = "journalctl -u 'inco-trio*', or log/main/current of the s6 service"
-    return f"the service of {' or '.join(names)} is starting or has failed (see its log: {log})"
+    return f"the service of {' or '.join(names)} does not answer (start it, or see its log: {log})"
 
 
 def default_path(label: str) -> Path:

@@ -223,7 +223,7 @@ class Bridge:
         return f"{self._broker.prefix}/{end}/{what}"
 
     async def _exchange(self, connection: Connection) -> None:
-        # The channel has room for all unacknowledged messages that the broker may send, and for as many at QoS 0.
+        # The other side has at most 400 messages in flight. If a broker sends more, reports wait for the writes.
         entry, batches = trio.open_memory_channel[Received](2 * RECEIVE_MAX)
         async with plain_nursery() as nursery:
             nursery.start_soon(self._sort, connection, entry)

@@ -31,7 +31,9 @@ def refusal(error: OSError, what: object, *, is_directory: bool = False) -> Inco
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
         return ConfigError(subject, f"{error.strerror} ({error.remedy})")
-    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {_needed(what, is_directory)}")
+    # For other errors, do not look at the path: a FUSE filesystem at it could block lstat(2).
+    needed = _needed(what, is_directory) if error.errno in (errno.EACCES, errno.EPERM) else ""
+    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed}")
     misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")
     return from_os_error(error, subject, STRERROR, denied, misplaced)
 

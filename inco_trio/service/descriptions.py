@@ -214,8 +214,8 @@ def access_warnings(
         return  # A unit may be written before its user is created.
     for path in (*service.reads, Path(program)):
         if path.exists() and not _may(account, "-r", path):
-            text = f"the user {user} may not read it, so the service cannot start: move it to a public directory"
-            yield f"warning: {path}: {text}"
+            remedy = "change its mode, or move it to a public directory"
+            yield f"warning: {path}: the user {user} may not read it, so the service cannot start: {remedy}"
     for path in service.irq_directories if check_directories else ():
         command = f"install -d -o {user} -g {account.pw_gid} {shlex.quote(str(path))}"
         if not path.exists():
