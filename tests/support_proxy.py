@@ -104,15 +104,10 @@ def mac_of(namespace: Namespace, interface: str) -> bytes:
 
 
 def sockets_of(pid: int) -> set[str]:
-    """Return the open sockets of a process as `socket:[INODE]`, without the connections of control clients.
-
-    A tool that another test runs may be connected to each proxy of the machine for a moment.
-    """
+    """Return the open sockets of a process as `socket:[INODE]`."""
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         # The process may have closed the descriptor since the directory was listed.
         with contextlib.suppress(FileNotFoundError):
             found.add(str(entry.readlink()))
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
-    connections = {f"socket:[{row[6]}]" for row in rows if row[4:6] == ["0001", "03"]}  # SOCK_STREAM, SS_CONNECTED
-    return {link for link in found if link.startswith("socket:")} - connections
+    return {link for link in found if link.startswith("socket:")}

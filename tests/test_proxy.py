@@ -382,7 +382,7 @@ def test_notifications_triggered_while_the_link_is_down_are_sent_later(
 def test_the_proxy_uses_a_recreated_link(
     proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
-    running = proxy("--irq-dir", irq_dir)
+    running = proxy("--irq-dir", irq_dir, "--control", "none")  # No tool of another test can connect to it.
     resets = watch(irq_dir / "message_4_state")
     sockets = sockets_of(running.pid)
     for number in range(1, 3):
@@ -440,7 +440,7 @@ def test_a_stop_finishes_the_backlog(
 def test_a_reload_takes_effect_and_loses_nothing(
     proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
-    running = proxy("--config", udrv)
+    running = proxy("--config", udrv, "--control", "none")  # No tool of another test can connect to it.
     sockets = sockets_of(running.pid)
     resets = watch(irq_dir / "message_4_state")
     (irq_dir / "new_trig").write_text("kept")
