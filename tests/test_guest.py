@@ -20,7 +20,7 @@ import inco_trio.simulation.guest
 from inco_trio.cli.exit_codes import exit_code
 from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.guest import FIRMWARE, MAC, Guest, GuestError, parse_counters, tap_netdev, unix_netdev
-from inco_trio.simulation.world import Namespace
+from inco_trio.simulation.world import Namespace, wait_running
 from netns.hang import HANG
 from tests.faults.processes import wait_idle
 
@@ -381,20 +381,27 @@ with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, s
 
 
 @pytest.mark.netns
-def test_the_guest_works_behind_a_tap(tmp_path: Path) -> None:
-    with Namespace() as switch:
+def test_a_guest_behind_a_tap_starts_when_the_tap_passes_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "guest.log"
+    with Namespace() as switch, switch.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as link:
         # Create a persistent tap before QEMU starts, because a bridge needs it in advance (ip-tuntap(8)).
-        make = "ip tuntap add tap_rpmsg mode tap && ip link set tap_rpmsg up"
-        switch.run(lambda: subprocess.run(["sh", "-c", make], check=True))
-        with switch.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as link:
-            link.settimeout(HANG)
-            switch.run(lambda: link.bind(("tap_rpmsg", 0x8800)))
-            command_line = "echo=a:b boot=up"
-            with Guest(tap_netdev("tap_rpmsg"), command_line, log=tmp_path / "guest.log", namespace=switch):
-                assert link.recv(100) == padded(b"up")
-                for _ in range(100):
-                    link.send(encode(b"a", HOST_MAC))
-                    assert link.recv(100) == padded(b"b")
+        switch.run(lambda: subprocess.run(["ip", "tuntap", "add", "tap_rpmsg", "mode", "tap"], check=True))
+        link.settimeout(HANG)
+
+        def set_up_and_wait(name: str, namespace: Namespace | None) -> None:
+            assert not log.read_text()
+            switch.run(lambda: subprocess.run(["ip", "link", "set", name, "up"], check=True))
+            wait_running(name, namespace)
+            switch.run(lambda: link.bind((name, 0x8800)))
+
+        monkeypatch.setattr("inco_trio.simulation.guest.wait_running", set_up_and_wait)
+        with Guest(tap_netdev("tap_rpmsg"), "echo=a:b boot=up", log=log, namespace=switch):
+            assert link.recv(100) == padded(b"up")
+            for _ in range(100):
+                link.send(encode(b"a", HOST_MAC))
+                assert link.recv(100) == padded(b"b")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from inco_trio.errors import UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.process import end_with_parent
 from inco_trio.service.launch import Wait, wait_readable
-from inco_trio.simulation.world import Namespace
+from inco_trio.simulation.world import Namespace, wait_running
 
 __all__ = [
     "FIRMWARE",
@@ -78,8 +78,10 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
 
     `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The
     firmware and QEMU append their output to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
-    QEMU runs in the network namespace `namespace`, if given. A program that must also wait for other events passes its
-    own `wait`. Exceptions from `wait` reach the caller; during the start, they also kill QEMU.
+    QEMU runs in the network namespace `namespace`, if given. Behind a tap, the firmware starts when the tap passes
+    frames: until the kernel has activated the tap, a bridge drops the frames that the firmware sends at boot. A program
+    that must also wait for other events passes its own `wait`. Exceptions from `wait` reach the caller; during the
+    start, they also kill QEMU.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
     if QEMU is not running or does not respond in time.
@@ -102,6 +104,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         machine: Sequence[str] = _MACHINE,
         ready: str = READY,
     ) -> None:
+        self._tap: str | None = netdev["ifname"] if netdev["type"] == "tap" else None
         self._program = program
         self._ready = ready
         self._arguments = [
@@ -112,6 +115,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             *("-device", f"virtio-net-device,netdev=link,mac={mac}"),
             *("-append", command_line),
             *(() if reboot else ("-no-reboot",)),
+            *(() if self._tap is None else ("-S",)),
         ]
         self._namespace = namespace
         self._wait = wait
@@ -158,6 +162,9 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         try:
             self._open(program)
             self._execute("qmp_capabilities")
+            if self._tap is not None:
+                wait_running(self._tap, self._namespace)
+                self.cont()
         except BaseException:
             self.kill()
             raise

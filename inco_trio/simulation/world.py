@@ -35,6 +35,7 @@ __all__ = [
     "new_user_namespace",
     "two_cores",
     "veth",
+    "wait_running",
 ]
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
         self.close()
 
 
-def _with_links(namespace: Namespace, change: Callable[[Rtnetlink], None]) -> None:
+def _with_links(namespace: Namespace | None, change: Callable[[Rtnetlink], None]) -> None:
     def inside() -> None:
         # The socket belongs to the namespace of the thread that opens it.
         links = Rtnetlink()
@@ -173,7 +174,10 @@ def _with_links(namespace: Namespace, change: Callable[[Rtnetlink], None]) -> No
         finally:
             links.close()
 
-    namespace.run(inside)
+    if namespace is None:
+        inside()
+    else:
+        namespace.run(inside)
 
 
 def _set_up(namespace: Namespace, name: str, up: bool = True) -> None:
@@ -189,8 +193,12 @@ def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
     _with_links(a, lambda links: links.add_veth(a_name, b_name, b.fd))
 
 
-def _wait_running(namespace: Namespace, name: str) -> None:
-    """Wait until the kernel's link watcher has activated the link. Until then, the kernel silently drops frames."""
+def wait_running(name: str, namespace: Namespace | None = None) -> None:
+    """Wait until the kernel's link watcher has activated the link. Until then, the kernel silently drops frames.
+
+    Without `namespace`, the link is in the namespace of the calling thread. Raises ResourceError if the link does not
+    come up.
+    """
 
     def wait(links: Rtnetlink) -> None:
         deadline = real_clock.monotonic() + _LINK_DEADLINE
@@ -240,10 +248,10 @@ class Cores:
     def link_up(self) -> None:
         """Bring core 0's end of the link up, and wait until frames pass."""
         _set_up(self.core0, self.link)
-        _wait_running(self.core0, self.link)
+        wait_running(self.link, self.core0)
         if self.switch is not None:
-            _wait_running(self.switch, "eth_rpmsg")
-        _wait_running(self.core1, self.link)
+            wait_running("eth_rpmsg", self.switch)
+        wait_running(self.link, self.core1)
 
     def _make_switch(self, switch: Namespace) -> None:
         _with_links(switch, lambda links: links.add_bridge("br_rpmsg"))
@@ -252,7 +260,7 @@ class Cores:
         _enslave(switch, "tap_rpmsg", "br_rpmsg")
         _set_up(switch, "tap_rpmsg")
         _set_up(self.core1, self.link)
-        _wait_running(switch, "tap_rpmsg")
+        wait_running("tap_rpmsg", switch)
 
 
 @contextlib.contextmanager
