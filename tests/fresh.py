@@ -44,6 +44,13 @@ mount --move . /
 exec chroot "$@"
 """
 
+UV_SETTINGS = {
+    "SSL_CERT_FILE": "PIP_CERT",
+    "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
+    "UV_INDEX": "PIP_EXTRA_INDEX_URL",
+}
+"""The environment variables of uv, and the variable with which pip receives the same setting."""
+
 
 def readme_command(section: str) -> str:
     """Return the first command of a section of the README."""
@@ -71,9 +78,10 @@ def pip_settings() -> dict[str, str]:
 
 
 def as_environment(listed: str) -> dict[str, str]:
-    """Convert the output of `pip config list` to environment variables, without local package directories.
+    """Convert the output of `pip config list` to environment variables for pip and uv.
 
-    The new system has neither these directories nor the package files to which their index pages link.
+    Leave out local package directories: the new system has neither them nor the package files to which their index
+    pages link.
     """
     settings = {}
     # A later section overrides an earlier one, as in pip.
@@ -83,7 +91,7 @@ def as_environment(listed: str) -> dict[str, str]:
             words = [word for word in ast.literal_eval(value).split() if not is_directory(word)]
             if key.startswith(section) and words:
                 settings[f"PIP_{key.removeprefix(section).replace('-', '_').upper()}"] = " ".join(words)
-    return settings
+    return settings | {name: settings[of_pip] for name, of_pip in UV_SETTINGS.items() if of_pip in settings}
 
 
 def is_directory(word: str) -> bool:
@@ -93,7 +101,7 @@ def is_directory(word: str) -> bool:
 
 def local_files(settings: dict[str, str]) -> list[Path]:
     """Return the local files that pip's settings name, such as certificates."""
-    words = [word for value in settings.values() for word in value.split()]
+    words = dict.fromkeys(word for value in settings.values() for word in value.split())
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 
 
