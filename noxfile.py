@@ -65,9 +65,10 @@ FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations"
 # Tests in namespaces wait most of the time. If other processes are busy, more parallel tests get more CPU time.
 EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
-# `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
-# The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
-# configuration, the public API and the pytest plugin. A new test file runs on each Python unless it is added here.
+# `unit` runs these tests on one Python version only: they check text, statistics, or how the kernel treats files and
+# sockets. The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command
+# line, configuration, the public API and the pytest plugin. A new test file runs on every Python version unless it is
+# added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
@@ -158,7 +159,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the code with Ruff, the spelling, and the CI files with zizmor and their published schemas."""
+    """Check the code with Ruff, the spelling with codespell, and the CI files with zizmor and their JSON schemas."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -202,7 +203,7 @@ def is_first(session: nox.Session) -> bool:
 @nox.session
 @ON_EACH_PYTHON
 def unit(session: nox.Session) -> None:
-    """Test the built wheel without namespaces. Tests that do not depend on Python run only on the first Python."""
+    """Test the built wheel without namespaces. Tests that do not depend on the Python version run only once."""
     left_out = () if is_first(session) else tuple(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON)
     run_unit(session, *left_out)
 
@@ -291,7 +292,7 @@ def release(session: nox.Session) -> None:
         *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
-    # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
+    # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may lack.
     audit = ("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
     report = str(session.run(*audit, "--requirement", str(installed), silent=True, success_codes=(0, 1))).strip()
     session.log(report)

@@ -90,7 +90,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class InvalidValueError(ValueError):
-    """A value breaks its rule. The text of the exception says why."""
+    """A value breaks its rule. The exception's message gives the reason."""
 
 
 @attrs.frozen

@@ -46,7 +46,7 @@ def _option(code: int, value: bytes) -> bytes:
 
 
 def _text(code: int, text: str) -> bytes:
-    # Never truncate within a character: a text option must be valid UTF-8.
+    # Never truncate in the middle of a character: a text option must be valid UTF-8.
     return _option(code, text.encode("utf-8", "backslashreplace")[:OPTION_MAX].decode("utf-8", "ignore").encode())
 
 
@@ -79,7 +79,7 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
 
 @attrs.frozen
 class Interface:
-    """A capture interface in a file. `name` is empty if the file does not name it."""
+    """A capture interface in a file. `name` is empty if the file contains no name for it."""
 
     name: str
     linktype: int

@@ -180,7 +180,7 @@ class _Proxy:
             return [ended]
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
-        """Return the events that the recording does not contain yet. Replace an event `lost` with the lost events."""
+        """Return the events that the recording does not contain yet. Replace a `lost` event with the lost events."""
         new: list[Event] = []
         for event in events:
             if event.event == "lost":

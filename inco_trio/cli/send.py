@@ -14,12 +14,12 @@ from inco_trio.cli.streams import remark, say
 from inco_trio.errors import ProxyNotFoundError
 
 AT_ONCE = 1000
-"""Maximum number of notifications per request. It lets an interrupted `send` report roughly how many were sent."""
+"""Maximum number of notifications per request. An interrupted `send` can thus report roughly how many were sent."""
 SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
 _WHERE = {"board": "through {}", "register": "by {}", "link": "as core 1 on {}"}
-"""The printed text for each JSON key that says how notifications are sent."""
+"""The text to print for each JSON key that describes how notifications are sent."""
 HINT = "core 1 sends it (LINK --as core1)"
 
 

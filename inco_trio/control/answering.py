@@ -22,8 +22,9 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Pause of a monitor after each write, in seconds per other monitor. All monitors together therefore write at most
-about 1,000 times per second and do not delay notifications."""
+"""Pause after each write to a monitor, in seconds for each other monitor. All monitors together therefore write at most
+about 1,000 times per second and do not delay notifications.
+"""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 

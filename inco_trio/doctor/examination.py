@@ -164,9 +164,9 @@ def _registers(
 
 
 def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
-    """Return whom the next proxy will trust.
+    """Return the users and the group that the next proxy will trust.
 
-    If root runs the doctor, assume that a service will run the proxy, as the user of the services if this user exists.
+    If root runs the doctor and the user of the services exists, assume that a service will run the proxy as this user.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
@@ -175,7 +175,7 @@ def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
 
 
 def trust_of(proxy: Process, status: Status | None) -> Trust:
-    """Return whom a proxy trusts: its own user, and the owner that it reports or that its command line names."""
+    """Return the users and group that a proxy trusts: its own user, and the owner from its status or command line."""
     if status is not None:
         return Trust(status.owner, status.group, proxy.uid)
     named = proxies.value_of("--irq-owner", proxy.command)

@@ -67,7 +67,7 @@ def fail(check: str, subject: object, found: str, fix: str | None = None) -> Res
 
 
 def hidden(what: str) -> Result:
-    """Return the result of a check that this user is not permitted to make. `summarize` merges such results."""
+    """Return the result of a check that this user is not permitted to perform. `summarize` merges such results."""
     return warn(_HIDDEN, "", what)
 
 

@@ -40,12 +40,12 @@ RECEIVE_MAX = 500
 PACKET_MAX = 128 << 10
 """Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
 EXCESS = 1024
-"""Maximum memory of the unacknowledged messages from the broker, in packets of maximum size.
+"""Maximum memory for the unacknowledged messages from the broker, in packets of maximum size.
 
 RECEIVE_MAX is lower, but mosquitto 2.0.11 exceeds it: it sends all queued messages (by default, up to 1,000) at once.
 """
 OVERHEAD = 1024
-"""Memory of a message in bytes, without its texts and payload."""
+"""Memory that a message needs in addition to its strings and payload, in bytes."""
 INFLIGHT_MAX = 1000
 """Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
 PUBLISH_OVERHEAD = 13
@@ -224,7 +224,7 @@ class Session:
 
     @property
     def room(self) -> int:
-        """How many messages the broker accepts before it acknowledges one."""
+        """How many more messages the broker accepts before it acknowledges another one."""
         return self.window - len(self._awaited)
 
     @property
@@ -240,7 +240,7 @@ class Session:
             subscription.abandon()
 
     def publish(self, message: Message, receipts: Answered, number: int) -> None:
-        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. There must be `room`."""
+        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. `room` must be positive."""
         assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
         topic, alias = message.topic, None
         if self.limits.topic_alias_maximum and not message.is_response:
@@ -405,7 +405,8 @@ class Session:
             self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
             raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
         elif packet_id in self._unacknowledged:
-            # MQTT 5 allows a broker to repeat messages only on a new connection. Others could fill the memory.
+            # MQTT 5 allows a broker to repeat messages only on a new connection. Other repetitions could fill the
+            # memory.
             self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
             raise BrokerLostError(self._subject, f"sent another message with the packet identifier {packet_id}")
         else:

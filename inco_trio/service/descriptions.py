@@ -99,7 +99,7 @@ class Service:
     reads: tuple[Path, ...] = ()
     """The configuration files and directories that the user of the service must be able to read."""
     irq_directories: tuple[Path, ...] = ()
-    """The IRQ directories, which the user of the service must be able to write, or to create."""
+    """The IRQ directories, which the user of the service must be able to write to or create."""
 
     @property
     def is_client(self) -> bool:

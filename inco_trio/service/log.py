@@ -148,7 +148,7 @@ class _Lines(logging.Handler):
 
 
 def _is_journal(fd: int) -> bool:
-    """Return whether `fd` is the stream to systemd's journal that $JOURNAL_STREAM names (systemd.exec(5))."""
+    """Return whether `fd` is the stream to systemd's journal that $JOURNAL_STREAM identifies (systemd.exec(5))."""
     try:
         found = os.fstat(fd)
     except OSError:
