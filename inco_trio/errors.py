@@ -134,7 +134,7 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return the KeyboardInterrupt or else the first error in nested groups. With `only`, keep a group of several
+    """Return the KeyboardInterrupt, else the first error, in nested groups. With `only`, keep a group of several
     errors.
     """
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):

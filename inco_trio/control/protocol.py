@@ -441,8 +441,7 @@ class Notifications:
     """The sequence number of the first notification."""
     signals: tuple[tuple[Direction, str], ...]
     items: Sequence[tuple[int, float, int]]
-    """For each notification: index in `signals`, time in seconds since 1970, and CLOCK_MONOTONIC time in nanoseconds.
-    """
+    """For each notification: index in `signals`, time in seconds since 1970, and CLOCK_MONOTONIC time in ns."""
 
 
 Reply = Event | Response | Notifications
