@@ -225,7 +225,7 @@ class Connection:
 
     def _follower(self) -> Follower:
         if not isinstance(self._monitor, Follower):
-            raise RequestError("invalid", "this connection follows no board (send the request follow first)")
+            raise RequestError("invalid", "this connection does not follow a board (send a `follow` request first)")
         return self._monitor
 
     def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
@@ -243,7 +243,7 @@ class Connection:
         if request.board not in follower.cursors:
             raise RequestError("unknown-board", f"this connection does not follow board {request.board!r}")
         if request.boot not in (None, follower.cursors[request.board].history.boot):
-            raise RequestError("invalid", f"boot: {request.boot!r} does not name the current history")
+            raise RequestError("invalid", f"boot: {request.boot!r} is not the ID of the current history")
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
