@@ -128,7 +128,8 @@ class Played:
 async def play(side: Side, recording: Recording, played: Played, *, speed: float | None, wait: float) -> None:
     """Play one direction of the recording, and count the notifications in `played`. Raises IncoError.
 
-    A `speed` of 2 halves the time; None plays as fast as possible. Return `wait` seconds after the last notification.
+    A `speed` of 2 halves the time; None plays as fast as possible. The function returns `wait` seconds after the last
+    notification.
     """
     async with trio.open_nursery() as nursery:
         await nursery.start(side.listen, played.came)

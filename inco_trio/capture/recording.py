@@ -216,7 +216,7 @@ class Recorder:
 
     @property
     def pipe(self) -> int | None:
-        """The descriptor of the file if it is a pipe. select(2) reports it as readable once its reader has exited."""
+        """The file's descriptor if the file is a pipe. It is readable for select(2) once the reader has exited."""
         return self._fd if self._fd >= 0 and stat.S_ISFIFO(os.fstat(self._fd).st_mode) else None
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class Recorder:
 
 
 def _numbered_files(path: Path) -> dict[int, Path]:
-    """Return the files that a recorder with a limit has written for `path`, by number in ascending order."""
+    """Return the files that a recorder with a limit has written for `path`, keyed by number, in ascending order."""
     # A longer number is probably a date, such as 20261128.
     numbered = re.compile(rf"{re.escape(path.stem)}_([0-9]{{5}}|[1-9][0-9]{{5}}){re.escape(path.suffix)}")
     try:

@@ -102,7 +102,7 @@ class Channel:
         if not data:
             raise self._ended()
         self._received.feed(data)
-        try:  # Do not use `_obeying`: the context manager is slow, see `_next`.
+        try:  # Do not use `_obeying`: the context manager is slow (see `_next`).
             self._lines += self._received.lines()
         except MessageError as error:
             raise self._not_understood(error) from error

@@ -119,7 +119,7 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would take this for EINPROGRESS.
+            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would mistake this for EINPROGRESS.
             while not dial(sock, path):  # noqa: ASYNC110 - no event reports space in a backlog
                 await trio.sleep(AGAIN)
             await conversation._await_line()

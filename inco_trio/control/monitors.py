@@ -236,7 +236,7 @@ class _Cursor:
             self._checked = self.history.merged_ever
 
     def _events(self, merged: Sequence[Merged], board: str) -> Iterator[Event]:
-        # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
+        # Each event has its own number, so that the proxy does not repeat events that the follower has acknowledged.
         for sequence, each in enumerate(merged, self.history.floor - len(merged) + 1):
             yield Event(
                 "merged", board, direction=each.direction, signal=each.name, count=each.count,

@@ -45,8 +45,8 @@ def examine(
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
-    `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
-    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
+    `configuration` is a configuration file with its current content (see `proxies.configuration`). `trust` applies if
+    no proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
     the proxy of the link (default: the only process with a socket of the link). Pass it if the interface may be
     missing, because the sockets of a missing interface cannot be found.
     """

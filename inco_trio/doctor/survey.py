@@ -30,7 +30,7 @@ from inco_trio.signals import Signal, builtin_signals
 __all__ = ["survey"]
 
 _Content = tuple[Path, Config | Sequence[Signal]]
-"""A configuration file and its current content, see `proxies.configuration`."""
+"""A configuration file and its current content (see `proxies.configuration`)."""
 
 
 def survey(processes: Processes, answers: Answers) -> Iterator[Result]:

@@ -136,7 +136,7 @@ class Processes:
 def look(
     root: Path = Path("/"), booted: float | None = None, wanted: Callable[[Sequence[str]], bool] = lambda _: True
 ) -> Processes:
-    """Return the processes below `root`/proc whose command is `wanted`, except those that exit during the scan.
+    """Return the processes below `root`/proc whose command line `wanted` accepts, unless they exit during the scan.
 
     `booted` is the boot time in seconds since 1970 (default: the boot time of this machine).
     """

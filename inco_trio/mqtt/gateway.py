@@ -302,7 +302,7 @@ class Gateway:
                 await changed.wait()
 
     def _sendable(self, board: Board) -> frozenset[str]:
-        """Return which of a board's signals MQTT clients may send."""
+        """Return the signals of a board that MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 

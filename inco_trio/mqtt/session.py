@@ -1,7 +1,8 @@
-"""One connection to an MQTT 5 broker without I/O: packets, acknowledgements, and the limits that the broker announces.
+"""The protocol state of a connection to an MQTT 5 broker: packets, acknowledgements, and the broker's limits.
 
-The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the caller sends them. The caller
-passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as far as the broker allows them.
+This module does no I/O. The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the
+caller sends them. The caller passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as
+far as the broker allows them.
 """
 
 from __future__ import annotations

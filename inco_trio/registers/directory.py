@@ -166,7 +166,7 @@ class Directory:
     def open_shared(self, register: str | bytes) -> int:
         """Check a state file in a `shared` directory and open it for writing, without waiting for another user."""
         with self._pinned(register) as pinned:
-            self.check(register, pinned)  # Check before open(2), which has effects on some devices.
+            self.check(register, pinned)  # Check before open(2), which has side effects on some devices.
             if proc_is_mounted():
                 fd = os.open(f"/proc/self/fd/{pinned}", WRITE_FLAGS & ~os.O_NOFOLLOW)
             else:

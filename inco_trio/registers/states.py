@@ -78,7 +78,7 @@ class StateFile:
         if directory.shared:
             return directory.open_shared(register)
         if register not in directory.checked:
-            directory.check(register)  # Check before open(2), which has effects on some devices.
+            directory.check(register)  # Check before open(2), which has side effects on some devices.
             directory.checked.add(register)
         try:
             return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)

@@ -56,7 +56,7 @@ class Trust:
 def open_trusted(path: Path, trust: Trust, *, make: bool = False, ancestor: bool = False) -> tuple[int, os.stat_result]:
     """Return a descriptor (O_PATH) of the directory at `path`, and its status. With `make`, create it if it is missing.
 
-    With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write if it is sticky.
+    With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write to a sticky directory.
     Raises OSError, or UnfitFileError if an untrusted user could replace the directory or change its files.
     """
     walk = _Walk(path, trust)
