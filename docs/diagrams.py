@@ -81,7 +81,7 @@ def overview() -> Diagram:
 
 
 def moments() -> Diagram:
-    """Draw the places through which a notification passes: the kernel, the in-flight buffer, and its destination."""
+    """Draw the stages of a notification: the kernel, the in-flight buffer, and its destination."""
     picture = Diagram(880, 300, "Where a notification is: in the kernel, in the in-flight buffer, or finished")
     for y, direction, queue, task, done in (
         (30, "inbound", ("receive queue", "of the socket"), ("proxy", "writes the file"), ("finished:", "file closed")),
@@ -136,7 +136,7 @@ def fleet() -> Diagram:
 
 
 DIAGRAMS = {"overview": overview, "moments": moments, "restart": restart, "fleet": fleet}
-"""The function that draws each diagram, by file name without the suffix."""
+"""The function that draws each diagram, keyed by the file name without its suffix."""
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ class Killed(Cupboard):
 
 Bundle(Killed({"bundle": int(sys.argv[1])}))
 """
-"""Program of a successor that is killed after it has read the bundle and before it stores a new one."""
+"""A successor program that is killed after it has read the bundle and before it stores a new one."""
 
 
 def contents(bundle: Bundle) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Tests of the command line that need no link: arguments, exit codes, `check`."""
+"""Tests of the command line that do not need a link: arguments, exit codes, `check`."""
 
 from __future__ import annotations
 

@@ -406,7 +406,7 @@ def test_other_files_are_refused(text: bytes, problem: str) -> None:
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Run the block as the user nobody, because root may read every file."""
+    """Run the block as the user nobody, because root can read every file."""
     uid = os.geteuid()
     os.seteuid(uid or 65534)
     try:

@@ -30,7 +30,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-"""The layers of inco_trio's packages and modules, lowest first. Each imports only from itself and from lower layers."""
+"""The layers of inco_trio's packages and modules, lowest first. A layer imports only from itself and lower layers."""
 LAYER_OF = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
 QUESTIONS = 10
 FILES_OF_A_RELOAD = 5

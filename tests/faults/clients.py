@@ -75,7 +75,7 @@ class Clients:
                 if end == "interrupted":
                     process.send_signal(signal.SIGINT)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(LIFE)  # The client may not handle SIGINT yet, or may be blocked on its full pipe.
+                        process.wait(LIFE)  # The client might not handle SIGINT yet, or might block on its full pipe.
                 process.kill()
                 process.wait()
                 said.seek(0)
