@@ -67,7 +67,7 @@ EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
 # `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
 # The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
-# configuration, the public API and the pytest plugin. A new test file runs on each Python unless it is added here.
+# configuration, the public API and the pytest plugin. A new test file runs on every Python unless it is added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
@@ -134,7 +134,7 @@ def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DE
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Ignore the exit code: `apt-get update` fails if any package source fails. Look for the programs again.
+            # Ignore the exit code: `apt-get update` fails if any package source fails. Check for the programs instead.
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
@@ -210,7 +210,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
-    """Run all tests that do not need namespaces on the built wheel, with each supported Python that was found."""
+    """Run all tests that do not need namespaces on the built wheel, with every supported Python that was found."""
     run_unit(session)
 
 

@@ -62,7 +62,7 @@ class Diagram:
 
 
 def overview() -> Diagram:
-    """Draw how notifications travel in both directions of a board."""
+    """Draw how a board's notifications travel in both directions."""
     picture = Diagram(880, 240, "Applications use files on core 0; the proxy exchanges Ethernet frames with core 1")
     picture.area(10, 10, 620, 220, CORE0, "core 0 (Linux)")
     picture.area(720, 10, 150, 220, CORE1, "core 1")
@@ -119,7 +119,7 @@ def restart() -> Diagram:
 
 
 def fleet() -> Diagram:
-    """Draw hosts whose gateways connect them to one MQTT broker."""
+    """Draw several hosts, each connected to the same MQTT broker by its gateway."""
     picture = Diagram(880, 330, "The proxies of each host, its gateway, and one MQTT broker for all hosts")
     for number, y in enumerate((10, 170), 1):
         picture.area(10, y, 560, 145, CORE0, f"host {number}")

@@ -24,7 +24,7 @@ TERMINALS = {
 }
 """The page and the command of each screenshot, keyed by image name."""
 COLUMNS = 92
-"""Minimum width in columns. Pages scale all screenshots to one width, so equal columns keep the text size equal."""
+"""Minimum width in columns. Pages scale all screenshots to one width, so equal columns give equal text sizes."""
 
 
 def draw(name: str) -> str:

@@ -63,7 +63,7 @@ def core1(cores: Cores) -> Iterator[Peer]:
 
 
 class Canary:
-    """A veth pair into a network namespace. The pair disappears when the kernel destroys the namespace."""
+    """A veth pair with one end in a network namespace. It disappears when the kernel destroys the namespace."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -120,7 +120,7 @@ class Proxy(Launched):
         log: Path,
         prefix: Sequence[str] = (),
     ) -> None:
-        # Run nsenter before `prefix`, which may drop the capability that nsenter needs.
+        # Run nsenter before `prefix`, which can drop the capability that nsenter needs.
         enter = () if namespace is None else ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace.fd}", "--")
         super().__init__("run", *arguments, log=log, environment=environment, prefix=[*enter, *prefix])
 

@@ -96,7 +96,7 @@ def add_change(tree: Path, version: str, change: str) -> None:
 
 
 def build(suite: str, mirror: str, vendored: Path, work: Path) -> list[Path]:
-    """Build the package with two version numbers, and run lintian. Return both packages, the older one first."""
+    """Build two versions of the package, and run lintian. Return both packages, the older one first."""
     system = System(work / "build", suite, mirror, FOR_BUILD, "buildd")
     source = system.directory / "build"
     source.mkdir()

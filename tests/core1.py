@@ -1,4 +1,4 @@
-"""Test scenarios with a proxy under s6 and a real core 1, for all kinds of link.
+"""Test scenarios with a proxy under s6 and a real core 1, for all kinds of links.
 
 Core 1 is a bare-metal guest in QEMU. It answers outbound signals with inbound signals.
 """

@@ -184,7 +184,8 @@ class Reader:
     def _on_subscribe(self, *_: object) -> None:
         self._subscribed.put(None)
         if self._mark:
-            self._publish_mark()  # `settle` may have published it after the reconnection, but before the subscription.
+            # `settle` may have published the mark after the reconnection, but before the subscription.
+            self._publish_mark()
 
     def _publish_mark(self) -> None:
         self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)

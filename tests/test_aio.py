@@ -38,7 +38,7 @@ NOTIFY = "redun_notify_irq"
 
 
 def python(filters: list[str]) -> list[str]:
-    """Return the start of a command line that runs Python with pytest's warning filters."""
+    """Return the beginning of a command line that runs Python with pytest's warning filters."""
     return [sys.executable, *(part for line in filters for part in ("-W", line))]
 
 
@@ -213,7 +213,7 @@ async def test_main_can_send_and_return_a_value(world: World) -> None:
 
 @scenario
 async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
-    """Cancel the wait one turn of the loop later in each run, until the event arrives before the cancellation."""
+    """In each run, cancel the wait one turn of the loop later, until the event arrives before the cancellation."""
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:

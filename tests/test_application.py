@@ -1,4 +1,4 @@
-"""Tests of docs/application.md: its programs report a whole burst, and each way to trigger sends one notification."""
+"""Tests of docs/application.md: its programs report a whole burst, and each trigger example sends one notification."""
 
 from __future__ import annotations
 

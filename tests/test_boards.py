@@ -342,7 +342,7 @@ async def test_a_board_that_was_open_is_retried_after_the_shortest_pause(
     (place.home / "a/message_5_state").symlink_to("/dev/null")
     peer = place.peer("a")
     async with open_proxies(place.configs("a")) as proxies:
-        for _ in range(20):  # Each reload is an attempt to open the board, and doubles the pause.
+        for _ in range(20):  # Each reload tries to open the board, and doubles the pause.
             await proxies.reload(place.configs("a"))
             await wait_all_tasks_blocked()
         (place.home / "a/message_5_state").unlink()

@@ -126,7 +126,7 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"
     assert not Path(f"{boards.home}/b.0").exists()
-    # If the boards directory is missing at a reload, the boards stay open.
+    # If the boards directory is missing during a reload, the boards stay open.
     boards.directory.rename(boards.home / "away")
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Tests of the bundle of descriptors: reading it leaves it unchanged, and an invalid bundle is reported."""
+"""Tests of the descriptor bundle: reading it leaves it unchanged, and an invalid bundle is reported."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def options_of(command: str) -> Iterator[argparse.Action]:
 
 
 def lines_of(command: str) -> Iterator[list[str]]:
-    """Return command lines: each option and argument of a command with each odd value."""
+    """Yield command lines that combine each option and argument of a command with each odd value."""
     base = BASES.get(command, ())
     for action in options_of(command):
         name = next(iter(action.option_strings), None)

@@ -537,7 +537,7 @@ def test_any_value_at_any_key_is_a_board_or_an_error(changes: list[tuple[tuple[s
 
 
 names = st.text(st.sampled_from([chr(c) for c in range(0x21, 0x7F)]), min_size=1, max_size=64)
-# The register of a built-in signal would be an error. Hypothesis also draws strings that occur in our modules.
+# Exclude the registers of built-in signals, which would be errors: Hypothesis also draws strings from our modules.
 registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=60).filter(
     lambda text: text not in {".", "..", *(signal.register for signal in builtin_signals(Path("/")))}
 )

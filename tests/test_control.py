@@ -523,7 +523,7 @@ def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Pa
     result, said = in_tmp(tmp_path, "")
     assert result == ["0", "700", "True"]
     assert f"{tmp_path}/a: down, " in said
-    # The proxy and `status` reuse a directory that this user has left there.
+    # The proxy and `status` reuse a directory that this user left behind.
     result, said = in_tmp(tmp_path, 'mkdir -m 700 "$1"; chown "$2" "$1"')
     assert result == ["0", "700", "True"]
     assert "warning" not in said

@@ -48,7 +48,7 @@ MODULES = {dotted(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Yield the inco_trio modules that `tree` imports when it is executed, without imports for type checking only."""
+    """Yield the inco_trio modules that `tree` imports when it is executed, except those only for type checking."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue

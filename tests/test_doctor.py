@@ -1165,7 +1165,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
 
 
 def shown(tmp_path: Path, **environment: str) -> bytes:
-    """Return the output of the doctor on a terminal of 20 columns, including colours."""
+    """Return the output of the doctor on a terminal with 20 columns, including colours."""
     ours, theirs = pty.openpty()
     # struct winsize for TIOCSWINSZ: rows and columns first.
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))

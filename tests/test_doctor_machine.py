@@ -677,8 +677,8 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    # This user cannot tell in which network namespace the proxies of other test runs are, so the doctor may also name
-    # them.
+    # This user cannot tell in which network namespace the proxies of other test runs are. Therefore, the doctor may
+    # also list those proxies.
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
 
 

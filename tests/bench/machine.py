@@ -20,7 +20,7 @@ NEEDED = ("matplotlib", "scapy", "watchdog")
 
 
 def describe() -> dict[str, Any]:
-    """Return the CPU, the kernel, the versions and the date. Raise `BenchError` if a needed library is missing."""
+    """Describe the CPU, kernel, software versions and date. Raise `BenchError` if a needed library is missing."""
     try:
         versions = {name: importlib.metadata.version(name) for name in ("trio", *NEEDED)}
     except importlib.metadata.PackageNotFoundError as error:

@@ -65,7 +65,7 @@ _BEHIND = 0.03
 
 @attrs.frozen
 class Size:
-    """The size of the benchmark: the numbers of runs and notifications, and durations in seconds."""
+    """The size of the benchmark: how many runs and notifications it has, and how many seconds the runs take."""
 
     pairs: int
     script_pairs: int
@@ -79,9 +79,9 @@ class Size:
     million: int
     """Number of notifications in the memory measurement."""
     steady: float
-    """Length in seconds of a run with 1,000 notifications per second in each direction."""
+    """Duration in seconds of a run with 1,000 notifications per second in each direction."""
     point: float
-    """Length in seconds of the run for one point of the load curve."""
+    """Duration in seconds of the run for one point of the load curve."""
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
     boards: int = 1000
@@ -140,7 +140,7 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return a row with the goal, comparing inco-trio with the floor, and rows without a goal for its rivals."""
+        """Return a row that compares inco-trio with the floor and has a goal, and rows without goals for its rivals."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
@@ -426,7 +426,7 @@ def burst(bench: Bench) -> Measured:
 
 
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
-    """Send at `rate` for `seconds`.
+    """Send frames at `rate` for `seconds` seconds.
 
     The rate is kept if no frame is lost and the last frame is at most `behind` seconds late.
     """
@@ -578,7 +578,7 @@ def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator
 
 
 def boards(bench: Bench) -> Measured:
-    """Measure one process that serves many boards of a directory (see boards.py)."""
+    """Measure one process that serves many boards from a directory (see boards.py)."""
     size = bench.size
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 

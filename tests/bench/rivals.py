@@ -135,9 +135,9 @@ def another(checkout: Path) -> Program:
 class Flow:
     """The notifications in one direction.
 
-    `lost` and `extra` are counted per signal. `send_s` and `total_s` are the seconds from the first send to the last
-    send and to the last arrival. `latencies` contains the latency of each arrived notification in nanoseconds, if
-    requested.
+    `lost` and `extra` are counted per signal. `send_s` is the time in seconds from the first send to the last send, and
+    `total_s` is the time to the last arrival. If requested, `latencies` contains the latency of each notification that
+    arrived, in nanoseconds.
     """
 
     sent: int
@@ -309,7 +309,7 @@ class Lab:
     def place(self, count: int) -> Iterator[tuple[Path, Path]]:
         """Yield an empty directory and the path of a table with `count` signals.
 
-        A .json file next to the table has the same signals for inco-trio.
+        A .json file next to the table contains the same signals for inco-trio.
         """
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             directory, table = Path(place, "irq"), Path(place, "table.txt")

@@ -31,7 +31,7 @@ LIFE = 2.0
 
 
 class Clients:
-    """Clients of the proxy at `control`. While the block runs, threads start them one after another."""
+    """Clients of the control socket `control`. While the block runs, threads start them one after another."""
 
     def __init__(self, control: Path, work: Path, seed: int) -> None:
         self.started: Counter[str] = Counter()

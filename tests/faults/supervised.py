@@ -31,7 +31,7 @@ __all__ = [
 
 
 def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
-    """Write the scan directory for a proxy on `link` with `inco-trio s6`."""
+    """Use `inco-trio s6` to write the scan directory for a proxy on `link`."""
     user = [] if "--user" in options else ["--user", "root"]
     command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
     subprocess.run([*command, *user, *options], check=True, stdout=subprocess.DEVNULL)

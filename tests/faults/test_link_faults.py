@@ -112,7 +112,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         board.works()
         board.wire.sources.clear()
     assert board.proxy.stop() == 0
-    # The log omits a message that repeats within a second; the next message gives the number of omitted ones.
+    # The log omits a message that repeats within a second; the next message reports how many were omitted.
     said = [json.loads(line) for line in board.proxy.log.splitlines() if "the interface is gone" in line]
     assert sum(1 + line.get("left_out", 0) for line in said) == 3
 
