@@ -152,7 +152,7 @@ class System:
 
 
 def session(suite: str, user: str) -> str:
-    """Return the nox session to which NOXSESSION limits the README's test command.
+    """Return the nox session that NOXSESSION selects for the README's test command.
 
     All sessions would take hours and need many packages. The unit tests run on sid because sid has the newest Python.
     """

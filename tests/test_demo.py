@@ -268,7 +268,7 @@ def running_qemu(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_sockets(scratch: Path) -> Iterator[Running]:
-    """Yield a demonstration that may not create network namespaces and therefore uses a Unix socket."""
+    """Yield a demonstration that cannot create network namespaces and therefore uses a Unix socket."""
     started = start(scratch, limited("max_net_namespaces", 0, DEMO))
     yield started
     started.close()

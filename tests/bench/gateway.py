@@ -56,7 +56,7 @@ class Subscriber:
                 return packet
 
     def receive(self, count: int) -> tuple[float, list[float]]:
-        """Receive `count` messages; return the seconds from the first to the last message, and each latency in us."""
+        """Receive `count` messages; return the time in seconds from the first to the last, and each latency in us."""
         latencies: list[float] = []
         numbers: set[int] = set()
         begin = 0.0

@@ -1,4 +1,4 @@
-"""The results of one or several benchmark runs, stored as JSON, from which the table and the plots are drawn."""
+"""The results of one or more benchmark runs, stored as JSON. The table and the plots are generated from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def origins(self) -> list[str]:
-        """Return, for each run that provided figures, a line that says where and when it took place."""
+        """Return, for each run that provided figures, a line that states where and when it took place."""
         lines = []
         for index, run in enumerate(self.runs):
             names = [name for name, measure in self.measures.items() if measure["run"] == index]

@@ -410,4 +410,4 @@ FAULTS: dict[str, Callable[[Storm], bool]] = {
     "registers removed": Storm._remove_registers,
     "registers blocked": Storm._block_registers,
 }
-"""All faults by name. Each function injects its fault and returns whether this was possible."""
+"""All faults, keyed by name. Each function injects its fault and returns whether the injection was possible."""

@@ -199,7 +199,7 @@ class World:
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
         """Read from the broker until the last notification arrives.
 
-        Return the sequence numbers, the counts by signal, and the numbers of merged and of duplicate notifications.
+        Return the sequence numbers, the counts by signal, and the numbers of merged and duplicate notifications.
         """
         numbers: set[int] = set()
         counts: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from tests.faults.processes import wait_idle, work
 
 TIMES = 20
 IDLE_STRETCH = 1.0
-"""Seconds over which CPU time is measured."""
+"""Period in seconds over which the CPU time is measured."""
 
 
 def test_a_link_that_flaps_loses_nothing(board: Board) -> None:
@@ -56,7 +56,7 @@ def no_carrier(board: Board) -> None:
     deadline = time.monotonic() + HANG
     while "state DOWN" not in command(board.cores, "ip", "-o", "link", "show", board.cores.link):
         assert time.monotonic() < deadline
-    # The kernel accepts and drops frames until the proxy has noticed the lost carrier, so wait for that, too.
+    # The kernel accepts and drops frames until the proxy has noticed the lost carrier, so also wait for the proxy.
     client = client_of(board.proxy.pid)
     assert client is not None
     with client:
@@ -72,7 +72,7 @@ def deleted(board: Board) -> None:
 def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[Board], None]) -> None:
     fault(board)
     board.applications.trigger("out_a")
-    # Wait until the proxy has tried to send at least once, or knows that the link is down.
+    # Wait until the proxy has tried to send at least once, or has noticed that the link is down.
     board.proxy.wait_log("cannot send")
     wait_idle(board.proxy.pid)
     before, begin = work(board.proxy.pid), time.monotonic()
@@ -112,7 +112,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         board.works()
         board.wire.sources.clear()
     assert board.proxy.stop() == 0
-    # The log omits a message that repeats within a second; the next message gives the number of omitted ones.
+    # The log omits a message that repeats within a second; the next message reports how many were omitted.
     said = [json.loads(line) for line in board.proxy.log.splitlines() if "the interface is gone" in line]
     assert sum(1 + line.get("left_out", 0) for line in said) == 3
 
@@ -145,7 +145,7 @@ def test_a_missing_link_is_an_error(cores: Cores, proxy: StartProxy, board_confi
 
 
 def test_a_full_device_queue_loses_nothing(board: Board) -> None:
-    # The queue has the length 0: each send fails with ENOBUFS, and no event reports when the queue has room.
+    # The queue length is 0: each send fails with ENOBUFS, and no event reports when the queue has room.
     command(board.cores, "tc", "qdisc", "add", "dev", board.cores.link, "root", "pfifo", "limit", "0")
     sent = ["out_a", "out_b", "out_a"]
     for name in sent:

@@ -58,7 +58,7 @@ def frames(data: bytes) -> None:
         assert decode(encode(name, MAC)) == name
         assert len(data) <= FRAME_MAX
     if len(data) >= 14 and data[12:14] == b"\x88\x00" and len(data) <= FRAME_MAX:
-        # During a flood, the kernel must not drop frames of known signals.
+        # During a flood, the kernel's filter must not drop frames that carry known signals.
         assert name not in NAMES or accepted(EXACT, data)
 
 
