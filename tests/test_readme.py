@@ -45,7 +45,7 @@ def test_the_commands_create_their_environment(section: str, program: str) -> No
     assert run == f".venv/bin/{program}"
 
 
-# The nox session `unit` skips tests with this marker: it runs in a copy of the tree without .ci.
+# The nox session `unit` skips tests with this marker, because it runs in a copy of the tree without .ci.
 @pytest.mark.tools
 def test_ci_runs_the_second_command_and_nothing_else() -> None:
     script = (Path(__file__).parents[1] / ".ci/run").read_text()
@@ -162,5 +162,5 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
         log.seek(0)
         said = log.read()
     (shown,) = (block.text for block in parts("qemu") if block.language == "text")
-    # The page shows the log on a terminal. In a file, each line begins with the date and the time.
+    # The page shows the log as it appears on a terminal. In a file, each line begins with the date and the time.
     assert {*shown.splitlines()} <= {re.sub(r"^[0-9-]+ [0-9:.]+ +", "", line) for line in said.splitlines()}
