@@ -38,7 +38,7 @@ MEMBERS = {
 
 
 def marks(program: str) -> list[pytest.MarkDecorator]:
-    """Return the pytest marks of an example: `qemu`, or `tools` for trio-asyncio, which some Python versions lack."""
+    """Return the pytest marks for an example: `qemu`, or `tools` for trio-asyncio, which some Python versions lack."""
     if "Guest" in program:
         return [pytest.mark.qemu]
     return [pytest.mark.tools] if "on_notification" in program else []
