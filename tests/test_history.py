@@ -35,7 +35,7 @@ SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
 NOW = (2 * 10**9, 10**17)
-"""The wall-clock time and the monotonic time of all notifications. Every pause of a follower ends before then."""
+"""The wall-clock time and the monotonic time of all notifications. Every pause of a follower ends earlier."""
 FEW = 6
 
 
@@ -173,7 +173,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.follower is not None)
     @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=FEW + 1, max_size=FEW + 2), number=st.integers(1, 2))
     def overflow(self, signals: list[Signal], number: int) -> None:
-        """Handle more notifications than the history keeps while others are unacknowledged."""
+        """While some notifications are unacknowledged, handle more than the history keeps."""
         self.read()
         self.handle(signals)
         self.acknowledge(number)

@@ -184,7 +184,7 @@ def test_a_broker_that_closes_the_connection_is_an_error() -> None:
                 nursery.start_soon(trio.to_thread.run_sync, hang_up)
                 with pytest.raises(BrokerLostError, match=r"without an answer|broke|reset"):
                     async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
-                        pytest.fail("connected without an answer of the broker")
+                        pytest.fail("connected without an answer from the broker")
 
         trio.run(main)
 

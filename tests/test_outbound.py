@@ -125,7 +125,7 @@ def test_a_lone_trigger_is_in_flight_only_until_it_is_sent(world: World) -> None
 
 def test_a_lone_trigger_makes_no_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def act() -> None:
-        monkeypatch.setattr(Handoff, "begin", lambda *_: pytest.fail("a batch was made"))
+        monkeypatch.setattr(Handoff, "begin", lambda *_: pytest.fail("a batch was created"))
         write(world.notify)
 
     world.run(act)

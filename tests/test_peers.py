@@ -25,7 +25,7 @@ STRANGER = 12345
 
 @contextmanager
 def listening_as(user: int, path: Path) -> Iterator[None]:
-    """Run a process as `user` that listens at `path` and sends an invalid greeting to each client."""
+    """Run a process as `user`. The process listens at `path` and sends an invalid greeting to each client."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     path.chmod(0o777)

@@ -141,7 +141,7 @@ def test_the_picture_names_the_time_zone(night: Path, monkeypatch: pytest.Monkey
 
 
 def drawn(times: list[int], marks: list[Mark]) -> set[str]:
-    """Return the text in a picture of notifications at `times` (nanoseconds) and of marks."""
+    """Return the text in a picture that shows notifications at `times` (in nanoseconds) and `marks`."""
     from inco_trio.capture.picture import draw
 
     summary = Summary()
@@ -433,7 +433,7 @@ def test_progress_is_shown_on_a_terminal(night: Path, monkeypatch: pytest.Monkey
     assert process.returncode == 0
     assert json.loads(out)["to"] == 4
     shown = b""
-    while b" %\r\x1b[K" not in shown:  # The kernel passes the output on with a delay.
+    while b" %\r\x1b[K" not in shown:  # The kernel delivers the output with a delay.
         shown += os.read(master, 4096)
     os.close(master)
     assert shown.startswith(b"\r\x1b[K")

@@ -76,7 +76,7 @@ def bits(*capabilities: int) -> int:
 
 
 def effective(pid: int) -> int:
-    """Wait until all threads of a process have the same effective capabilities, and return these."""
+    """Wait until all threads of a process have the same effective capabilities, and return them."""
     deadline = time.monotonic() + HANG
     while True:
         found = set()

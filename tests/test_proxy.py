@@ -143,7 +143,7 @@ def test_a_frame_that_is_too_long_is_malformed(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # Repeat this with a batch of frames, where the receive buffer truncates the long frame.
+    # Repeat this with a batch of frames, in which the receive buffer truncates the long frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)

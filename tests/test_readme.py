@@ -129,8 +129,8 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
     lines = next(block.text for block in parts("qemu") if block.language == "sh")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
         Path(home).chmod(0o1777)
-        # Use the Python and the programs of this environment. They exit when their standard input closes, so that no
-        # process outlives this test.
+        # Use this environment's Python interpreter and programs. They exit when their standard input closes, so that
+        # no process outlives this test.
         script = f"""
             export TMPDIR={home}
             python3() {{ exec {sys.executable} "$@"; }}

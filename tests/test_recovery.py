@@ -330,8 +330,8 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
 
     async def main() -> None:
         async with board.proxy() as proxy, board.peer() as peer:
-            # Replace the directory and all triggers in it, which counts once for each trigger. Whether an event or a
-            # scan finds the new triggers depends on timing.
+            # Replace the directory and all triggers in it, which counts as one notification per trigger. Whether an
+            # event or a scan finds the new triggers depends on timing.
             for number in range(100):
                 # Send more than fits into the peer's queue.
                 board.trigger(*["redun"] * 100)

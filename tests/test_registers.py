@@ -526,7 +526,7 @@ def test_several_renames_between_two_reads_count_each(start: StartWorld, notify:
     for _ in range(3):
         remake(notify.path)
     write(notify.path)
-    # The proxy was not yet watching the last file when it was written, so the rename and this write count as one.
+    # The proxy was not yet watching the last file at this write, so the write and the last rename count as one.
     assert world.triggered() == ["redun_notify_irq"] * 3
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]
@@ -1157,7 +1157,7 @@ def test_triggers_that_a_killed_process_created_trigger_nothing(
     assert successor.triggered() == [notify.name]
     third = successor.again()
     assert third.open() == []
-    # An application creates the next file, so its creation counts.
+    # An application creates the next file, so its creation counts as a notification.
     irq.rename(irq.with_name("away again"))
     irq.mkdir()
     write(uart.path)

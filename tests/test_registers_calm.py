@@ -57,7 +57,7 @@ class Calm(RuleBasedStateMachine):
 
         self.patch.setattr("os.write", write_if_there_is_room)
         self.triggered: Counter[Path] = Counter()
-        """How often each trigger must have been reported since the last `follow`."""
+        """How many times each trigger must have been reported since the last `follow`."""
         self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
         """Triggers that were written since the last `follow` while not in the table. Reporting them is optional."""

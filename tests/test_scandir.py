@@ -89,7 +89,7 @@ It stores one FIFO, and writes its reports to another.
 
 
 def another_user() -> str | None:
-    """Return a user that a service can run as. Return None if not root or if the user namespace has only one user."""
+    """Return a user for the services, or None if not running as root or if the user namespace has only one user."""
     users = int(Path("/proc/self/uid_map").read_text().split()[2])
     return "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
 

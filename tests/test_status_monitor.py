@@ -167,7 +167,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2)  # Wait before the next interrupt.
-            with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
+            with contextlib.suppress(OSError):  # EIO means that no process has the terminal open.
                 while more := os.read(master, 4096):
                     shown += more
         except BaseException:
@@ -194,7 +194,7 @@ def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
     with subprocess.Popen([*map(str, words)], stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
+        with contextlib.suppress(OSError):  # EIO means that no process has the terminal open.
             while more := os.read(master, 4096):
                 shown += more
     os.close(master)

@@ -616,7 +616,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
 
 @contextmanager
 def as_stranger(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in a loop, in a process that another user owns, while the block runs."""
+    """While the block runs, call `act` in a loop in a process that another user owns."""
     child = os.fork()
     if child == 0:
         try:

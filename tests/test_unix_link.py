@@ -350,7 +350,7 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
     async def main() -> None:
         link = world.bound()
         world.other()
-        # First handle the events of the two new sockets, and the checks that follow these events.
+        # First handle the events that the two new sockets cause, and the checks that follow.
         while await is_woken(link):
             link.refresh()
         # Another file in the directory must not wake a waiter.
