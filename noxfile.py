@@ -246,7 +246,7 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build sdist and wheel, and test the wheel in an environment that contains nothing else."""
+    """Build the sdist and the wheel, and test the wheel in an environment that contains nothing else."""
     session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)

@@ -101,7 +101,7 @@ def moments() -> Diagram:
 
 
 def restart() -> Diagram:
-    """Draw what survives a restart."""
+    """Draw the resources that survive a restart."""
     picture = Diagram(880, 250, "Socket, inotify descriptor and in-flight buffer survive a restart in the fd store")
     picture.box(20, 30, 180, 70, PROXY, "old proxy", "stops or crashes")
     picture.box(680, 30, 180, 70, PROXY, "new proxy", "continues")

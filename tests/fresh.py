@@ -46,7 +46,7 @@ exec chroot "$@"
 
 
 def readme_command(section: str) -> str:
-    """Return the first command of a section of the README."""
+    """Return the first command in a section of the README."""
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2]
     found = re.search(r"^```sh\n(.+)$", text, re.MULTILINE)
     if found is None:
@@ -87,12 +87,12 @@ def as_environment(listed: str) -> dict[str, str]:
 
 
 def is_directory(word: str) -> bool:
-    """Return whether a word of pip's configuration names a local package directory."""
+    """Return whether a word in pip's configuration is a local package directory."""
     return word.startswith("file:") or (word.startswith("/") and Path(word).is_dir())
 
 
 def local_files(settings: dict[str, str]) -> list[Path]:
-    """Return the local files that pip's settings name, such as certificates."""
+    """Return the local files that pip's settings refer to, such as certificates."""
     words = [word for value in settings.values() for word in value.split()]
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 

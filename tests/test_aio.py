@@ -324,7 +324,7 @@ async def test_cancelled_error_of_main_reaches_the_caller(world: World) -> None:
 
 
 def documented(word: str, directory: Path) -> Path:
-    """Write the program in docs/asyncio.md that has `word` in its first line to a file; return the file's path."""
+    """Copy the program with `word` in its first line from docs/asyncio.md to a file; return the file's path."""
     text = (PROJECT / "docs/asyncio.md").read_text()
     programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (program,) = (each for each in programs if word in each.partition("\n")[0])

@@ -290,7 +290,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
         service.control("-O")  # Do not restart the service when it ends.
-        # At this point, the proxy might not have read the events of the trigger files that it created.
+        # At this point, the proxy might not have read the events for the trigger files that it created.
         os.kill(main_process(service.directory), signal.SIGKILL)
         service.wait("D")
         for name, peer in peers.items():

@@ -533,7 +533,7 @@ def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Pa
 @pytest.mark.parametrize(
     "setup",
     [
-        # A user namespace may map no other user. /usr belongs to a user outside the namespace.
+        # A user namespace might not map any other user. /usr belongs to a user outside the namespace.
         'mkdir -m 700 "$1"; chown 12 "$1" || mount --bind /usr "$1"',
         'mkdir -m 777 "$1"; chown "$2" "$1"; chmod 777 "$1"',
         'mkdir -m 710 "$1"; chown "$2" "$1"',

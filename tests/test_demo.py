@@ -71,7 +71,7 @@ def finish(command: list[str]) -> tuple[int, str, str]:
 
 
 def table(said: str) -> list[list[str]]:
-    """Return the words of each row of the final table."""
+    """Return the words in each row of the final table."""
     return [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
 
 

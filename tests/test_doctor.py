@@ -454,7 +454,7 @@ def datagram(path: Path) -> socket.socket:
 
 
 def run_fix(found: tuple[str, str, str | None]) -> None:
-    """Run the fix of a result."""
+    """Run the fix that a result contains."""
     assert found[2] is not None
     subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 

@@ -417,7 +417,7 @@ def test_the_fix_ends_the_second_proxy_of_a_directory(
 def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "one")
     running = proxy("--config", udrv)
-    # The file seems to be newer than the proxy, as after the clock was set back.
+    # The file seems to be newer than the proxy, as it would after the clock was set back.
     os.utime(udrv, (1 << 32, 1 << 32))
     found = doctor(cores.core0, cores.link, "--config", udrv)
     assert of(found, "reload")["level"] == "ok"
@@ -611,7 +611,7 @@ def test_no_program_of_a_container_is_suggested(cores: Cores, tmp_path: Path) ->
 
 
 def test_a_container_is_known_by_its_root_directory(tmp_path: Path) -> None:
-    """A container that runs as root without a user namespace also has other programs."""
+    """Even a container that runs as root without a user namespace contains different programs."""
     (process,) = [each for each in look().all if each.pid == os.getpid()]
     root = tmp_path / "root"
     place = root / f"proc/{process.pid}"

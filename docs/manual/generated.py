@@ -1,4 +1,4 @@
-"""The texts of all generated files, and a check of the files on disk."""
+"""The contents of all generated files, and a check of the files on disk."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _name(command: str) -> str:
 
 
 def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
-    """Return the names of the man pages of the commands that the help of `command` mentions."""
+    """Return the names of the man pages for the commands that the help of `command` mentions."""
     text = " ".join(filter(None, (sub.description, sub.epilog, *(action.help for action in sub._actions))))
     named = set(re.findall(r"inco-trio ([a-z][a-z0-9]*)", text))
     return [_name(other) for other in COMMANDS if other in named and other != command]

@@ -23,7 +23,7 @@ from inco_trio.linux.libc import libc
 __all__ = ["ATTACKS", "FROM_CORE1"]
 
 RATE = 50_000
-"""Frames per second of a flood."""
+"""Rate of a flood in frames per second."""
 BLOCK = 100
 """Number of frames that a flood sends at once."""
 LISTENERS = 32

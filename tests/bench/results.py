@@ -29,7 +29,7 @@ class Results:
         return cls(**json.loads((directory / "results.json").read_text()))
 
     def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:
-        """Add the results of a measurement in the last run. They replace earlier results of the same measurement."""
+        """Add the results of a measurement from the last run. They replace earlier results of the same measurement."""
         self.measures[name] = {
             "run": len(self.runs) - 1,
             "seconds": round(seconds, 1),

@@ -185,7 +185,7 @@ class Running:
     directory: Path
     table: Path
     ready_s: float
-    """Seconds from exec to readiness."""
+    """Time in seconds from exec to readiness."""
     dropped: int | None = None
 
     def load(
@@ -265,7 +265,7 @@ class Lab:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], fd: int, log: Path
     ) -> tuple[subprocess.Popen[bytes], float]:
-        """Start a program in core 0's namespace; return the process and the monotonic time of its exec in seconds."""
+        """Start a program in core 0's namespace; return the process and its start time (monotonic, in seconds)."""
 
         def inside() -> tuple[subprocess.Popen[bytes], float]:
             with log.open("wb") as errors:

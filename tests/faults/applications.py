@@ -1,4 +1,4 @@
-"""The applications of core 0: they write trigger files, read state files, and replace, move or remove them.
+"""The applications on core 0: they write trigger files, read state files, and replace, move or remove them.
 
 Because directories and files are replaced, the path of a state file can refer to several files in turn. A notification
 counts as delivered only if an application could find it: in a file that was at the path when the notification was sent,
@@ -110,7 +110,7 @@ def _reads_one(fd: int) -> bool:
 
 
 class Applications(Recorder):
-    """All applications of one IRQ directory; `closes` counts the writes to each state file since `reset`."""
+    """All applications that use one IRQ directory; `closes` counts the writes to each state file since `reset`."""
 
     def __init__(self, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
         self.directory = directory

@@ -148,7 +148,7 @@ def resident_kib(pid: int, what: str = "VmRSS") -> int:
 
 
 def is_proxy(pid: int) -> bool:
-    """Return whether the process is already inco-trio, not the shell or s6 tool that becomes inco-trio by exec."""
+    """Return whether the process is already inco-trio, and not the shell or s6 tool that will execute it."""
     try:
         return b"inco_trio\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

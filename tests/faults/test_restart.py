@@ -108,7 +108,7 @@ def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Super
 
 def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
-    # At this point, the proxy might not have read the events of the files that it created.
+    # At this point, the proxy might not have read the events for the files that it created.
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
     directory = world.applications.directory

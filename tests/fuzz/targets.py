@@ -63,7 +63,7 @@ def frames(data: bytes) -> None:
 
 
 def events(data: bytes) -> None:
-    """Parse the events of an inotify descriptor."""
+    """Parse events that were read from an inotify descriptor."""
     for event in parse_events(data):
         assert -(1 << 31) <= event.wd < 1 << 31
 
