@@ -54,7 +54,7 @@ GROUPS = {
     "record": ("record", "plot", "dissector"),
     "connect": ("mqtt", "mqtt-link", "exporter"),
 }
-"""The commands by purpose, as the help shows them. The help does not list `s6`, because `service` replaces it."""
+"""The commands grouped by purpose, as in the help. The help does not list `s6`, because `service` replaces it."""
 
 EXIT_CODES = {
     0: "success",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from inco_trio.control.listen import Listening
 
 AGAIN = 0.2
-"""Seconds between two attempts to reconnect after the proxy exited."""
+"""Seconds between two attempts to reconnect after the proxy has exited."""
 SHOWN = 0.5
 """Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0

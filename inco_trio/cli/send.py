@@ -71,7 +71,7 @@ class _Schedule:
     def __init__(self, count: int, rate: float | None, timeout: float | None = None) -> None:
         self.sent = 0
         self.where: dict[str, str] = {}
-        """The board, register or link that the notifications are sent through, by its key in `_WHERE`."""
+        """The board, register or link through which the notifications are sent, with its key in `_WHERE`."""
         self._count = count
         self._rate = rate
         self._timeout = math.inf if timeout is None else timeout

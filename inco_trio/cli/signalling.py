@@ -97,7 +97,7 @@ def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Print a note for each signal in --signal that the proxy does not know."""
+    """Print a note for each signal in --signal that is not in the signal table or that --direction excludes."""
     if args.signal is None:
         return
     known, _ = signals_of(client, args.board)

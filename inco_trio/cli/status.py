@@ -29,7 +29,7 @@ LAST_WIDTH = len("59 min ago")
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""The status of the boards of each proxy, by the proxy's name."""
+"""For each proxy's name, the status of the proxy's boards."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ __all__ = ["Conversation", "converse"]
 DELAY = 0.02
 """Seconds for which `send_acknowledgements` collects acknowledgements, because each request delays the proxy."""
 URGENT = 256
-"""Number of acknowledgements to send without delay. The proxy sends more notifications without waiting for any."""
+"""Number of acknowledgements to send without delay. The proxy allows more unacknowledged notifications than this."""
 POSITIONS_MAX = 100
 """Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 

@@ -149,7 +149,7 @@ def _interface(
 def _registers(
     signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust, proxy: Process | None
 ) -> Iterator[Result]:
-    # A proxy of another user may have other rights and capabilities. It reports the files that it cannot use.
+    # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]

@@ -24,7 +24,7 @@ class Level(enum.IntEnum):
 
     OK = 0
     WARN = 1
-    """Notifications may be late, duplicated or lost, or the check could not be made."""
+    """Notifications may be late, duplicated or lost, or the check could not be performed."""
     FAIL = 2
     """Notifications do not arrive, or a proxy could not start."""
 

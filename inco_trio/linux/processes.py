@@ -37,7 +37,7 @@ _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
-"""The command that stops a service, by the supervisor's process name. Its argument is the service's directory."""
+"""The command that stops a service, for each supervisor's process name. Its argument is the service's directory."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 NS_GET_USERNS = 0xB701

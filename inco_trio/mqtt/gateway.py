@@ -57,7 +57,7 @@ REQUESTS_MAX = 100
 REQUEST_MAX = 16 << 10
 """Maximum size of a request in bytes."""
 SHORT = 3.0
-"""A connection that lasts less than this (in seconds) is short: another gateway may have taken over the session."""
+"""A connection that ends within this time (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
 """Number of consecutive short connections after which the log mentions another gateway."""
 SEND_PATIENCE = 10.0

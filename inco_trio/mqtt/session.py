@@ -39,7 +39,7 @@ __all__ = [
 RECEIVE_MAX = 500
 """Maximum number of unacknowledged messages from the broker (default). A bridge can have 400 of them."""
 PACKET_MAX = 128 << 10
-"""Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
+"""Maximum size of a packet from the broker, in bytes (default). Messages from a bridge have up to 102,549 bytes."""
 EXCESS = 1024
 """Maximum memory for the unacknowledged messages from the broker, in packets of maximum size.
 
@@ -219,9 +219,9 @@ class Session:
         self._known_aliases: set[str] = set()
         """The topics whose alias the broker has acknowledged."""
         self._unacknowledged: dict[int, int] = {}
-        """The memory of each unacknowledged message from the broker in bytes, by its packet identifier."""
+        """The memory that each unacknowledged message from the broker uses, in bytes, by packet identifier."""
         self._memory = 0
-        """The memory of all unacknowledged messages in bytes."""
+        """The memory that all unacknowledged messages use, in bytes."""
 
     @property
     def room(self) -> int:

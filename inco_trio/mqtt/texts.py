@@ -1,6 +1,7 @@
 """Check that the strings in an MQTT 5 packet from a broker are UTF-8.
 
-The codec mqtt5 (0.8) prints a traceback of several lines if a text is not UTF-8. A broker could fill the log with them.
+The codec mqtt5 (0.8) prints a traceback of several lines if a string is not UTF-8. A broker could fill the log with
+such tracebacks.
 """
 
 from __future__ import annotations

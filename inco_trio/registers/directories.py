@@ -273,7 +273,7 @@ class Directories:
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
         if mask & APPEARED and directory is not None:
-            directory.checked.clear()  # A state file may have been replaced, or have a second name.
+            directory.checked.clear()  # A state file may have been replaced, or may have a second name.
         if mask & VANISHED and directory is not None and directory.wd == wd:
             directory.vanished_at = real_clock.monotonic()
             if os.fsdecode(name) in directory.states:
@@ -331,7 +331,7 @@ class Directories:
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:
-        """Return whether the table contains this Directory object, not only one with the same path."""
+        """Return whether the table contains this Directory object itself, not just another one with the same path."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:

@@ -47,7 +47,7 @@ class Users:
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     unseen: int
-    """Number of sockets whose processes this user may not inspect."""
+    """Number of sockets whose processes this user is not permitted to inspect."""
 
     @property
     def proxy(self) -> Process | None:

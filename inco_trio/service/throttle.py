@@ -41,7 +41,7 @@ class Throttle:
 
     @property
     def is_holding(self) -> bool:
-        """Whether any record waits to be written."""
+        """Whether any record is waiting to be written."""
         return any(each.held for causes in self._boards.values() for each in causes.values())
 
     def admit(self, board: str, cause: object, record: logging.LogRecord) -> bool:
