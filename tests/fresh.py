@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 SUITES = ("bookworm", "trixie", "sid")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 HOMES = {"root": "/root", "user": "/home/user"}
+LEFT_OUT = (".git", ".nox", ".venv", ".*cache", ".coverage*", ".hypothesis", "__pycache__")
+"""The files that git does not track, and `.git`. The session lint needs the other hidden files."""
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
@@ -53,7 +55,7 @@ UV_SETTINGS = {
 
 
 def readme_command(section: str) -> str:
-    """Return the first command of a section of the README."""
+    """Return the first command in a section of the README."""
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2]
     found = re.search(r"^```sh\n(.+)$", text, re.MULTILINE)
     if found is None:
@@ -95,12 +97,12 @@ def as_environment(listed: str) -> dict[str, str]:
 
 
 def is_directory(word: str) -> bool:
-    """Return whether a word of pip's configuration names a local package directory."""
+    """Return whether a word in pip's configuration is a local package directory."""
     return word.startswith("file:") or (word.startswith("/") and Path(word).is_dir())
 
 
 def local_files(settings: dict[str, str]) -> list[Path]:
-    """Return the local files that pip's settings name, such as certificates."""
+    """Return the local files that pip's settings refer to, such as certificates."""
     words = dict.fromkeys(word for value in settings.values() for word in value.split())
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 
@@ -129,7 +131,7 @@ class System:
         self.run("root", "/", "useradd --create-home user")
         for user, home in HOMES.items():
             copy = self._directory / home[1:] / "inco-trio"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
             self.run("root", home, f"chown -R {user}: inco-trio")
 
     def run(self, user: str, directory: str, command: str, **environment: str) -> str:
@@ -160,7 +162,7 @@ class System:
 
 
 def session(suite: str, user: str) -> str:
-    """Return the nox session to which NOXSESSION limits the README's test command.
+    """Return the nox session that NOXSESSION selects for the README's test command.
 
     All sessions would take hours and need many packages. The unit tests run on sid because sid has the newest Python.
     """
