@@ -36,7 +36,7 @@ NOT_RUN = {
     "serve(config)": "a picture",
     "host A ": "a picture",
 }
-"""The code blocks without a mark that no test runs: their first characters, and the reason."""
+"""The unmarked code blocks that no test runs. The key is the start of the block, and the value is the reason."""
 PAGES = (
     "README",
     "boards",
@@ -78,7 +78,7 @@ RUN_BY = {
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
 }
-"""Which test runs each unmarked code block. The key is the page and the first characters of the block."""
+"""The test that runs each unmarked code block. The key is the page and the first characters of the block."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
@@ -200,13 +200,13 @@ def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> No
 
 
 def up(page: Path) -> str:
-    """Return the relative path from a page's directory to the project's root, as links on the page use it."""
+    """Return the relative path from a page's directory to the project's root, as used in links on the page."""
     return "" if page.parent == ROOT else "../"
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
 def test_every_link_has_a_target(page: Path) -> None:
-    """Links must also work for a reader of the plain Markdown files, without the website."""
+    """Links must also work for readers of the plain Markdown files, without the website."""
     text = page.read_text().replace("](https://github.com/inco-trio/inco-trio/blob/main/", f"]({up(page)}")
     text = re.sub(
         r"^\[[\w-]+\]: https://github.com/inco-trio/inco-trio/blob/main/(.*)$", r"](\1)", text, flags=re.MULTILINE
@@ -339,6 +339,6 @@ def test_the_diagrams_are_up_to_date() -> None:
 
 
 def test_the_terminal_screenshots_are_up_to_date() -> None:
-    # Compare only the texts, because the SVG differs between versions of rich.
+    # Compare only the text, because the SVG differs between versions of rich.
     old = [name for name in TERMINALS if visible((IMAGES / f"terminal-{name}.svg").read_text()) != visible(draw(name))]
     assert not old, "run `python -m docs.terminals`, and commit"
