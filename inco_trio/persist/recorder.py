@@ -59,6 +59,8 @@ AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 40
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
 """The bit that marks the number of an outbound signal."""
+_BITS = {Direction.INBOUND: 0, Direction.OUTBOUND: _OUTBOUND}
+"""The bits to set in the number of a signal. In Python 3.11, a lookup here is faster than `Direction.OUTBOUND`."""
 _NO_SIGNAL = 0xFFFF
 KINDS = (
     "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
@@ -156,9 +158,8 @@ class Recorder:
         self._written = self._noted = 0
         self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
         for each in before[-kept:]:
-            self._put(
-                each.time_ns, each.monotonic_ns, each.sequence, each.count, each.signal, each.direction, each.delay
-            )
+            bits = _BITS[each.direction]
+            self._put(each.time_ns, each.monotonic_ns, each.sequence, each.count, each.signal, bits, each.delay)
         for note in notes[-self._events_kept :]:
             self._write_note(note)
         numbers[_MAGIC_AT] = _MAGIC
@@ -212,29 +213,26 @@ class Recorder:
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
-        direction = signals[0].direction
+        bits = _BITS[signals[0].direction]
         if len(signals) == 1:
             self._sequence += 1
-            self._put(wall, monotonic, self._sequence, 1, signals[0].name, direction, delay)
+            self._put(wall, monotonic, self._sequence, 1, signals[0].name, bits, delay)
             return wall, monotonic
         for name, number in Counter([signal.name for signal in signals]).items():
             while number:
                 count = min(number, COUNT_MAX)
                 number -= count
                 self._sequence += count
-                self._put(wall, monotonic, self._sequence, count, name, direction, delay)
+                self._put(wall, monotonic, self._sequence, count, name, bits, delay)
         return wall, monotonic
 
-    def _put(
-        self, wall: int, monotonic: int, sequence: int, count: int, name: str, direction: Direction, delay: float
-    ) -> None:
+    def _put(self, wall: int, monotonic: int, sequence: int, count: int, name: str, bits: int, delay: float) -> None:
         number = self._ids.get(name)
         if number is None:
             number = self._new_name(name)
-        if direction is Direction.OUTBOUND:
-            number |= _OUTBOUND
         written = self._written
-        _RECORD.pack_into(self._ring, written % (self._kept + 1) * 32, wall, monotonic, sequence, count, number, delay)
+        place = written % (self._kept + 1) * _RECORD.size
+        _RECORD.pack_into(self._ring, place, wall, monotonic, sequence, count, number | bits, delay)
         self._written = self._numbers[_WRITTEN] = written + 1
 
     def _new_name(self, name: str) -> int:
