@@ -51,7 +51,8 @@ SHORTLY = 0.2
 """Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
-@attrs.define
+# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.define(slots=False, repr=False, eq=False)
 class _Parts:
     counters: Counters
     fd_store: FdStore
@@ -371,7 +372,7 @@ class Proxy:
                 health.well()
 
 
-@attrs.define
+@attrs.define(slots=False, repr=False, eq=False)
 class Ground:
     """The resources that a proxy uses and that the board's next proxy inherits."""
 
