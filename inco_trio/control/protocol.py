@@ -178,7 +178,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "history": (HistoryRequest, "history"),
     "reload": (ReloadRequest, "refused"),
 }
-"""The class of each request and the key of the value in its response, by request name."""
+"""The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _POSITIONS = Rule(
@@ -520,7 +520,7 @@ _REQUIRED = {
     "link": ("running", "time"),
     "lost": ("count",),
 }
-"""The keys that an event must have, by kind of event."""
+"""The keys that an event must have, for each kind of event."""
 
 
 def encode_event(event: Event, *, frames: bool = False) -> str:
