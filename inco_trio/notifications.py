@@ -97,9 +97,7 @@ class Events:
         self.recorder = recorder
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
-        """Number of frames that the link accepted, keyed by wire name. Inbound signals are counted by their
-        `StateFile`.
-        """
+        """Number of frames that the link accepted, keyed by wire name. Each `StateFile` counts its inbound signals."""
         self.sent_last: dict[str, int] = {}
         """When the link accepted the last frame (real_clock.monotonic_ns()), keyed by wire name."""
         self._counters = counters
