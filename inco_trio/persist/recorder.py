@@ -34,7 +34,7 @@ KEPT = 4096
 """Default number of notifications that the recorder of a single board keeps."""
 KEPT_MAX = 65_536
 EVENTS_SHARE = 8
-"""Ratio of the sizes of the two rings: room for one event per EVENTS_SHARE notifications."""
+"""Ratio of the sizes of the two rings: the recorder has room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
 """Number of recent events that a new event is compared with. If one is equal, only its count is incremented."""
