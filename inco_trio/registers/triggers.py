@@ -247,7 +247,7 @@ class Triggers:
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """Return the signal if the first `length` bytes of `view` report only that one trigger was closed, else None."""
+        """Return the signal if the first `length` bytes of `view` report only the close of one trigger, else None."""
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
         elif length == ino.EVENT.size:
