@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Wanted = Callable[[Signal], bool]
 
 Times = tuple[int, int]
-"""One moment, given as real_clock.time_ns() and as real_clock.monotonic_ns()."""
+"""A point in time, given as real_clock.time_ns() and as real_clock.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -75,7 +75,7 @@ class Listener(Protocol):
         """
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """Handle the start of the proxy. `keep` stores new notifications in the history, see `Events.keep`."""
+        """Handle the start of the proxy. `keep` stores new notifications in the history (see `Events.keep`)."""
 
     def ended(self) -> None:
         """Handle the end of the proxy."""
@@ -93,7 +93,7 @@ class Deaf:
 
 
 class Events:
-    """A distributor of notifications to event streams and to the listener. It never waits for their readers."""
+    """A distributor of notifications to event streams and to the listener. It never waits for readers."""
 
     def __init__(
         self, counters: Counters, history: History, listener: Listener | None = None, recorder: Recorder | None = None

@@ -127,7 +127,7 @@ def test_an_invalid_size_is_refused(board: Board) -> None:
 
 @pytest.mark.s6
 def test_the_history_survives_a_kill(board: Board) -> None:
-    """The fd store is a real s6-fdholder-daemon; the process dies without warning."""
+    """The fd store is a real s6-fdholder-daemon, and the process is killed with SIGKILL."""
     holder = Holder(board.home)
     holder.start()
     words = [board.link, "--irq-dir", str(board.irq), "--control", str(board.path), "--fd-holder", holder.socket]

@@ -49,7 +49,7 @@ def close(link: PacketLink) -> None:
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
-    """Change the attributes of an interface on core 0, and wait until all interfaces that have a carrier can send."""
+    """Change the attributes of an interface on core 0, and wait until all interfaces with a carrier can send."""
     from pyroute2 import IPRoute
 
     def inside() -> None:
@@ -57,7 +57,7 @@ def change(cores: Cores, interface: str, **attributes: Any) -> None:
             links.link("set", ifname=interface, **attributes)
 
     def settle() -> None:
-        # The kernel activates the queue of an interface some time after its carrier, and drops frames until then.
+        # The kernel activates an interface's queue some time after the carrier appears, and drops frames until then.
         with IPRoute() as links:
             while any(
                 each["flags"] & IFF_LOWER_UP and each.get_attr("IFLA_OPERSTATE") == "DOWN" for each in links.get_links()
@@ -174,7 +174,7 @@ def test_own_frames_are_not_received(
 
 @pytest.mark.parametrize("random", range(2))
 def test_frames_that_the_kernel_hands_to_a_vlan_are_rejected(link: PacketLink, random: int) -> None:
-    """The kernel first passes a VLAN's frame to sockets on the parent interface, but reports the VLAN's index."""
+    """The kernel first passes a VLAN frame to the parent interface's sockets, but with the VLAN interface's index."""
     index = link._index
     link.expect({b"ihub_reset_irq"}, ())
     for restricted in (False, True):
@@ -205,7 +205,7 @@ def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: Packet
     assert [name for name in names if name in expected] == expected
     sample = [name for name in names if name is not None and name.startswith(b"unknown_")]
     assert len(names) == len(sample) + len(expected)
-    # The probability of an empty sample, or of one above five times the mean of 20 frames, is below 1e-8.
+    # The probability that the sample is empty or exceeds five times its mean (20 frames) is below 1e-8.
     assert 0 < len(sample) < 100
 
 

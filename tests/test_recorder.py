@@ -1,4 +1,4 @@
-"""Tests of the flight recorder: its content, its limits, and its state after a process was killed."""
+"""Tests of the flight recorder: its content, its limits, and its state after a process has been killed."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
 
 
 def record_many(recorder: Recorder, names: Iterable[int]) -> None:
-    """Record a notification and an event of each of these signals."""
+    """For each number, record a notification of one signal and an event about another."""
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])
@@ -233,7 +233,7 @@ def names_of(recorder: Recorder) -> tuple[list[str], list[str | None]]:
 
 @pytest.fixture
 def few_names(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Limit the table of names to this number."""
+    """Limit the table of names, and return the limit."""
     monkeypatch.setattr("inco_trio.persist.recorder.NAMES_MAX", 50)
     return 50
 
@@ -276,7 +276,7 @@ def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memor
 
 
 def test_an_incomplete_record_is_not_read(memory: memoryview) -> None:
-    """The slot of the record that a killed process was writing contains neither the new nor the oldest record."""
+    """If a process is killed while it writes a record, the slot contains neither the new nor the oldest record."""
     recorder = Recorder(memory, kept=10)
     for _ in range(25):
         recorder.append([IN])
@@ -355,7 +355,7 @@ def test_a_killed_process_leaves_a_valid_recorder() -> None:
 
 
 def test_memory_of_one_board() -> None:
-    """A full recorder of the default size, with a usual signal table, allocates less than 256 kB."""
+    """A full recorder of the default size, with a typical signal table, allocates less than 256 kB."""
     inflight = Inflight.open()
     before = os.fstat(inflight.fd).st_blocks * 512
     recorder = Recorder(inflight.recorder)

@@ -30,7 +30,7 @@ LAST_WIDTH = len("59 min ago")
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""The status of the boards of each proxy, by the proxy's name."""
+"""For each proxy's name, the status of the proxy's boards."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
     for client in clients:
         try:
             name = client.greeting.name
-            # Proxies in different network namespaces may have the same name, because their interfaces do.
+            # Proxies in different network namespaces have the same name if their interfaces have the same name.
             found[str(client.path) if name in found else name] = client.status(board)
         except InvalidArgumentError as error:
             errors.append(error)

@@ -19,7 +19,7 @@ __all__ = ["Conversation", "converse"]
 DELAY = 0.02
 """Seconds for which `send_acknowledgements` collects acknowledgements, because each request delays the proxy."""
 URGENT = 256
-"""Number of acknowledgements that are not delayed. It is less than the proxy sends without acknowledgements."""
+"""Number of acknowledgements to send without delay. The proxy allows more unacknowledged notifications than this."""
 POSITIONS_MAX = 100
 """Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 
@@ -119,7 +119,7 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would take this for EINPROGRESS.
+            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would mistake this for EINPROGRESS.
             while not dial(sock, path):  # noqa: ASYNC110 - no event reports space in a backlog
                 await trio.sleep(AGAIN)
             await conversation._await_line()

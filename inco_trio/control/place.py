@@ -33,14 +33,14 @@ def runtime_directories() -> list[Path]:
 
 
 def silent_services() -> str | None:
-    """Return an error text that names the services whose proxies have no control socket, or None if there are none.
+    """Return an error message that names the services whose proxies have no control socket, or None if there are none.
 
     A service creates the directory of its proxy's socket before the proxy starts. The directory remains afterwards.
     """
     names = []
     for place in runtime_directories():
         for path in sorted(place.glob("*/")):
-            with contextlib.suppress(OSError):  # This user may not read it, or it has been removed.
+            with contextlib.suppress(OSError):  # This user cannot read the directory, or it was removed.
                 if not any(path.iterdir()):
                     names.append(path.name)
     if not names:

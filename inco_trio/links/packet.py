@@ -42,8 +42,8 @@ HEAD: tuple[Instruction, ...] = (
     (bpf.LOAD_HALF, 0, 0, bpf.PACKET_TYPE),
     (bpf.JUMP_IF_GREATER, 0, 1, 2),
     bpf.REJECT,
-    # Accept only frames of the interface itself. The socket also sees the frames that the kernel passes to a VLAN, bond
-    # or team above the interface. `_from_interface` adds the comparison with the interface's index.
+    # Accept only frames that belong to the interface itself. The socket also sees the frames that the kernel passes to
+    # a VLAN, bond or team above the interface. `_from_interface` adds the comparison with the interface's index.
     (bpf.LOAD_WORD, 0, 0, bpf.INTERFACE),
 )
 """The instructions at the start of every filter. Their binary form, HEAD_CODE, identifies our filters."""
@@ -67,13 +67,13 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
 
 
 DOWN = GONE | {errno.ENETDOWN}
-"""Error numbers that mean that the interface is down or gone. A later change to the interface may fix this."""
+"""Error numbers for an interface that is down or gone. A later change to the interface may fix this."""
 
 
 class PacketLink:
     """The `Link` of the interface `name`. Raises ResourceError.
 
-    If the interface is deleted and recreated, `refresh` binds the same socket again, which keeps its queue.
+    If the interface is deleted and recreated, `refresh` binds the same socket again, so its queue is kept.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:

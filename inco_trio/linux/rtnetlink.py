@@ -188,7 +188,8 @@ class Rtnetlink:
             except BlockingIOError:
                 return
             except OSError as error:
-                # ENOBUFS: the queue overflowed. Lost messages do not matter: they only say that something has changed.
+                # ENOBUFS: the queue overflowed. Lost messages do not matter: they only report that something has
+                # changed.
                 if error.errno != errno.ENOBUFS:
                     raise
 

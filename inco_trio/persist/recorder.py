@@ -38,9 +38,9 @@ EVENTS_SHARE = 8
 """Ratio of the sizes of the two rings: room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
-"""Number of recent events that a new event is compared with. If one is equal, only its count is increased."""
+"""Number of recent events that a new event is compared with. If one is equal, only its count is incremented."""
 FROM_OUTSIDE = ("ignored", "link")
-"""The kinds of events that the link peer can cause at any rate. Each may fill at most a quarter of the ring."""
+"""The kinds of events that the link peer can cause without limit. Each kind may fill at most a quarter of the ring."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
@@ -122,10 +122,10 @@ class Recorder:
         self._names: list[str] = []
         self._ids: dict[str, int] = {}
         self._unused: list[int] = []
-        """The indexes of names that no record contains. `_ids` does not have these names."""
+        """The indexes of names that no record contains. `_ids` does not contain these names."""
         self._recent: dict[tuple[object, ...], int] = {}
         self._outside: dict[str, deque[int]] = {}
-        """For each kind of `FROM_OUTSIDE`, the numbers of its last events, at most a quarter of the ring."""
+        """For each kind in `FROM_OUTSIDE`, the numbers of its latest events, up to a quarter of the ring."""
         self._clock = WallClock()
         self._written = self._noted = 0
         self.inherited = False
@@ -212,7 +212,7 @@ class Recorder:
     def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
         """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
+        `since` is the monotonic time when the notifications became pending, or 0 if they were never pending.
         """
         wall, monotonic = real_clock.time_ns(), real_clock.monotonic_ns()
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
@@ -256,13 +256,13 @@ class Recorder:
         return index
 
     def _find_unused_names(self) -> None:
-        """Make room in the table of names, which is full after many reloads. Keep the records."""
+        """Make room in the table of names, which can be full after many reloads. Keep the records."""
         records = itertools.chain(self._raw_notifications(), self._raw_notes())
         used = {record[4] & ~_OUTBOUND for record in records}
         self._unused = [index for index in range(NAMES_MAX) if index not in used]
         self._ids = {name: index for index, name in enumerate(self._names) if index in used}
         if not self._unused:
-            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than fit.
+            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than the table can hold.
             self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 
     def _add(self, name: str) -> None:
@@ -288,9 +288,9 @@ class Recorder:
         state: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Record an event. If it equals one of the last RECENT events, increase the count of that event instead.
+        """Record an event. If it equals one of the last RECENT events, increment the count of that event instead.
 
-        If the link peer has filled its share of the ring, its further events count as equal, whatever their names.
+        Once the link peer has filled its share of the ring, treat its further events as equal, whatever their names.
         Ignored frames are still counted separately for each reason.
         """
         monotonic = real_clock.monotonic_ns()

@@ -398,7 +398,8 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
     When the block starts, the link and the watches are active. Raises LinkNotFoundError, PermissionDeniedError,
     ResourceError or ConfigError. Exceptions from the block propagate unchanged. If a task of the proxy fails and cannot
-    be restarted, it cancels the block. An ExceptionGroup then contains its exception and any exception from the block.
+    be restarted, the block is cancelled. An ExceptionGroup then contains the task's exception and any exception from
+    the block.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy

@@ -82,7 +82,8 @@ class Registers:
                     self.directories.drop(directory)
             if not isinstance(error, OSError):
                 raise
-            # If a component is not trusted or not a directory, a FUSE filesystem at it could block stat(2).
+            # If a component is not trusted or not a directory, do not inspect the path: stat(2) could block on a FUSE
+            # filesystem.
             unsafe = isinstance(error, UnfitFileError | NotADirectoryError)
             if not unsafe and (problem := unreported(new.path)):
                 raise ConfigError(problem) from error
