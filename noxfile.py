@@ -438,6 +438,8 @@ def run_bench(session: nox.Session, *args: str) -> None:
 @nox.session(default=False)
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
+    need_programs(session, {"debootstrap": ("debootstrap",)})
+    session.install("pip>=24")  # to read pip's configuration; uv creates environments without pip
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
 
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 SUITES = ("bookworm", "trixie", "sid")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 HOMES = {"root": "/root", "user": "/home/user"}
+LEFT_OUT = (".git", ".nox", ".venv", ".*cache", ".coverage*", ".hypothesis", "__pycache__")
+"""The files that git does not track, and `.git`. The session lint needs the other hidden files."""
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
@@ -43,6 +45,13 @@ shift
 mount --move . /
 exec chroot "$@"
 """
+
+UV_SETTINGS = {
+    "SSL_CERT_FILE": "PIP_CERT",
+    "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
+    "UV_INDEX": "PIP_EXTRA_INDEX_URL",
+}
+"""The environment variables of uv, and the variable with which pip receives the same setting."""
 
 
 def readme_command(section: str) -> str:
@@ -71,9 +80,10 @@ def pip_settings() -> dict[str, str]:
 
 
 def as_environment(listed: str) -> dict[str, str]:
-    """Convert the output of `pip config list` to environment variables, without local package directories.
+    """Convert the output of `pip config list` to environment variables for pip and uv.
 
-    The new system has neither these directories nor the package files to which their index pages link.
+    Leave out local package directories: the new system has neither them nor the package files to which their index
+    pages link.
     """
     settings = {}
     # A later section overrides an earlier one, as in pip.
@@ -83,7 +93,7 @@ def as_environment(listed: str) -> dict[str, str]:
             words = [word for word in ast.literal_eval(value).split() if not is_directory(word)]
             if key.startswith(section) and words:
                 settings[f"PIP_{key.removeprefix(section).replace('-', '_').upper()}"] = " ".join(words)
-    return settings
+    return settings | {name: settings[of_pip] for name, of_pip in UV_SETTINGS.items() if of_pip in settings}
 
 
 def is_directory(word: str) -> bool:
@@ -93,7 +103,7 @@ def is_directory(word: str) -> bool:
 
 def local_files(settings: dict[str, str]) -> list[Path]:
     """Return the local files that pip's settings refer to, such as certificates."""
-    words = [word for value in settings.values() for word in value.split()]
+    words = dict.fromkeys(word for value in settings.values() for word in value.split())
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 
 
@@ -121,7 +131,7 @@ class System:
         self.run("root", "/", "useradd --create-home user")
         for user, home in HOMES.items():
             copy = self._directory / home[1:] / "inco-trio"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
             self.run("root", home, f"chown -R {user}: inco-trio")
 
     def run(self, user: str, directory: str, command: str, **environment: str) -> str:

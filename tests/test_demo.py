@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -279,10 +280,12 @@ def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
     """Return a canary for each core's network namespace. It detects when the namespace is destroyed."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
-        if str(path.readlink()).startswith("net:"):
-            inherited = os.open(path, os.O_RDONLY)
-            seen[path.readlink()] = canary(inherited)
-            os.close(inherited)
+        # The demonstration may have closed other descriptors since the directory was listed.
+        with contextlib.suppress(FileNotFoundError):
+            if str(path.readlink()).startswith("net:"):
+                inherited = os.open(path, os.O_RDONLY)
+                seen[path.readlink()] = canary(inherited)
+                os.close(inherited)
     assert len(seen) == 2
     return list(seen.values())
 

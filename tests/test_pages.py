@@ -269,7 +269,7 @@ def test_the_board_files_on_the_pages_are_valid(tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
-    codes = [block.text for block in all_blocks() if block.page == "control"][:2]
+    codes = [block.text for block in all_blocks() if block.page == "control" and not block.language][:2]
     greeting, *lines = [line for code in codes for line in code.splitlines()]
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
@@ -289,6 +289,23 @@ def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
                     assert got.pop(key)
                     del wanted[key]
             assert got == wanted
+
+
+def test_the_client_on_the_control_page_prints_a_notification(tmp_path: Path) -> None:
+    program, _, shown = [block.text for block in parts("control") if block.mark == "run by"]
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        peer = board.core1()
+        board.running()
+        client = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", program, board.path], stdout=subprocess.PIPE, text=True)
+        )
+        stack.callback(client.kill)
+        assert client.stdout is not None
+        first, second = shown.splitlines(keepends=True)
+        assert client.stdout.readline() == first.replace("rpmsg4000", f"{tmp_path}/core0")
+        board.inbound(peer)
+        assert client.stdout.readline() == second
 
 
 def test_the_configuration_page_lists_each_key() -> None:

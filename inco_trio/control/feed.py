@@ -74,7 +74,7 @@ class Feed:
         self.followers: Sequence[Follower] = ()
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
-        self.wants_frames = False
+        self.wants_frames = self.after_crash = False
         self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:
@@ -125,8 +125,8 @@ class Feed:
             shown = None if frame is None else frame.hex()
             self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
 
-    def link_changed(self, running: bool, text: str) -> None:
-        self.offer("link", running=running, message=text)
+    def link_changed(self, running: bool, text: str, seconds: float) -> None:
+        self.offer("link", running=running, message=text, duration=seconds)
 
     def opened(self, keep: Callable[[], History]) -> None:
         for follower in self.followers:

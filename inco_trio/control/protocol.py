@@ -418,6 +418,8 @@ class Event:
     delay: Annotated[float, _DURATION] = 0.0
     """How long a notification had been pending before its delivery (seconds), or 0."""
     running: bool = False
+    duration: Annotated[float, _DURATION] = 0.0
+    """For a `link` event: how long the link was in the previous state (seconds), or 0 if that is unknown."""
     count: int = 0
     level: str = ""
     message: str = ""

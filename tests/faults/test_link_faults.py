@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -99,9 +98,11 @@ def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
 
 def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
     for turn in range(3):
-        old = mac(board.cores)
+        old, logged = mac(board.cores), len(board.proxy.log)
         board.cores.delete_link()
         board.applications.trigger("out_a")
+        # A proxy that is slow would otherwise see only the new interface.
+        board.proxy.wait_log("the interface is gone", after=logged)
         begin = time.monotonic()
         make_again(board.cores, board.core1)
         board.wire.wait_seen("out_a", turn + 1)
@@ -112,9 +113,6 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         board.works()
         board.wire.sources.clear()
     assert board.proxy.stop() == 0
-    # The log omits a message that repeats within a second; the next message reports how many were omitted.
-    said = [json.loads(line) for line in board.proxy.log.splitlines() if "the interface is gone" in line]
-    assert sum(1 + line.get("left_out", 0) for line in said) == 3
 
 
 def test_a_new_mac_address_is_used_at_once(board: Board) -> None:
