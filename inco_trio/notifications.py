@@ -54,7 +54,7 @@ class Listener(Protocol):
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
     after_crash: bool
-    """Whether the previous process is known to have ended without a stop."""
+    """Whether the previous process is known to have ended without a clean stop."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.

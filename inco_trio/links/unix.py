@@ -128,7 +128,7 @@ class UnixLink:
         return ""
 
     def _why_not(self, error: OSError) -> str:
-        """Return why no frame reaches the peer, in words."""
+        """Describe why no frame reaches the peer."""
         peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
         why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
         return f"{why} ({error.strerror})"

@@ -352,8 +352,8 @@ class Recorder:
     def note_start(self, supervisor: str | None = None, *, after_crash: bool = False) -> None:
         """Record that this process started, and whether the previous process had stopped cleanly.
 
-        If the recorder was not inherited, also record why: `supervisor` is the name of the fd store (None: there is
-        none), and `after_crash` is whether the previous process is known to have ended without a stop.
+        If the recorder was not inherited, also record why. `supervisor` is the name of the fd store, or None if there
+        is no fd store. `after_crash` is true if the previous process is known to have ended without a clean stop.
         """
         text, rest = "started", ""
         if self.inherited:
