@@ -98,7 +98,7 @@ class Board:
     signals: tuple[Signal, ...]
     """The built-in signals, followed by the signals of the table `misc.inco_proxy.signals` in the file's order."""
     notes: tuple[str, ...]
-    """A line of text for each missing key for which a default is used."""
+    """A line of text for each missing key whose default is used."""
 
 
 def read_board(path: Path | str) -> Board:

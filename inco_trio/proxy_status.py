@@ -134,6 +134,8 @@ class Status:
     """How long the proxy has been open, in seconds."""
     last_down: float | None = None
     """When the link last went down, in seconds since 1970, or None."""
+    down_reason: str | None = None
+    """Why the link is not running, or None if it is running."""
     recorded: RecorderStatus | None = None
     """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()

@@ -83,7 +83,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
     if draws:
         if args.out != STREAM and _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
-        # Import matplotlib before the file is read, because reading may take long and the import may fail.
+        # Import matplotlib before the file is read, because reading can take a long time and the import can fail.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:

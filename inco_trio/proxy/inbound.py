@@ -138,7 +138,7 @@ class Inbound:
         file = known.get(name)
         if file is None:
             self._counters.unknown += self._stands_for(room[:length])
-            # Log all names under one cause: core 1 could otherwise fill the log with different names.
+            # Rate-limit all unknown names as one cause. Otherwise, core 1 could fill the log with different names.
             logger.debug("%s: unknown signal", name.decode(), extra={"cause": "unknown signal"})
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):

@@ -72,7 +72,7 @@ class StateFile:
             except OSError:
                 if register in directory.checked:
                     directory.checked.discard(register)
-                    directory.check(register)  # Raises an error that names the cause, such as a FIFO.
+                    directory.check(register)  # This raises an error that names the cause, such as a FIFO.
                 raise
         try:
             os.write(fd, b"1")
@@ -87,7 +87,7 @@ class StateFile:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing")
         if directory.shared:
             return directory.open_shared(register)
-        directory.check(register)  # Check before open(2), which has effects on some devices.
+        directory.check(register)  # Check before open(2), which has side effects on some devices.
         directory.checked.add(register)
         return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
 
@@ -148,7 +148,7 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """Called after pending notifications were written. Receives their state files, and when they became pending."""
+        """Called after pending notifications were written, with their state files and when they became pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""

@@ -58,7 +58,7 @@ class Boot:
     name: str
     checks: tuple[str, ...]
     memory: int = 1024
-    """MiB."""
+    """Size of the memory in MiB."""
     append: str = ""
     """Additional kernel command-line parameters."""
 

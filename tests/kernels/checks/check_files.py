@@ -1,4 +1,4 @@
-"""Checks with the file systems that hold the IRQ directory on real boards and in simulations."""
+"""Checks on the filesystems that contain the IRQ directory on real boards and in simulations."""
 
 from __future__ import annotations
 

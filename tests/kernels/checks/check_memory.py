@@ -29,7 +29,7 @@ def test_the_proxy_survives_a_process_that_takes_all_memory(
     assert isinstance(board, Board)
     board.exchange()
     hog = subprocess.run([sys.executable, "-c", HOG], check=False, capture_output=True, text=True)
-    # The kernel either kills the process that uses the most memory (SIGKILL) or refuses it more (MemoryError).
+    # The kernel either kills the process that uses the most memory (SIGKILL) or refuses to give it more (MemoryError).
     assert hog.returncode == -9 or "MemoryError" in hog.stderr
     board.exchange()
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))

@@ -131,7 +131,7 @@ class Board:
         return self.core1.receive(HANG)[14:].rstrip(b"\0").decode()
 
     def recovers(self, cores: Cores) -> None:
-        """Bring the link up. Check that the trigger written before is sent, and that notifications pass again."""
+        """Bring the link up. Check that the pending notification is sent, and that notifications pass again."""
         cores.link_up()
         assert self.next_frame() == "redun_notify_irq"
         self.exchange()
