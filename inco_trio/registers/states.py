@@ -65,7 +65,7 @@ class StateFile:
         if fd < 0:
             directory, register = self.directory, self._register
             try:
-                if register in directory.checked:
+                if register in directory.checked:  # The usual case, without the time of a further call.
                     fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
                 else:
                     fd = self._check_and_open()
