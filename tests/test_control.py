@@ -522,7 +522,7 @@ def in_tmp(home: Path, setup: str) -> tuple[list[str], str]:
 def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Path) -> None:
     result, said = in_tmp(tmp_path, "")
     assert result == ["0", "700", "True"]
-    assert f"{tmp_path}/a: down, " in said
+    assert f"{tmp_path}/a: down (no process has bound {tmp_path}/b (No such file or directory)), open since " in said
     # The proxy and `status` reuse a directory that this user left behind.
     result, said = in_tmp(tmp_path, 'mkdir -m 700 "$1"; chown "$2" "$1"')
     assert result == ["0", "700", "True"]

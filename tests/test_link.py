@@ -26,7 +26,7 @@ from inco_trio.links.name_filter import SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.rtnetlink import IFF_LOWER_UP, Interface, Rtnetlink
+from inco_trio.linux.rtnetlink import IFF_LOWER_UP, OPERSTATES, Interface, Rtnetlink
 from inco_trio.linux.sockets import SO_LOCK_FILTER
 from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
@@ -336,13 +336,19 @@ def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> Non
     cores.delete_link()
     assert not link.refresh()
     assert not link.running
+    assert link.down_reason == "no such interface yet"
     cores.make_link()
     assert link.refresh()
     assert link.running
+    assert link.down_reason == ""
     assert len(link.mac) == 6
     cores.link_down()
     assert link.refresh()
     assert not link.running
+    assert link.down_reason == "the interface was set down"
+    cores.delete_link()
+    assert not link.refresh()
+    assert link.down_reason == "the interface is gone or was renamed"
 
 
 def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
@@ -359,9 +365,17 @@ def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtne
             links.link("set", ifname=cores.link, state="down")
 
     run(main)
+    assert link.down_reason == "no carrier"
     with pytest.raises(OSError, match="Network is down") as caught:
         link.send("redun_notify_irq")
     assert caught.value.errno == errno.ENETDOWN
+
+
+def test_an_interface_with_a_carrier_names_its_state(watcher: Rtnetlink, cores: Cores) -> None:
+    found = watcher.interface(cores.link)
+    assert found is not None
+    dormant = attrs.evolve(found, running=False, carrier=True, operstate=OPERSTATES.index("DORMANT"))
+    assert dormant.down_reason == "the interface is not RUNNING, but DORMANT"
 
 
 def test_the_queue_outlives_the_interface(link: PacketLink, cores: Cores, core1: Peer) -> None:

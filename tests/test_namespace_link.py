@@ -81,6 +81,7 @@ def test_a_recreated_namespace_is_followed(
         if not at_once:
             name.unlink()  # noqa: ASYNC240
             await until(lambda: not proxy.status.running)
+            assert proxy.status.down_reason == f"the network namespace {name} is gone"
             await until(lambda: "link" not in store.kept)
             await until(lambda: packet_sockets(cores.core0) == 0)
             trigger(tmp_path / "irq/message_6_trig")

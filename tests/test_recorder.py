@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,10 +82,25 @@ def test_a_successor_continues(memory: memoryview) -> None:
     assert third.boot == boot
     assert counts(third) == [("in_irq", 1, 1), ("other_irq", 1, 2), ("in_irq", 1, 3)]
     assert [note.text for note in third.notes() if note.kind == "started"] == [
-        f"started (PID {os.getpid()})",
+        f"started (PID {os.getpid()}); earlier history is unknown: no fd store keeps it",
         f"started again after the previous process had ended without a stop (PID {os.getpid()})",
         f"started again (PID {os.getpid()})",
     ]
+
+
+def test_the_start_says_why_there_is_no_earlier_history(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note_start("systemd")
+    (first,) = recorder.notes()
+    assert first.text == f"started (PID {os.getpid()}); earlier history is unknown: systemd has none"
+    recorder._numbers[2] = 0  # An invalid size.
+    damaged = Recorder(memory)
+    damaged.note_start("systemd", after_crash=True)
+    (second,) = damaged.notes()
+    assert second.text == (
+        f"started after the previous process had ended without a stop (PID {os.getpid()}); "
+        "earlier history is lost: the stored memory was damaged"
+    )
 
 
 @pytest.mark.parametrize(("kept", "left"), [(3, [8, 9, 10]), (20, [*range(1, 11)]), (None, [*range(1, 11)])])
@@ -170,8 +186,19 @@ def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None
 def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
     recorder = Recorder(memory)
     recorder.note("message", "ö" * 200)
-    recorder.note("message", "x" * 160)
-    assert [note.text for note in recorder.notes()] == ["ö" * 78 + "...", "x" * 160]
+    recorder.note("message", "x" * 156)
+    assert [note.text for note in recorder.notes()] == ["ö" * 76 + "...", "x" * 156]
+
+
+def test_the_duration_of_a_link_event_is_kept(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("link", "the link went down", seconds=2.5)
+    recorder.note("problem", "disk full")
+    (link, problem) = Recorder(memory).notes()
+    assert (link.seconds, problem.seconds) == (2.5, 0.0)
+    for value in (b"\xff" * 4, struct.pack("=f", -1.0), struct.pack("=f", float("inf"))):
+        recorder._events[188:192] = value  # The end of the first event record.
+        assert next(recorder.notes()).seconds == 0.0
 
 
 def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,10 @@ def test_status_shows_problems(board: Board) -> None:
         while not all(each["problem"] for each in client.ask({"request": "status"})["status"][0]["signals"]):
             pass
     out = run("status", "--control", board.path).stdout
-    assert f"{board.home}/core0: down, open since" in out
+    assert (
+        f"{board.home}/core0: down (no process has bound {board.home}/core1 (No such file or directory)), open since"
+        in out
+    )
     assert re.search(rf"  ihub_hwwd_irq: {board.irq}/message_5_state: .*missing", out)
 
 
@@ -281,8 +284,9 @@ def test_monitor_reports_link_changes_and_ends_with_the_proxy(board: Board, star
     peer = board.core1()
     assert "the link came up" in monitor.line()
     peer.close()
-    Path(f"{board.home}/core1").unlink()
-    assert "the link went down" in monitor.line()
+    line = monitor.line()
+    assert "the link went down" in line
+    assert line.endswith(f": no process has bound {board.home}/core1 (Connection refused)\n")
     assert proxy.stop() == 0
     assert monitor.end() == 0
 
@@ -643,6 +647,8 @@ def test_a_board_is_described_in_words() -> None:
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
     once = attrs.evolve(status, tasks=(attrs.evolve(task, restarts=1),), last_down=1.0, counters=Stats(link_downs=1))
+    down_now = BoardStatus("b", "", attrs.evolve(status, running=False, down_reason="no carrier"))
+    assert next(_board_lines(down_now, None, None)).startswith("b: down (no carrier), open since ")
     _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
     assert restarted.startswith("  send: restarted 1 time; ")
     assert down.startswith("  the link went down 1 time, last ")

@@ -193,8 +193,9 @@ def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> 
 
 def test_a_missing_peer_is_an_error(world: World) -> None:
     link = world.bound()
-    with pytest.raises(LinkDownError, match=r"no process has bound .*core1 .No such file or directory"):
+    with pytest.raises(LinkDownError, match=r"no process has bound .*core1 .No such file or directory") as caught:
         link.send("redun_notify_irq")
+    assert link.down_reason == caught.value.strerror
     world.other().close()
     with pytest.raises(LinkDownError, match="Connection refused"):
         link.send("redun_notify_irq")
@@ -204,8 +205,9 @@ def test_a_missing_peer_is_an_error(world: World) -> None:
 def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
-    with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket"):
+    with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket") as caught:
         link.send("redun_notify_irq")
+    assert link.down_reason == caught.value.strerror
 
 
 def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:

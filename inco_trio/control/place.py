@@ -15,7 +15,10 @@ from pathlib import Path
 
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
-__all__ = ["bind", "default_path", "is_live", "listening", "make_directory", "runtime_directories", "silent_services"]
+__all__ = [
+    "bind", "default_path", "is_live", "is_stale", "listening", "make_directory", "runtime_directories",
+    "silent_services",
+]  # fmt: skip
 
 BACKLOG = 128
 MODE = 0o660
@@ -95,6 +98,14 @@ def is_live(path: Path) -> bool:
         except BlockingIOError:
             pass  # The backlog of the listening process is full.
     return True
+
+
+def is_stale(path: Path) -> bool:
+    """Return whether `path` is the socket of a process that ended without removing it, for example after SIGKILL."""
+    try:
+        return not is_live(path)
+    except OSError:
+        return False
 
 
 def bind(path: Path) -> socket.socket:

@@ -178,7 +178,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "history": (HistoryRequest, "history"),
     "reload": (ReloadRequest, "refused"),
 }
-"""The class of each request and the key of the value in its response, by request name."""
+"""The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _POSITIONS = Rule(
@@ -418,6 +418,8 @@ class Event:
     delay: Annotated[float, _DURATION] = 0.0
     """How long a notification had been pending before its delivery (seconds), or 0."""
     running: bool = False
+    duration: Annotated[float, _DURATION] = 0.0
+    """For a `link` event: how long the link was in the previous state (seconds), or 0 if that is unknown."""
     count: int = 0
     level: str = ""
     message: str = ""
@@ -520,7 +522,7 @@ _REQUIRED = {
     "link": ("running", "time"),
     "lost": ("count",),
 }
-"""The keys that an event must have, by kind of event."""
+"""The keys that an event must have, for each kind of event."""
 
 
 def encode_event(event: Event, *, frames: bool = False) -> str:

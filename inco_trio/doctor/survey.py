@@ -117,7 +117,7 @@ def _network(process: Process) -> Path | None:
 
 
 def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[str, _Content]]:
-    """Return the configuration file of each board of a process, by board name. Yield a result for each invalid file."""
+    """Return the configuration file of each board of a process, keyed by name. Yield a result for each invalid file."""
     if value_of("--boards", process.command) is None:
         if (file := _configuration(process)) is None:
             return {}

@@ -55,7 +55,7 @@ class FdStore(Protocol):
     supervisor: str | None
     """The name of the supervisor: `s6-fdholder`, `systemd`, or None if there is no fd store."""
     inherited: dict[str, int]
-    """The descriptors that an earlier process stored, by name. They are close-on-exec. The caller owns them."""
+    """The descriptors that an earlier process stored, keyed by name. They are close-on-exec. The caller owns them."""
 
     def store(self, name: str, fd: int) -> None:
         """Store a copy of `fd` as `name`. Delete the descriptor previously stored as `name`, and its unread data.

@@ -37,7 +37,7 @@ class _Watch:
 
     number: int
     mask: int | None
-    """The requested events, or None for an inherited watch, whose mask only the kernel knows."""
+    """The requested events, or None for an inherited watch, because its mask is unknown."""
 
     @property
     def wanted(self) -> int:
