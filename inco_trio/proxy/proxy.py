@@ -297,7 +297,7 @@ class Proxy:
         text = "stopped"
         if unfinished := self._counters.unfinished:
             is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
-            text += f" with {unfinished} notifications pending: they are {'lost' if is_lost else 'kept'}"
+            text += f" with pending notifications: {unfinished} {'lost' if is_lost else 'kept'}"
             logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
         with noted_by(self._parts.events.note):
             self._inbound.count_dropped()
