@@ -84,9 +84,8 @@ class Connection:
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)
         while data := await self._stream.receive_some(protocol.LINE_MAX):
-            received.feed(data)
             try:
-                for line in received.lines():
+                for line in received.split(data):
                     if line.strip():
                         await self._answer(line, nursery)
             except protocol.MessageError as error:

@@ -101,9 +101,8 @@ class Channel:
         """Store received bytes. Raises ProxyNotFoundError at the end of the connection."""
         if not data:
             raise self._ended()
-        self._received.feed(data)
         try:  # Do not use `_obeying`: the context manager is slow, see `_next`.
-            self._lines += self._received.lines()
+            self._lines += self._received.split(data)
         except MessageError as error:
             raise self._not_understood(error) from error
 

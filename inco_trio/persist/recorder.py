@@ -203,12 +203,13 @@ class Recorder:
         """Number the next notification `sequence` + 1, unless its number would already be higher."""
         self._sequence = max(self._sequence, sequence)
 
-    def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
+    def append(self, signals: Sequence[Signal], since: int = 0, at: tuple[int, int] | None = None) -> tuple[int, int]:
         """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
+        `since` is the monotonic time when the notifications became pending, or 0 if they never were pending. `at` is
+        the time of the record (default: now).
         """
-        wall, monotonic = real_clock.time_ns(), real_clock.monotonic_ns()
+        wall, monotonic = at or (real_clock.time_ns(), real_clock.monotonic_ns())
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
