@@ -96,7 +96,13 @@ class Gateway:
 
     async def _look(self, nursery: trio.Nursery) -> None:
         """Start following the proxies whose control sockets have just appeared."""
-        for path in self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets):
+        try:
+            paths = self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets)
+        except ResourceError as error:
+            self._problems.failed("control", f"{error}; retrying")
+            return
+        self._problems.well("control")
+        for path in paths:
             if path not in self._proxies:
                 self._proxies[path] = trio.Event()
                 nursery.start_soon(self._follow, path, nursery)
