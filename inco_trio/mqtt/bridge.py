@@ -249,6 +249,8 @@ class Bridge:
                     state, instance, number = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
+                    elif received.topic != self._topic(self._end, "status"):
+                        self._refuse(received)  # Another program has left a subscription in the session of this side.
                     elif not received.retain:
                         self._announced |= instance == self._instance
                     elif self._is_taken(instance, state, number):
