@@ -16,7 +16,7 @@ import re
 import socket as sockets
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ __all__ = [
     "SystemdFdStore",
     "fd_store_from_environment",
     "inherited_fd",
+    "report_missing",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ _LISTEN_FDS_START = 3
 _FD_MAX = (1 << 31) - 1
 IN_TRANSIT = "too many descriptors of this user are in transit in Unix sockets: raise ulimit -Hn"
 """The meaning of ETOOMANYREFS. The sender's limit of open descriptors applies to all processes of the user together."""
+MISSING = "fd store: the stored descriptor %s is missing: starting without it; its notifications are lost"
 _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
 """The socket families and types that a link may have."""
 _SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
@@ -75,6 +77,17 @@ def inherited_fd(fds: dict[str, int], name: str) -> int | None:
     logger.warning("fd store: the stored descriptor %s is of the wrong kind: starting without it", name)
     os.close(fds.pop(name))
     return None
+
+
+def report_missing(fds: Container[str], names: Sequence[str]) -> None:
+    """Log a warning for each missing descriptor of `names`, which a proxy stores in this order.
+
+    If a descriptor was stored, all descriptors before it were stored too, so the fd store has lost the missing ones.
+    """
+    last = max((number for number, name in enumerate(names) if name in fds), default=0)
+    for name in names[:last]:
+        if name not in fds:
+            logger.warning(MISSING, name)
 
 
 def _is_right_kind(name: str, fd: int) -> bool:

@@ -26,7 +26,7 @@ from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
@@ -428,6 +428,7 @@ async def _following(mounts: Mounts) -> AsyncIterator[None]:
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
+    report_missing(inherited, ("inflight", "inotify", "link"))
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
