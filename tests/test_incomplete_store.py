@@ -15,6 +15,9 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.frame import decode, encode
+from inco_trio.links.address import UnixAddress
+from inco_trio.mqtt.bridge import Bridge
+from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.memory import new_memory
 from inco_trio.proxy.fleet import open_fleet
@@ -30,7 +33,7 @@ KEPT = [kept for number in range(1, 4) for kept in itertools.combinations(ORDER,
 
 
 def lost_line(name: str) -> str:
-    return f"fd store: the stored descriptor {name} is missing: starting without it; its notifications are lost"
+    return f"fd store: the stored descriptor {name} is missing: starting without it; the data in it is lost"
 
 
 class Board:
@@ -190,5 +193,21 @@ def test_a_fleet_starts_with_the_buffers_of_another_version(
             True
         ] * 3
         heir.close()
+
+    run(main)
+
+
+def test_a_bridge_starts_without_its_frame_numbers(board: Board, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        stores, address = [Cupboard()], board.config.address
+        assert isinstance(address, UnixAddress)
+        for _ in range(2):
+            bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, stores[-1])
+            bridge._open()
+            bridge.close()
+            stores.append(remaining(stores[-1].kept, ["link"]))
+        assert caplog.messages == [lost_line("memory")]
+        for store in stores:
+            store.close()
 
     run(main)
