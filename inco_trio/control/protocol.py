@@ -339,9 +339,9 @@ def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
 
 
 def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events into the response to a HistoryRequest, as `encode_status` does."""
+    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
     head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(event.rstrip() for event in events)}]}}}}\n'.encode()
+    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
