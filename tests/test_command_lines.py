@@ -19,7 +19,7 @@ from tests.support_proxy import write_udrv
 ODD = ("", "-1", "0", "nan", "1e400", "9" * 30, "a\nb", "\udcff", "nowhere/a", "empty", "nothing", "bytes", "/dev/null")
 """Values for each option and argument. `empty` is a directory, `nothing` an empty file, `bytes` a binary one."""
 SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "demo"}
-"""Commands that take long if the arguments are valid."""
+"""Commands that run for a long time if their arguments are valid."""
 LINK = "unix:/nowhere/a,peer=/nowhere/b"
 BASES: dict[str, tuple[str, ...]] = {
     "check": ("--config", "u.json"),
@@ -32,12 +32,12 @@ BASES: dict[str, tuple[str, ...]] = {
     "s6": ("--systemd", "--iface", LINK, "--config", "u.json"),
     "doctor": (LINK,),
 }
-"""Arguments with which a command ends at once."""
+"""Arguments that make a command end at once, keyed by command."""
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Enter a directory with the files that ODD names. Without a proxy, the runtime directory is empty."""
+    """Change to a directory with the files that ODD names. The runtime directory is empty, because no proxy runs."""
     for name in ("empty", "irq", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "nothing").touch()
@@ -63,7 +63,7 @@ def options_of(command: str) -> Iterator[argparse.Action]:
 
 
 def lines_of(command: str) -> Iterator[list[str]]:
-    """Return command lines: each option and argument of a command with each odd value."""
+    """Yield command lines that combine each option and argument of a command with each odd value."""
     base = BASES.get(command, ())
     for action in options_of(command):
         name = next(iter(action.option_strings), None)
@@ -85,7 +85,7 @@ def faults_of(code: object, out: str, err: str) -> list[str]:
     if "Traceback" in out + err:
         faults.append("a traceback")
     errors = [line for line in err.splitlines() if re.match("inco-trio( [a-z0-9-]+)?: error: ", line)]
-    # A usage error shows the usage and one line. `doctor` and commands that only wait or find nothing print no error.
+    # A usage error prints the usage and one line. `doctor` and commands that only wait or find nothing print no error.
     if code not in (0, 1, 3) and len(errors) != 1:
         faults.append(f"{len(errors)} error lines")
     if not err.startswith("usage: ") and any(not line.startswith("inco-trio: ") for line in err.splitlines()):

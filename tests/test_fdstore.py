@@ -44,7 +44,7 @@ print(json.dumps({
     "environment": [name for name in os.environ if name.startswith(("S6_FD", "LISTEN_"))],
 }))
 """
-"""Program of a successor that prints as JSON its inherited descriptors, open memfds and environment variables."""
+"""A successor program that prints its inherited descriptors, open memfds and environment variables as JSON."""
 
 
 def memfd(content: str) -> int:
@@ -232,7 +232,8 @@ for prefix in ("inco-trio/a/", "inco-trio/aa/"):
             capture_output=True,
             text=True,
         )
-        # A service's user may store descriptors for that service only; the scan directory's owner, for all services.
+        # A service's user may store descriptors only for that service. The scan directory's owner may store them for
+        # all services.
         assert done.stdout == f"inco-trio/a/ kept\ninco-trio/aa/ {'refused' if account else 'kept'}\n"
         assert "inco-trio/a/link.2" in daemon.identifiers()
 
@@ -448,7 +449,7 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64 if sys.argv[1] == "hard" else hard))
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""A program that limits the descriptors (the hard limit too if the first argument is `hard`) and runs a command."""
+"""A program that limits the descriptors (also the hard limit if the first argument is `hard`) and runs a command."""
 
 
 def limited(limit: str) -> list[str]:

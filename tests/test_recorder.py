@@ -1,4 +1,4 @@
-"""Tests of the flight recorder: its content, its limits, and its state after a process was killed."""
+"""Tests of the flight recorder: its content, its limits, and its state after a process has been killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,10 +84,25 @@ def test_a_successor_continues(memory: memoryview) -> None:
     assert third.boot == boot
     assert counts(third) == [("in_irq", 1, 1), ("other_irq", 1, 2), ("in_irq", 1, 3)]
     assert [note.text for note in third.notes() if note.kind == "started"] == [
-        f"started (PID {os.getpid()})",
+        f"started (PID {os.getpid()}); earlier history is unknown: no fd store keeps it",
         f"started again after the previous process had ended without a stop (PID {os.getpid()})",
         f"started again (PID {os.getpid()})",
     ]
+
+
+def test_the_start_says_why_there_is_no_earlier_history(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note_start("systemd")
+    (first,) = recorder.notes()
+    assert first.text == f"started (PID {os.getpid()}); earlier history is unknown: systemd has none"
+    recorder._numbers[2] = 0  # An invalid size.
+    damaged = Recorder(memory)
+    damaged.note_start("systemd", after_crash=True)
+    (second,) = damaged.notes()
+    assert second.text == (
+        f"started after the previous process had ended without a stop (PID {os.getpid()}); "
+        "earlier history is lost: the stored memory was damaged"
+    )
 
 
 @pytest.mark.parametrize(("kept", "left"), [(3, [8, 9, 10]), (20, [*range(1, 11)]), (None, [*range(1, 11)])])
@@ -194,8 +210,19 @@ def test_the_past_is_decoded_while_it_is_read(memory: memoryview, monkeypatch: p
 def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
     recorder = Recorder(memory)
     recorder.note("message", "ö" * 200)
-    recorder.note("message", "x" * 160)
-    assert [note.text for note in recorder.notes()] == ["ö" * 78 + "...", "x" * 160]
+    recorder.note("message", "x" * 156)
+    assert [note.text for note in recorder.notes()] == ["ö" * 76 + "...", "x" * 156]
+
+
+def test_the_duration_of_a_link_event_is_kept(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("link", "the link went down", seconds=2.5)
+    recorder.note("problem", "disk full")
+    (link, problem) = Recorder(memory).notes()
+    assert (link.seconds, problem.seconds) == (2.5, 0.0)
+    for value in (b"\xff" * 4, struct.pack("=f", -1.0), struct.pack("=f", float("inf"))):
+        recorder._events[188:192] = value  # The end of the first event record.
+        assert next(recorder.notes()).seconds == 0.0
 
 
 def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +244,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
 
 
 def record_many(recorder: Recorder, names: Iterable[int]) -> None:
-    """Record a notification and an event of each of these signals."""
+    """For each number, record a notification of one signal and an event about another."""
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])
@@ -230,7 +257,7 @@ def names_of(recorder: Recorder) -> tuple[list[str], list[str | None]]:
 
 @pytest.fixture
 def few_names(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Limit the table of names to this number."""
+    """Limit the table of names, and return the limit."""
     monkeypatch.setattr("inco_trio.persist.recorder.NAMES_MAX", 50)
     return 50
 
@@ -273,7 +300,7 @@ def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memor
 
 
 def test_an_incomplete_record_is_not_read(memory: memoryview) -> None:
-    """The slot of the record that a killed process was writing contains neither the new nor the oldest record."""
+    """If a process is killed while it writes a record, the slot contains neither the new nor the oldest record."""
     recorder = Recorder(memory, kept=10)
     for _ in range(25):
         recorder.append([IN])
@@ -352,7 +379,7 @@ def test_a_killed_process_leaves_a_valid_recorder() -> None:
 
 
 def test_memory_of_one_board() -> None:
-    """A full recorder of the default size, with a usual signal table, allocates less than 256 kB."""
+    """A full recorder of the default size, with a typical signal table, allocates less than 256 kB."""
     inflight = Inflight.open()
     before = os.fstat(inflight.fd).st_blocks * 512
     recorder = Recorder(inflight.recorder)

@@ -696,7 +696,7 @@ def test_a_delayed_frame_arrives_although_a_test_has_frozen_time(tmp_path: Path)
 def test_a_proxy_retries_although_a_test_has_frozen_time(tmp_path: Path) -> None:
     other = tmp_path / "other"
     with freezegun.freeze_time("2026-01-01"), open_board(tmp_path / "board", in_process=True) as board:
-        # The proxy refuses a file with two names. No event reports that the other name is removed.
+        # The proxy refuses a file with two names, and no event reports the removal of the other name.
         os.link(board.core0.register(HWWD), other)
         board.core1.send(HWWD)
         while "cannot write" not in board.proxy.log:
@@ -714,7 +714,7 @@ WRONG: dict[str, Callable[[Board], object]] = {
     "in_process='no'": lambda board: open_board(board.directory / "x", in_process="no").__enter__(),  # type: ignore[arg-type]
     "signals: 1": lambda board: open_board(board.directory / "x", signals={1: "inbound"}).__enter__(),  # type: ignore[dict-item]
 }
-"""Calls with arguments of the wrong type, by the start of the error."""
+"""Calls with an argument of the wrong type. The key is the start of the error message."""
 
 
 def test_arguments_of_the_wrong_type_are_refused(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
-"""The exit code of the command, by the level of the worst result."""
+"""The exit code of the command, for each level of the worst result."""
 
 NAMES = {Level.FAIL: "problems", Level.WARN: "warnings", Level.OK: "ok"}
 """The JSON key for the number of results at each level."""
 VERSION = 1
-"""The version of the JSON output. It is increased when the meaning of a key changes."""
+"""The version of the JSON output. It is incremented when the meaning of a key changes."""
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
 """The terminal colour codes for green, yellow and red; see console_codes(4)."""
 

@@ -22,8 +22,9 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Pause of a monitor after each write, in seconds per other monitor. All monitors together therefore write at most
-about 1,000 times per second and do not delay notifications."""
+"""Pause after each write to a monitor, in seconds for each other monitor. All monitors together therefore write at most
+about 1,000 times per second and do not delay notifications.
+"""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
@@ -224,7 +225,7 @@ class Connection:
 
     def _follower(self) -> Follower:
         if not isinstance(self._monitor, Follower):
-            raise RequestError("invalid", "this connection follows no board (send the request follow first)")
+            raise RequestError("invalid", "this connection does not follow a board (send a `follow` request first)")
         return self._monitor
 
     def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
@@ -242,7 +243,7 @@ class Connection:
         if request.board not in follower.cursors:
             raise RequestError("unknown-board", f"this connection does not follow board {request.board!r}")
         if request.boot not in (None, follower.cursors[request.board].history.boot):
-            raise RequestError("invalid", f"boot: {request.boot!r} does not name the current history")
+            raise RequestError("invalid", f"boot: {request.boot!r} is not the ID of the current history")
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:

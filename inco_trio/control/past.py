@@ -37,7 +37,8 @@ def _event(board: str, note: Note) -> Event:
     return Event(
         note.kind, board, note.time_ns / 1e9, note.monotonic_ns, note.direction, note.signal,
         reason=note.text if is_reason else "", message="" if is_reason else note.text,
-        running=note.kind == "link" and bool(note.state), count=note.count,
+        running=note.kind == "link" and bool(note.state), duration=note.seconds if note.count == 1 else 0.0,
+        count=note.count,
         last_ns=note.last_ns if note.count > 1 else 0,
         level="" if is_reason or note.kind == "link" else LEVELS[min(note.state, len(LEVELS) - 1)],
     )  # fmt: skip

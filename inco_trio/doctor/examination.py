@@ -47,8 +47,8 @@ def examine(
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
-    `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
-    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
+    `configuration` is a configuration file with its current content (see `proxies.configuration`). `trust` applies if
+    no proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
     the proxy of the link (default: the only process with a socket of the link). Pass it if the interface may be
     missing, because the sockets of a missing interface cannot be found.
     """
@@ -154,7 +154,7 @@ def _interface(
 def _registers(
     signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust, proxy: Process | None
 ) -> Iterator[Result]:
-    # A proxy of another user may have other rights and capabilities. It reports the files that it cannot use.
+    # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
 
     def checks(directory: Path) -> Iterator[Result]:
@@ -176,9 +176,9 @@ def _registers(
 
 
 def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
-    """Return whom the next proxy will trust.
+    """Return the users and the group that the next proxy will trust.
 
-    If root runs the doctor, assume that a service will run the proxy, as the user of the services if this user exists.
+    If root runs the doctor and the user of the services exists, assume that a service will run the proxy as this user.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
@@ -187,7 +187,7 @@ def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
 
 
 def trust_of(proxy: Process, status: Status | None) -> Trust:
-    """Return whom a proxy trusts: its own user, and the owner that it reports or that its command line names."""
+    """Return the users and group that a proxy trusts: its own user, and the owner from its status or command line."""
     if status is not None:
         return Trust(status.owner, status.group, proxy.uid)
     named = proxies.value_of("--irq-owner", proxy.command)

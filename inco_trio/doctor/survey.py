@@ -31,7 +31,7 @@ from inco_trio.signals import Signal, builtin_signals
 __all__ = ["survey"]
 
 _Content = tuple[Path, Config | Sequence[Signal]]
-"""A configuration file and its current content, see `proxies.configuration`."""
+"""A configuration file and its current content (see `proxies.configuration`)."""
 
 
 def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
@@ -107,7 +107,7 @@ def _examine(
         elif is_same_system(process):
             yield warn("registers", link, text, f"nsenter --target {process.pid} --mount --pid -- inco-trio doctor")
         else:
-            # Do not suggest nsenter(1): it would run a program of the container, with the rights of this user.
+            # Do not suggest nsenter(1): it would run a program from the container with this user's privileges.
             yield warn("registers", link, f"{text}: run `inco-trio doctor` in its container")
         signals, configuration = (), None
     netns = _network(process) if netns is None else netns
@@ -121,7 +121,7 @@ def _network(process: Process) -> Path | None:
 
 
 def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[str, _Content]]:
-    """Return the configuration file of each board of a process, by board name. Yield a result for each invalid file."""
+    """Return the configuration file of each board of a process, keyed by name. Yield a result for each invalid file."""
     if value_of("--boards", process.command) is None:
         if (file := _configuration(process)) is None:
             return {}
@@ -153,7 +153,7 @@ def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[
 
 
 def _registers(process: Process) -> tuple[Signal, ...]:
-    """Return the signals that a process's command line specifies, or none if they cannot be read."""
+    """Return the signals that a process's command line specifies, or () if the configuration cannot be read."""
     directory = value_of("--irq-dir", process.command)
     if directory is not None:
         return builtin_signals(_path(process, directory))

@@ -116,14 +116,24 @@ class UnixLink:
     @property
     def running(self) -> bool:
         """Whether our socket is bound and a process has bound a socket at the peer's path."""
-        if self._closed or not self._ours:
-            return False
+        return not self._closed and not self.down_reason
+
+    @property
+    def down_reason(self) -> str:
+        if not self._ours:
+            return self.absence
         try:
             with _new_socket() as probe:
                 probe.connect(self._address.peer)
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return self._why_not(error)
+        return ""
+
+    def _why_not(self, error: OSError) -> str:
+        """Describe why no frame reaches the peer."""
+        peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+        why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
+        return f"{why} ({error.strerror})"
 
     @property
     def absence(self) -> str:
@@ -358,9 +368,7 @@ class UnixLink:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
             if error.errno in NO_PEER:
-                peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
-                raise LinkDownError(error.errno, f"{why} ({error.strerror})") from None
+                raise LinkDownError(error.errno, self._why_not(error)) from None
             raise
 
     async def wait_for_room(self) -> None:

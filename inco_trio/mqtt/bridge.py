@@ -104,7 +104,7 @@ class Bridge:
         self._suspected = (-math.inf, "", 0)
         """The last status of another process on this side: the time of its arrival, the instance and the connection."""
         self._announced = False
-        """Whether this process has received its own status `online`. Messages that arrive before are older."""
+        """Whether this process has received its own `online` status. Messages that arrive before it are older."""
         self._other_is_online: bool | None = None
         self._is_open = False
         self._link: UnixLink

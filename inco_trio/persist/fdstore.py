@@ -42,7 +42,7 @@ _LISTEN_FDS_START = 3
 """The first descriptor that systemd passes to a process (SD_LISTEN_FDS_START, sd_listen_fds(3))."""
 _FD_MAX = (1 << 31) - 1
 IN_TRANSIT = "too many descriptors of this user are in transit in Unix sockets: raise ulimit -Hn"
-"""The meaning of ETOOMANYREFS. The sender's limit of open descriptors applies to all processes of the user together."""
+"""The message for ETOOMANYREFS. The sender's limit on open descriptors applies to all the user's processes."""
 MISSING = "fd store: the stored descriptor %s is missing: starting without it; the data in it is lost"
 DIRECTLY = "let the supervisor start inco-trio directly"
 _STORED = re.compile(r"(?:link|inotify|inflight|bundle|memory)\.[0-9]+")
@@ -60,7 +60,7 @@ class FdStore(Protocol):
     supervisor: str | None
     """The name of the supervisor: `s6-fdholder`, `systemd`, or None if there is no fd store."""
     inherited: dict[str, int]
-    """The descriptors that an earlier process stored, by name. They are close-on-exec. The caller owns them."""
+    """The descriptors that an earlier process stored, keyed by name. They are close-on-exec. The caller owns them."""
 
     def store(self, name: str, fd: int) -> None:
         """Store a copy of `fd` as `name`. Delete the descriptor previously stored as `name`, and its unread data.
@@ -184,7 +184,8 @@ class S6FdStore(_NumberedFdStore):
 
     def _drop(self, identifier: str) -> None:
         code, reason = self._run("s6-fdholder-delete", identifier, subprocess.DEVNULL)
-        # Exit code 1 means denied. We may delete our identifiers, so the daemon must have restarted and lost them.
+        # Exit code 1 means denied. This process is allowed to delete its own identifiers, so the daemon must have
+        # restarted and lost them.
         if code not in (0, 1):
             raise ResourceError(f"cannot delete {self._prefix}{identifier} from {self._socket}: {reason}")
 

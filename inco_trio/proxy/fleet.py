@@ -47,7 +47,7 @@ RECORDED_MIN = 256
 """By default, each board's flight recorder keeps at least this number of notifications."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""Seconds before the fleet retries to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX.
+"""Seconds before the fleet tries again to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX.
 
 Once a board has been open, the pause is PAUSE again.
 """

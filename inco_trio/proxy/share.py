@@ -37,7 +37,7 @@ class _Watch:
 
     number: int
     mask: int | None
-    """The requested events, or None for an inherited watch, whose mask only the kernel knows."""
+    """The requested events, or None for an inherited watch, because its mask is unknown."""
 
     @property
     def wanted(self) -> int:
@@ -168,8 +168,8 @@ class SharedInotify:
     def _narrow(self, wd: int, path: str, flags: int) -> None:
         """Reduce the watch `wd` to the events that its boards need.
 
-        Do nothing while a board has not watched an inherited `wd` again: its mask is unknown, and a guess would add
-        events. A board would respond to a close event of an unknown watch with a frame for each of its triggers.
+        Do nothing until each board has watched an inherited `wd` again: until then, its mask is unknown, and a guess
+        could add events. After a close event of an unknown watch, a board sends a frame for each of its triggers.
         """
         wanted = 0
         for watch in self._watches[wd].values():

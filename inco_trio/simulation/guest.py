@@ -36,7 +36,7 @@ FIRMWARE = Path(__file__).with_name("firmware") / "core1.elf"
 MAC = "52:54:00:00:00:01"
 
 READY = "core1: ready"
-"""The text that our firmware prints when it has started its network card."""
+"""The message that our firmware prints when it has started its network card."""
 _DEADLINE = 300.0
 """Timeout of each wait, in seconds. Only a hang reaches this limit."""
 _MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")

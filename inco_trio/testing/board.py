@@ -290,8 +290,8 @@ class Board:
         """Run firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
         `firmware` defaults to the firmware of `inco-trio demo --qemu`. `program` is the QEMU program to run. `machine`
-        replaces the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is a text
-        that the firmware prints on its serial output when it is ready. Raises GuestError.
+        replaces the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is the
+        message that the firmware prints on its serial output when it is ready. Raises GuestError.
         """
         rig = self._rig
         if self._plan.cores is not None:
@@ -333,7 +333,7 @@ class Board:
         if self._process != os.getpid():
             return  # A forked process has neither the thread of the engine nor a proxy.
         if self._open_rig is not None:
-            self._open_rig.history.fail("the board is closed")  # Wake threads that wait.
+            self._open_rig.history.fail("the board is closed")  # Wake the waiting threads.
         self._open_rig = None
         self._resources.close()
 
