@@ -54,7 +54,7 @@ class Listener(Protocol):
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
     after_crash: bool
-    """Whether the previous process is known to have ended without a stop."""
+    """Whether the previous process is known to have ended without a clean stop."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
@@ -102,9 +102,9 @@ class Events:
         self.recorder = recorder
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
-        """Number of frames that the link accepted, by wire name. Inbound signals are counted by their `StateFile`."""
+        """Number of frames that the link accepted, keyed by wire name. Each `StateFile` counts its inbound signals."""
         self.sent_last: dict[str, int] = {}
-        """When the link accepted the last frame (real_clock.monotonic_ns()), by wire name."""
+        """When the link accepted the last frame (real_clock.monotonic_ns()), keyed by wire name."""
         self._counters = counters
         # Continue the numbering of a previous process.
         self._sequence = history.sequence if history.keeping else 0

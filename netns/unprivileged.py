@@ -59,7 +59,8 @@ def uncover(paths: list[Path], *, private: Path | None = None) -> None:
 
 
 def cover_run() -> None:
-    """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError without CAP_SYS_ADMIN.
+    """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError if CAP_SYS_ADMIN is
+    missing.
 
     Root's proxies create their control sockets, named after the link, in this directory. Without a private directory,
     parallel tests would use the same names: most tests use the link rpmsg4000.

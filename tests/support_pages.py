@@ -192,8 +192,8 @@ def signalling(core1: Peer) -> Iterator[None]:
 def comparable(text: str) -> set[str]:
     """Return the lines without the parts that vary: numbers, times, addresses, process names and column widths."""
     for varying, constant in (
-        # Wireshark replaces the first bytes of some addresses with a name: MS-NLB-PhysServer-22_8a:ff:46:69.
-        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|\b[\w-]+_(?:[0-9a-f]{2}:){2,3}[0-9a-f]{2}", "MAC"),
+        # Wireshark replaces the first byte or bytes of some addresses with a name: MS-NLB-PhysServer-22_8a:ff:46:69.
+        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|\b[\w-]+_(?:[0-9a-f]{2}:){1,4}[0-9a-f]{2}", "MAC"),
         (r"receive buffer of .*", "BUFFER"),
         (r'"boot": "[0-9a-f]+"', '"boot": "BOOT"'),
         (r"never|[\d.]+ \w+ ago", "WHEN"),

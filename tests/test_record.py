@@ -519,4 +519,4 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["version"] == 1
     done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("inco-trio: error: --control selects the proxy of --past (add --past, or omit --control)\n")
+    assert done.stderr == ("inco-trio: error: --control applies only to --past (add --past, or omit --control)\n")

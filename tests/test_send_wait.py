@@ -674,7 +674,7 @@ def test_an_after_command_that_cannot_be_run_is_an_error(tmp_path: Path) -> None
         [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=HANG, check=False
     )
     exit_code, complaint = error(done)
-    assert (exit_code, complaint.startswith("--after: cannot be run: ")) == (71, True)
+    assert (exit_code, complaint.startswith("--after: cannot run the command: ")) == (71, True)
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class Beside:
         self._end()
         cancelled = None
         try:
-            # Wait at least once, even if Trio has stopped: a cancellation that was already requested is raised here.
+            # Wait at least once, even if Trio has stopped: this wait raises a cancellation that was requested earlier.
             while True:
                 try:
                     await asyncio.wait({self._ended})

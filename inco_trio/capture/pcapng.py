@@ -240,7 +240,7 @@ class Reader:
         )
 
     def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
-        """Return the options that start at `offset`, by code. If a code is repeated, use its first option."""
+        """Return the options that start at `offset`, keyed by code. If a code is repeated, use its first option."""
         found: dict[int, bytes] = {}
         while offset < len(body):
             code, length = self._unpack("HH", body, offset)

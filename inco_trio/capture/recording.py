@@ -297,7 +297,7 @@ class Recording:
         self.size = os.fstat(file.fileno()).st_size
         self.packets = 0
         self.left_out: Counter[str] = Counter()
-        """The number of packets that were skipped, by reason."""
+        """The number of packets that were skipped, keyed by reason."""
         self._table = table
         self._count = 1
         self._step_ns = self._last_ns = 0

@@ -100,7 +100,7 @@ class Summary:
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
     left_out: Mapping[str, int] = attrs.Factory(dict)
-    """The number of packets in the recording that were skipped, by reason."""
+    """The number of packets in the recording that were skipped, keyed by reason."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""

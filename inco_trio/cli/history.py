@@ -72,7 +72,7 @@ def past_of(client: Client, board: str | None, seconds: float | None) -> list[Pa
 
 
 def _overwritten(past: Past, recorded: RecorderStatus | None) -> Iterator[str]:
-    """Yield a text for notifications and one for events, if newer records may have replaced older ones."""
+    """Yield a note about notifications and one about events if newer records may have replaced older ones."""
     if recorded is None:
         return
     notifications = [event for event in past.events if event.event == "notification"]

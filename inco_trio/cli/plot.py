@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.past is None):
         raise UsageError("give either FILE or --past")
     if args.control is not None and args.past is None:
-        raise UsageError("--control selects the proxy of --past (add --past, or omit --control)")
+        raise UsageError("--control applies only to --past (add --past, or omit --control)")
     if args.past is None:
         return _plot(args, path_of(args.file, "FILE"))
     from inco_trio.cli.record import record_past

@@ -108,7 +108,7 @@ class _Waiting:
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
-            raise ResourceError(f"--after: cannot be run: {error}") from error
+            raise ResourceError(f"--after: cannot run the command: {error}") from error
         end = os.pidfd_open(self._process.pid)
         try:
             yield end

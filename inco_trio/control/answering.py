@@ -161,7 +161,7 @@ class Connection:
             raise RequestError("invalid", f"board {board!r}: the proxy records no history (--history 0 disables it)")
         lines = []
         for number, event in enumerate(past_events(board, recorder, request.after or 0)):
-            lines.append(protocol.encode_event(event))
+            lines.append(protocol.encode_event(event).rstrip())
             if number % PIECE == 0:
                 await trio.lowlevel.checkpoint()
         return protocol.encode_history(board, recorder.boot, lines, tag)

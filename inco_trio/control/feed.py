@@ -35,10 +35,10 @@ class Served(Protocol):
     name: str
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """Return the open proxies, by board name."""
+        """Return the open proxies, keyed by board name."""
 
     def not_open(self) -> Mapping[str, str]:
-        """Return why each of the other boards is not open, by board name."""
+        """Return why each of the other boards is not open, keyed by board name."""
 
 
 @attrs.frozen(eq=False, repr=False)

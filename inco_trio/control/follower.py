@@ -33,7 +33,7 @@ class Conversation(Channel):
         self._writing = trio.Lock()
         self._ahead: list[Reply] = []
         self._positions: dict[str, tuple[str, int]] = {}
-        """The history (`boot`) and the sequence number up to which to acknowledge notifications, by board."""
+        """For each board, the history (`boot`) and the last sequence number to acknowledge."""
         self._has_positions, self._has_many = trio.Event(), trio.Event()
         self._number = 0
         """How often `acknowledge` was called since the last request."""

@@ -170,7 +170,7 @@ class _Cursor:
     merged: Sequence[Merged] = ()
     """Merged notifications that have been sent to the follower but not acknowledged yet."""
     merged_to: int = 0
-    """Sequence number with which the follower acknowledges `merged`."""
+    """Sequence number that the follower sends to acknowledge `merged`."""
     _checked: int = -1
     """The value of `History.merged_ever` when the last check found no further merged notifications."""
 

@@ -178,7 +178,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "history": (HistoryRequest, "history"),
     "reload": (ReloadRequest, "refused"),
 }
-"""The class of each request and the key of the value in its response, by request name."""
+"""The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _POSITIONS = Rule(
@@ -339,9 +339,9 @@ def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
 
 
 def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events into the response to a HistoryRequest, as `encode_status` does."""
+    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
     head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(event.rstrip() for event in events)}]}}}}\n'.encode()
+    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
@@ -522,7 +522,7 @@ _REQUIRED = {
     "link": ("running", "time"),
     "lost": ("count",),
 }
-"""The keys that an event must have, by kind of event."""
+"""The keys that an event must have, for each kind of event."""
 
 
 def encode_event(event: Event, *, frames: bool = False) -> str:

@@ -108,7 +108,7 @@ class PacketLink:
 
     @classmethod
     def open(cls, name: str) -> PacketLink:
-        """Open a socket; `refresh` binds it. Raises PermissionDeniedError without CAP_NET_RAW, and ResourceError."""
+        """Open a socket; `refresh` binds it. Raises PermissionDeniedError (CAP_NET_RAW is missing), ResourceError."""
         try:
             # With protocol 0, the kernel queues nothing until bind(2); by then, the options and filter are set.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)

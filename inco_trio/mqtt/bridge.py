@@ -51,7 +51,7 @@ from inco_trio.mqtt.session import (
 )
 from inco_trio.mqtt.topics import client_id
 from inco_trio.nurseries import plain_nursery
-from inco_trio.persist.fdstore import FdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, inherited_fd, report_missing
 from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
@@ -113,6 +113,7 @@ class Bridge:
     def _open(self) -> None:
         """Bind the socket of the link. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
         inherited, around = self._fd_store.inherited, Surroundings()
+        report_missing(inherited, ("memory", "link"))
         self._resources.callback(around.close)
         try:
             memory = Memory.open(inherited_fd(inherited, "memory"))

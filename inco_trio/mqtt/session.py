@@ -219,7 +219,7 @@ class Session:
         self._known_aliases: set[str] = set()
         """The topics whose alias the broker has acknowledged."""
         self._unacknowledged: dict[int, int] = {}
-        """The memory that each unacknowledged message from the broker uses, in bytes, by packet identifier."""
+        """The memory that each unacknowledged message from the broker uses, in bytes, keyed by packet identifier."""
         self._memory = 0
         """The memory that all unacknowledged messages use, in bytes."""
 

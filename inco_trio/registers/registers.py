@@ -140,7 +140,7 @@ class Registers:
             self.directories.look(directory, make=True)
 
     def problem(self, signal: Signal) -> str | None:
-        """Return why the proxy cannot write or watch the register of a signal now, or None."""
+        """Return why the proxy cannot write or watch the register of a signal at the moment, or None if it can."""
         directory = self.directories.by_path[signal.directory]
         if directory.fd < 0:
             return self._problems.said(signal.directory) or "its directory is missing"

@@ -247,7 +247,7 @@ class Triggers:
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """Return the signal if the first `length` bytes of `view` only report the close of one trigger, else None."""
+        """Return the signal if the first `length` bytes of `view` report only the close of one trigger, else None."""
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
         elif length == ino.EVENT.size:
@@ -285,7 +285,7 @@ class Triggers:
                 self._miss(trigger)
 
     def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Handle an event of an IRQ directory or of one of its ancestors."""
+        """Handle an event on an IRQ directory or on one of its ancestors."""
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:

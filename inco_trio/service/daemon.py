@@ -123,7 +123,7 @@ class Daemon:
         self._restrict = restrict
         self._control_path: Path | None = None
         self._after_crash = False
-        """Whether the control socket of a process that ended without a stop was replaced."""
+        """Whether this process replaced the control socket of a process that had ended without a clean stop."""
 
     async def run(self, runner: Runner) -> None:
         raise_descriptor_limit()
