@@ -65,9 +65,9 @@ FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations"
 # Tests in namespaces wait most of the time. If other processes are busy, more parallel tests get more CPU time.
 EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
-# `unit` runs these tests on one Python only: they check texts, statistics, or how the kernel treats files and sockets.
+# `unit` runs these tests on one Python only: they check text, statistics, or how the kernel treats files and sockets.
 # The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
-# configuration, the public API and the pytest plugin. A new test file runs on each Python unless it is added here.
+# configuration, the public API and the pytest plugin. A new test file runs on every Python unless it is added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
@@ -129,12 +129,12 @@ def missing_programs(wanted: Mapping[str, Sequence[str]]) -> tuple[list[str], li
 
 
 def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DEBIAN_PACKAGES) -> None:
-    """Install missing programs with apt-get as root; otherwise fail and name the Debian packages."""
+    """As root, install missing programs with apt-get. Otherwise, fail and name the Debian packages."""
     missing, packages = missing_programs(wanted)
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Ignore the exit code: `apt-get update` fails if any package source fails. Look for the programs again.
+            # Ignore the exit code: `apt-get update` fails if any package source fails. Check for the programs instead.
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
@@ -158,7 +158,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the code with Ruff, the spelling, and the CI files with zizmor and their published schemas."""
+    """Check the code with Ruff, the spelling with codespell, and the CI files with zizmor and published schemas."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -210,7 +210,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
-    """Run all tests that do not need namespaces on the built wheel, with each supported Python that was found."""
+    """Run all tests that do not need namespaces on the built wheel, with every supported Python that was found."""
     run_unit(session)
 
 
@@ -235,7 +235,7 @@ def oldest(session: nox.Session) -> None:
     """Run the tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "oldest"))
-    # Without --upgrade, uv keeps a newer version that an earlier run installed.
+    # Without --upgrade, uv would keep a newer version that an earlier run installed.
     session.run(
         *("uv", "pip", "install", "--upgrade", "--resolution", "lowest-direct"),
         *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
@@ -246,7 +246,7 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build sdist and wheel, and test the wheel in an environment that contains nothing else."""
+    """Build the sdist and the wheel, and test the wheel in an environment that contains nothing else."""
     session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)
@@ -308,7 +308,10 @@ def release(session: nox.Session) -> None:
 @nox.session
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
-    """Test each example project with the built wheel. The first Python also tests inserted faults and firmware."""
+    """Test each example project with the built wheel.
+
+    The first Python also tests the firmware, and checks that the examples' tests detect inserted faults.
+    """
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
@@ -351,7 +354,7 @@ def faults_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU (minutes)."""
+    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU."""
     run_faults(session, "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
@@ -435,6 +438,8 @@ def run_bench(session: nox.Session, *args: str) -> None:
 @nox.session(default=False)
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
+    need_programs(session, {"debootstrap": ("debootstrap",)})
+    session.install("pip>=24")  # to read pip's configuration; uv creates environments without pip
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
 
 

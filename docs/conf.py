@@ -1,7 +1,7 @@
 """Sphinx's configuration: `nox -s docs` builds the site from these pages, and fails on any warning.
 
-Parts of the pages are generated from the program: help texts from the parser, built-in signals from their table, the
-keys of files from the classes that parse them, and the library reference from docstrings.
+Parts of the pages are generated from the program: help texts from the parser, built-in signals from their table,
+configuration keys from the classes that parse them, and the library reference from docstrings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEYS = {
     "gateway.json": GatewayConfig,
     "broker": Credentials,
 }
-"""The class that parses each table of a configuration file, by the table's name on the pages."""
+"""The class that parses each table of a configuration file, keyed by the table name that the pages use."""
 
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
@@ -57,7 +57,7 @@ hide_constructors()
 
 
 class Help(Directive):
-    """A directive that explains each command, with the texts of `--help`."""
+    """A directive that explains every command with the text of `--help`."""
 
     def run(self) -> list[nodes.Node]:
         sections: list[nodes.Node] = []

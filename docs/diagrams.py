@@ -62,7 +62,7 @@ class Diagram:
 
 
 def overview() -> Diagram:
-    """Draw how notifications travel in both directions of a board."""
+    """Draw how a board's notifications travel in both directions."""
     picture = Diagram(880, 240, "Applications use files on core 0; the proxy exchanges Ethernet frames with core 1")
     picture.area(10, 10, 620, 220, CORE0, "core 0 (Linux)")
     picture.area(720, 10, 150, 220, CORE1, "core 1")
@@ -81,7 +81,7 @@ def overview() -> Diagram:
 
 
 def moments() -> Diagram:
-    """Draw the places through which a notification passes: the kernel, the in-flight buffer, and its destination."""
+    """Draw the stages of a notification: the kernel, the in-flight buffer, and its destination."""
     picture = Diagram(880, 300, "Where a notification is: in the kernel, in the in-flight buffer, or finished")
     for y, direction, queue, task, done in (
         (30, "inbound", ("receive queue", "of the socket"), ("proxy", "writes the file"), ("finished:", "file closed")),
@@ -101,7 +101,7 @@ def moments() -> Diagram:
 
 
 def restart() -> Diagram:
-    """Draw what survives a restart."""
+    """Draw the resources that survive a restart."""
     picture = Diagram(880, 250, "Socket, inotify descriptor and in-flight buffer survive a restart in the fd store")
     picture.box(20, 30, 180, 70, PROXY, "old proxy", "stops or crashes")
     picture.box(680, 30, 180, 70, PROXY, "new proxy", "continues")
@@ -119,7 +119,7 @@ def restart() -> Diagram:
 
 
 def fleet() -> Diagram:
-    """Draw hosts whose gateways connect them to one MQTT broker."""
+    """Draw several hosts, each connected to the same MQTT broker by its gateway."""
     picture = Diagram(880, 330, "The proxies of each host, its gateway, and one MQTT broker for all hosts")
     for number, y in enumerate((10, 170), 1):
         picture.area(10, y, 560, 145, CORE0, f"host {number}")
@@ -136,7 +136,7 @@ def fleet() -> Diagram:
 
 
 DIAGRAMS = {"overview": overview, "moments": moments, "restart": restart, "fleet": fleet}
-"""The function that draws each diagram, by file name without the suffix."""
+"""The function that draws each diagram, keyed by the file name without its suffix."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Make tables for the pages: the fields of attrs classes and the results of the benchmark. Hide constructors."""
+"""Generate tables of attrs fields and benchmark results for the pages, and hide constructors from Sphinx."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPENED: tuple[type, ...] = (
 
 
 EARLIER = "inco-trio [0-9a-f]{7}"
-"""The name of an earlier commit in the results of the benchmark, as a regular expression."""
+"""A regular expression for the name of an earlier commit in the benchmark results."""
 
 
 def hide_constructors() -> None:

@@ -22,9 +22,9 @@ TERMINALS = {
     "monitor": ("troubleshooting", "inco-trio monitor --count 2"),
     "doctor": ("first-steps", "inco-trio doctor rpmsg4000 --config udrv.json"),
 }
-"""The page and the command of each screenshot, by image name."""
+"""The page and the command of each screenshot, keyed by image name."""
 COLUMNS = 92
-"""Minimum width in columns. Pages scale all screenshots to one width; equal columns give text of equal size."""
+"""Minimum width in columns. Pages scale all screenshots to one width, so equal columns give equal text sizes."""
 
 
 def draw(name: str) -> str:

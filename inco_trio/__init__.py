@@ -14,7 +14,7 @@ As a library::
 
 from __future__ import annotations
 
-# Use this instead of typing.TYPE_CHECKING, because importing typing takes longer than importing this module.
+# Define this here instead of importing it from typing: that import would take longer than importing this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board

@@ -1,4 +1,4 @@
-"""Run `python -m inco_trio` as the command `inco-trio`."""
+"""Make `python -m inco_trio` run the command `inco-trio`."""
 
 import sys
 

@@ -76,7 +76,7 @@ class Boards:
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The errors of invalid files, by board name. The subject of each error is the path of the file."""
+    """The errors of invalid files, keyed by board name. The subject of each error is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
     """The notes of each board; see `config.Board.notes`."""
 

@@ -1,4 +1,4 @@
-"""The errors of inco-trio. The text of an error is "SUBJECT: REASON", where the subject is the object that failed.
+"""The errors of inco-trio. The message of an error is "SUBJECT: REASON", where the subject is the object that failed.
 
 Most errors also derive from a built-in class. Invalid frames from core 1 raise no error: the proxy counts them.
 """
@@ -34,7 +34,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base class of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with `remedy`."""
+    """Base class of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The message ends with `remedy`."""
 
     def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
         self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)
@@ -42,7 +42,7 @@ class IncoError(Exception):
         text = self.reason if remedy is None else f"{self.reason}; {remedy}"
         super().__init__(f"{self.subject}: {text}" if self.subject else text)
         self.problems: tuple[str, ...] = (str(self),)
-        """The text, with one line for each mistake. A path in a line may contain line breaks."""
+        """The message, with one line for each mistake. A path in a line may contain line breaks."""
 
 
 class InvalidArgumentError(IncoError, ValueError):
@@ -65,7 +65,7 @@ class ConfigError(IncoError, ValueError):
 
 
 class PermissionDeniedError(IncoError, PermissionError):
-    """A capability or a file permission is missing; the error's text names it."""
+    """A capability or a file permission is missing; the error message names it."""
 
 
 class UnavailableError(IncoError):
@@ -119,11 +119,11 @@ def from_os_error(
 ) -> IncoError:
     """Return the IncoError for an OSError.
 
-    Each case contains error numbers, and the class and reason to use for them. For other error numbers, return a
+    Each case consists of error numbers, and of the class and reason to use for them. For other error numbers, return a
     PermissionDeniedError if the kernel denied access, else an error of the class `otherwise`, both with `reason`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's text only mentions open files.
+        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's message only mentions open files.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
@@ -134,7 +134,9 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return the KeyboardInterrupt or the first error in nested groups. With `only`, keep a group of several errors."""
+    """Return the KeyboardInterrupt, else the first error, in nested groups. With `only`, keep a group of several
+    errors.
+    """
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

@@ -27,7 +27,7 @@ NAME_MAX = 64
 ADDRESSES = 12
 """Length of the two addresses at the beginning of a frame, in bytes."""
 FRAME_MAX = 1600
-"""Maximum length of a valid frame, in bytes: more than an 802.1Q tag, a header and the usual MTU of 1,500."""
+"""Maximum length of a valid frame, in bytes: enough for an 802.1Q tag, a header and the usual MTU of 1,500."""
 
 _TYPE = ETHERTYPE.to_bytes(2, "big")
 _VLAN = b"\x81\x00"

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Wanted = Callable[[Signal], bool]
 
 Times = tuple[int, int]
-"""One moment, given as real_clock.time_ns() and as real_clock.monotonic_ns()."""
+"""A point in time, given as real_clock.time_ns() and as real_clock.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -53,6 +53,8 @@ class Listener(Protocol):
 
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
+    after_crash: bool
+    """Whether the previous process is known to have ended without a clean stop."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
@@ -66,11 +68,14 @@ class Listener(Protocol):
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """Handle a frame that was ignored or discarded. `reason` is the name of the counter for such frames."""
 
-    def link_changed(self, running: bool, text: str) -> None:
-        """Handle a link that has come up or gone down. `text` describes the change."""
+    def link_changed(self, running: bool, text: str, seconds: float) -> None:
+        """Handle a link that has come up or gone down. `text` describes the change.
+
+        `seconds` is how long the link was in the previous state, or 0 if that is unknown.
+        """
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """Handle the start of the proxy. `keep` stores new notifications in the history, see `Events.keep`."""
+        """Handle the start of the proxy. `keep` stores new notifications in the history (see `Events.keep`)."""
 
     def ended(self) -> None:
         """Handle the end of the proxy."""
@@ -79,7 +84,7 @@ class Listener(Protocol):
 class Deaf:
     """A listener that ignores everything."""
 
-    wants_frames = False
+    wants_frames = after_crash = False
 
     def carried(self, *_: object) -> None:
         """Ignore an event."""
@@ -88,7 +93,7 @@ class Deaf:
 
 
 class Events:
-    """A distributor of notifications to event streams and to the listener. It never waits for their readers."""
+    """A distributor of notifications to event streams and to the listener. It never waits for readers."""
 
     def __init__(
         self, counters: Counters, history: History, listener: Listener | None = None, recorder: Recorder | None = None
@@ -97,9 +102,9 @@ class Events:
         self.recorder = recorder
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
-        """Number of frames that the link accepted, by wire name. Inbound signals are counted by their `StateFile`."""
+        """Number of frames that the link accepted, keyed by wire name. Each `StateFile` counts its inbound signals."""
         self.sent_last: dict[str, int] = {}
-        """When the link accepted the last frame (real_clock.monotonic_ns()), by wire name."""
+        """When the link accepted the last frame (real_clock.monotonic_ns()), keyed by wire name."""
         self._counters = counters
         # Continue the numbering of a previous process.
         self._sequence = history.sequence if history.keeping else 0
@@ -164,11 +169,11 @@ class Events:
             self.recorder.note("ignored", reason, name, direction, state=1)
         self.listener.ignored(reason, name, frame)
 
-    def link_changed(self, running: bool, text: str) -> None:
-        """Report that the link has come up or gone down."""
+    def link_changed(self, running: bool, text: str, seconds: float) -> None:
+        """Report that the link has come up or gone down; see `Listener.link_changed`."""
         if self.recorder is not None:
-            self.recorder.note("link", text, state=int(running))
-        self.listener.link_changed(running, text)
+            self.recorder.note("link", text, state=int(running), seconds=seconds)
+        self.listener.link_changed(running, text, seconds)
 
     def note(self, kind: str, text: str, level: int) -> None:
         """Record an event with the level of its log line; see `problems.noting`."""

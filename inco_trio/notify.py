@@ -57,7 +57,7 @@ def notify_ready(notification_fd: int | None) -> None:
 
 
 def notify_reloading() -> None:
-    """Report to systemd that a reload begins. A unit with Type=notify-reload waits for `notify_reloaded`."""
+    """Report to systemd that a reload has begun. A unit with Type=notify-reload waits for `notify_reloaded`."""
     _tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={real_clock.monotonic_ns() // 1000}")
 
 

@@ -17,7 +17,7 @@ board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.boar
 noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = contextvars.ContextVar(
     "inco_trio.noting", default=None
 )
-"""The function that records events of the current task's proxy. It takes a kind, a text and a log level."""
+"""The function that records events of the current task's proxy. It takes an event kind, a message and a log level."""
 
 
 def times(count: int) -> str:

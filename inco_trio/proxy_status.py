@@ -52,7 +52,8 @@ class Counters:
         return Stats(**attrs.asdict(self))
 
 
-@attrs.frozen
+# attrs builds these classes at every proxy start. Omitting slots and repr halves the time.
+@attrs.frozen(slots=False, repr=False)
 class Stats(Counters):
     """The counters of a proxy at one moment."""
 
@@ -61,7 +62,6 @@ class Stats(Counters):
         return attrs.asdict(self)
 
 
-# attrs builds these classes at every proxy start. Omitting slots and repr halves the time.
 @attrs.frozen(slots=False, repr=False)
 class SignalStatus:
     """The state of one signal."""
@@ -134,6 +134,8 @@ class Status:
     """How long the proxy has been open, in seconds."""
     last_down: float | None = None
     """When the link last went down, in seconds since 1970, or None."""
+    down_reason: str | None = None
+    """Why the link is not running, or None if it is running."""
     recorded: RecorderStatus | None = None
     """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()

@@ -115,8 +115,8 @@ def builtin_signals(directory: Path | str) -> tuple[Signal, ...]:
 def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
     """Yield each signal that conflicts with an earlier one, and why.
 
-    Two signals may not have the same wire name. Only inbound signals may share a register.
-    Directories are compared as text: symlinks are not followed.
+    Two signals must not have the same wire name. Only inbound signals may share a register. Directories are compared as
+    text: symlinks are not followed.
     """
     names: set[str] = set()
     owners: dict[tuple[str, str], Signal] = {}
@@ -124,7 +124,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is in the table twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, to which POSIX permits a special meaning. Linux gives them none.
+        # normpath keeps two leading slashes, because POSIX allows them a special meaning. They have none on Linux.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):

@@ -32,7 +32,7 @@ SIZE_MAX = 1 << 20
 REPORTED_MAX = 20
 """Maximum number of mistakes that are listed for one file. Further mistakes are only counted."""
 SHOWN_MAX = 60
-"""Maximum number of characters of an invalid value in a message."""
+"""Maximum number of characters of an invalid value that a message shows."""
 NUMBER_MAX = 1 << 64
 TIME_MAX = 1 << 34
 """Latest valid time, in seconds since 1970. In nanoseconds, it still fits in 64 bits."""
@@ -90,10 +90,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class InvalidValueError(ValueError):
-    """A value breaks its rule. The text of the exception says why."""
+    """A value breaks its rule. The exception's message gives the reason."""
 
 
-@attrs.frozen
+# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.frozen(slots=False, repr=False, eq=False)
 class Rule:
     """A rule for a JSON value. `convert` returns the Python value, or raises InvalidValueError."""
 
@@ -199,7 +200,7 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class Table:
     """A JSON object at the key path `where`. Its methods record errors in `problems`."""
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 from inco_trio import real_clock
 
-__all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
+__all__ = ["TOLERANCE_NS", "WallClock", "local_time", "step_text"]
 
 TOLERANCE_NS = 10**9
 """Minimum step that counts as setting the wall clock, in nanoseconds. NTP's rate adjustments affect both clocks."""
+
+
+def local_time(seconds: float) -> str:
+    """Return a time in seconds since 1970 as the local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def step_text(step_ns: int) -> str:

@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(directory.cleanup)
         os.environ["XDG_RUNTIME_DIR"] = directory.name
     else:
-        # Without CAP_SYS_ADMIN, only the unit tests run. They share no socket names.
+        # Without CAP_SYS_ADMIN, only the unit tests run, and they do not share socket names.
         with contextlib.suppress(PermissionError):
             cover_run()
 
@@ -63,7 +63,7 @@ def core1(cores: Cores) -> Iterator[Peer]:
 
 
 class Canary:
-    """A veth pair into a network namespace. The pair disappears when the kernel destroys the namespace."""
+    """A veth pair with one end in a network namespace. It disappears when the kernel destroys the namespace."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -120,7 +120,7 @@ class Proxy(Launched):
         log: Path,
         prefix: Sequence[str] = (),
     ) -> None:
-        # Run nsenter before `prefix`, which may drop the capability that nsenter needs.
+        # Run nsenter before `prefix`, which can drop the capability that nsenter needs.
         enter = () if namespace is None else ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace.fd}", "--")
         super().__init__("run", *arguments, log=log, environment=environment, prefix=[*enter, *prefix])
 
@@ -193,14 +193,14 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
 class Consumer:
     """A counter of the notifications that an application sees in one or more state files.
 
-    A thread reads continuously, because the kernel queues at most 16,384 events. There is one inotify instance for all
-    files, because a user may have only 128.
+    A thread reads continuously, because the kernel queues at most 16,384 events. All files share one inotify instance,
+    because a user can have only 128.
     """
 
     def __init__(self, *paths: Path) -> None:
         self.path = paths[0]
         self.each = Counter[str]()
-        """The number of notifications in each file, by its name."""
+        """The number of notifications in each file, keyed by file name."""
         self._watch = Watch()
         signals = [Signal("state", Direction.INBOUND, path.parent, path.name) for path in paths]
         self._watch.follow(signals, self._report)

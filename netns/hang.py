@@ -3,7 +3,7 @@
 __all__ = ["HANG"]
 
 HANG = 600
-"""Seconds after which a wait fails its test. Only a hang reaches this limit, even on a slow machine.
+"""Time in seconds after which a wait fails its test. Only a hang reaches this limit, even on a slow machine.
 
 The `timeout` of pytest in pyproject.toml is longer, so that the wait fails first and reports what it waited for.
 """

@@ -2,7 +2,7 @@
 
 This script needs root's capabilities. The program must be able to read each PATH (an interpreter, a package) even below
 a directory that only root can enter, such as /root. Therefore, in a new mount namespace (mount_namespaces(7)), a tmpfs
-covers each such directory and contains only PATH.
+that contains only PATH is mounted over each such directory.
 
 If an ordinary user created the user namespace, it maps only this user. The program then runs as the same user, but
 without capabilities.
@@ -20,7 +20,7 @@ from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNS, unshare
 
 ORDINARY = 1
-"""The user ID of `daemon`. The proxy does not trust `nobody`, whose ID stands for all unmapped users."""
+"""The user ID of `daemon`. The proxy does not trust `nobody`, because its ID stands for all unmapped users."""
 
 # Constants from <linux/mount.h>.
 MS_BIND = 0x1000
@@ -59,9 +59,11 @@ def uncover(paths: list[Path], *, private: Path | None = None) -> None:
 
 
 def cover_run() -> None:
-    """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError without CAP_SYS_ADMIN.
+    """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError if CAP_SYS_ADMIN is
+    missing.
 
-    In this directory, root's proxies create control sockets named after the link. Most tests use the link rpmsg4000.
+    Root's proxies create their control sockets, named after the link, in this directory. Without a private directory,
+    parallel tests would use the same names: most tests use the link rpmsg4000.
     """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")

@@ -53,7 +53,7 @@ def build(directory: Path) -> Path:
 
 
 def check(archive: Path, work: Path) -> None:
-    """Install the bundle without a network and run the demonstration. Raises CalledProcessError."""
+    """Install the bundle without a network and run the demonstration. Raises CalledProcessError on failure."""
     subprocess.run(["tar", "-xf", str(archive), "-C", str(work)], check=True)
     (bundle,) = work.iterdir()
     for machine in MACHINES:

@@ -30,7 +30,7 @@ FOR_CHECK = ("python3", "python3-greenlet", "s6", "systemd")
 OF_DEBIAN = frozenset({"greenlet"})
 """Compiled dependencies, which the package takes from Debian."""
 OPTIONAL = frozenset({"mqtt5", "rich", "markdown-it-py", "mdurl", "pygments", "pip"})
-"""Dependencies of extras and of the offline bundle, which the package does not contain."""
+"""Dependencies of extras and of the offline bundle. The package does not contain them."""
 
 # systemd needs cgroup v2, but the host may have mounted version 1.
 RUN = """
@@ -63,7 +63,7 @@ class System:
         subprocess.run([*command, suite, str(directory), mirror], check=True)
 
     def run(self, *command: str) -> None:
-        """Run systemd-nspawn(1) on the system with the arguments `command`. Raises CalledProcessError."""
+        """Run systemd-nspawn(1) on the system with the arguments `command`. Raises CalledProcessError on failure."""
         prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-ec", RUN, "sh")
         subprocess.run([*prefix, f"--directory={self.directory}", *command], check=True, stdin=subprocess.DEVNULL)
 
@@ -96,7 +96,7 @@ def add_change(tree: Path, version: str, change: str) -> None:
 
 
 def build(suite: str, mirror: str, vendored: Path, work: Path) -> list[Path]:
-    """Build the package with two version numbers, and run lintian. Return both packages, the older one first."""
+    """Build two versions of the package, and run lintian. Return both packages, the older one first."""
     system = System(work / "build", suite, mirror, FOR_BUILD, "buildd")
     source = system.directory / "build"
     source.mkdir()
@@ -120,7 +120,8 @@ def check(suite: str, mirror: str, debs: list[Path], vendored: Path, work: Path)
         shutil.copy(deb, files)
     for name in ("packages", "tests", "netns"):
         shutil.copytree(wheels.ROOT / name, files / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # The programs that send and count need their own copy of the modules, because dpkg replaces the package's files.
+    # The programs that send and count notifications need their own copy of the modules, because dpkg replaces the
+    # package's files.
     for wheel in vendored.iterdir():
         shutil.unpack_archive(wheel, files / "site", "zip")
     units = system.directory / "etc/systemd/system"
@@ -150,7 +151,7 @@ def main() -> None:
         work = Path(directory)
         vendored = work / "vendor"
         vendored.mkdir()
-        # The same wheels work on each Python version and machine, because none of them is compiled.
+        # The same wheels work with every Python version and on every machine: none of them contains compiled code.
         wheels.download(vendored, machine="x86_64", python="3.11", without=OF_DEBIAN | OPTIONAL)
         wheels.build_project(vendored)
         compiled = [wheel.name for wheel in vendored.iterdir() if not wheel.name.endswith("-none-any.whl")]

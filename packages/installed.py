@@ -1,7 +1,7 @@
 """Check the Debian package in a system that `packages/deb.py` has booted: install, upgrade, purge.
 
 While traffic flows in both directions, dpkg upgrades the package: once with the proxy under systemd, once under s6.
-Each notification must arrive.
+Every notification must arrive.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STATE = ("/opt/check", "/proc", "/run", "/sys", "/tmp", "/var/cache", "/var/lib/
 
 
 def run(*command: str) -> str:
-    """Run a command, print it, and return its output. Raises CalledProcessError."""
+    """Print and run a command, and return its output. Raises CalledProcessError on failure."""
     print("+", *command)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
@@ -102,7 +102,7 @@ def board() -> Iterator[Cores]:
 
 
 def count_during(cores: Cores, event: Callable[[], object]) -> None:
-    """Send notifications in both directions while `event` runs. Fail unless each of them arrives."""
+    """Send notifications in both directions while `event` runs. Fail unless all of them arrive."""
     with cores.peer() as core1, ExitStack() as stack:
         applications = Applications(DIRECTORY, INBOUND, OUTBOUND)
         stack.callback(applications.close)

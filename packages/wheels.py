@@ -27,7 +27,7 @@ LOCK = Path(__file__).with_name("requirements.txt")
 
 MACHINES = ("x86_64", "aarch64", "armv7l")
 WITHOUT_WHEEL = {"armv7l": frozenset({"greenlet"})}
-"""Dependencies that have no wheel for a machine. Only trio-asyncio needs greenlet."""
+"""The dependencies that have no wheel for a machine, keyed by machine. Only trio-asyncio needs greenlet."""
 _GLIBC = ("manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_28")
 
 

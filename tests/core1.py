@@ -1,4 +1,4 @@
-"""Test scenarios with a proxy under s6 and a real core 1, for all kinds of link.
+"""Test scenarios with a proxy under s6 and a real core 1, for all kinds of links.
 
 Core 1 is a bare-metal guest in QEMU. It answers outbound signals with inbound signals.
 """
@@ -176,7 +176,7 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
         board.guest.wait_ready()
         board.first.wait(1 + starts)
         if board.link_knows_its_peer:
-            # The proxy sends all pending frames. QEMU drops the first frame if the guest has not started its card yet.
+            # The proxy sends all pending frames. QEMU drops the first frame if the guest's card is not ready yet.
             arrived = board.counters()["known"] - 1
             assert arrived in (49, 50)
         else:

@@ -1,7 +1,7 @@
 """Unpack Debian 13's mosquitto and its libraries into a directory, without installing them on this system.
 
 `python -m tests.debian13 DIRECTORY` prints the path of a program that runs this mosquitto. This script needs apt-get,
-dpkg-deb and the keys of debian-archive-keyring. The tests run the mosquitto that `INCO_TRIO_MOSQUITTO` names.
+dpkg-deb and the keys of debian-archive-keyring. If `INCO_TRIO_MOSQUITTO` is set to the path, the tests run the program.
 """
 
 from __future__ import annotations

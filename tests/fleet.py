@@ -1,8 +1,8 @@
 """Measure many boards on one machine: a few proxy processes, one gateway for each process, and one mosquitto.
 
 Run it with `nox -s fleet -- --boards 500 --seconds 60`. This program simulates core 1 of every board and sends to the
-boards in turn. It looks for the highest total rate at which no notification is lost or waits longer than a second, and
-then measures at that rate. Latency is the time from the proxy's timestamp (when it closed the state file) until a
+boards in turn. It searches for the highest total rate at which no notification is lost or waits longer than a second,
+and then measures at that rate. Latency is the time from the proxy's timestamp (when it closed the state file) until a
 client of the broker receives the notification.
 """
 
@@ -59,7 +59,7 @@ RATES = (
 SLEEP_MIN = 0.001
 """Minimum time in seconds between two groups of frames."""
 TRIAL = 8.0
-"""Duration in seconds of the trial of each rate."""
+"""Duration in seconds of the trial at each rate."""
 BACKLOG = 1.0
 """Maximum time in seconds that a notification may wait for the broker."""
 
@@ -106,7 +106,7 @@ class Result:
 
     @property
     def holds(self) -> bool:
-        """Whether sender, proxies, gateways and broker kept up with the rate."""
+        """Whether the sender, the proxies, the gateways and the broker kept up with the rate."""
         kept = self.sent >= 0.95 * self.rate * self.seconds
         return kept and not self.lost and self.backlog <= self.rate * BACKLOG and self.p99 <= BACKLOG
 
@@ -232,7 +232,7 @@ class Fleet:
                 path, peer = self.paths[sent % len(self.paths)]
                 peer.sendto(FRAME, path)
                 sent += 1
-            # Limit the load to `rate`. Without a minimum, the sleeps would take a third of a CPU at 10,000/s.
+            # Limit the load to `rate`. Without the minimum, short sleeps would use a third of a CPU at 10,000/s.
             time.sleep(max(SLEEP_MIN, start + sent / rate - time.monotonic()))
         took = time.monotonic() - start
         backlog = self.waiting()
@@ -269,7 +269,7 @@ class Lone:
         self._trigger = self.board.irq / "message_6_trig"
 
     def inbound(self) -> float:
-        """Return the seconds from sending a frame until the state file is closed."""
+        """Return the time in seconds from sending a frame until the state file is closed."""
         start = time.perf_counter()
         self.board.inbound(self._core1)
         select.select([self._changes.fd], [], [])
@@ -278,7 +278,7 @@ class Lone:
         return took
 
     def outbound(self) -> float:
-        """Return the seconds from closing a trigger file until core 1 receives the frame."""
+        """Return the time in seconds from closing a trigger file until core 1 receives the frame."""
         with self._trigger.open("w") as trigger:
             trigger.write("1")
             start = time.perf_counter()
@@ -343,7 +343,7 @@ def main() -> int:
     parser.add_argument("--boards", type=int, default=500)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--rate", type=int, help="use only this total rate of all boards")
+    parser.add_argument("--rate", type=int, help="use only this total rate for all boards")
     parser.add_argument("--rounds", type=int, default=60, help="pairs of rounds for the local path (default 60)")
     parser.add_argument("--local", action="store_true", help="measure only the local path, with and without a gateway")
     args = parser.parse_args()

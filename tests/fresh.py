@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 SUITES = ("bookworm", "trixie", "sid")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 HOMES = {"root": "/root", "user": "/home/user"}
+LEFT_OUT = (".git", ".nox", ".venv", ".*cache", ".coverage*", ".hypothesis", "__pycache__")
+"""The files that git does not track, and `.git`. The session lint needs the other hidden files."""
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
@@ -44,9 +46,16 @@ mount --move . /
 exec chroot "$@"
 """
 
+UV_SETTINGS = {
+    "SSL_CERT_FILE": "PIP_CERT",
+    "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
+    "UV_INDEX": "PIP_EXTRA_INDEX_URL",
+}
+"""The environment variables of uv, and the variable with which pip receives the same setting."""
+
 
 def readme_command(section: str) -> str:
-    """Return the first command of a section of the README."""
+    """Return the first command in a section of the README."""
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2]
     found = re.search(r"^```sh\n(.+)$", text, re.MULTILINE)
     if found is None:
@@ -71,9 +80,10 @@ def pip_settings() -> dict[str, str]:
 
 
 def as_environment(listed: str) -> dict[str, str]:
-    """Convert the output of `pip config list` to environment variables, without local package directories.
+    """Convert the output of `pip config list` to environment variables for pip and uv.
 
-    The new system has neither these directories nor the package files to which their index pages link.
+    Leave out local package directories: the new system has neither them nor the package files to which their index
+    pages link.
     """
     settings = {}
     # A later section overrides an earlier one, as in pip.
@@ -83,17 +93,17 @@ def as_environment(listed: str) -> dict[str, str]:
             words = [word for word in ast.literal_eval(value).split() if not is_directory(word)]
             if key.startswith(section) and words:
                 settings[f"PIP_{key.removeprefix(section).replace('-', '_').upper()}"] = " ".join(words)
-    return settings
+    return settings | {name: settings[of_pip] for name, of_pip in UV_SETTINGS.items() if of_pip in settings}
 
 
 def is_directory(word: str) -> bool:
-    """Return whether a word of pip's configuration names a local package directory."""
+    """Return whether a word in pip's configuration is a local package directory."""
     return word.startswith("file:") or (word.startswith("/") and Path(word).is_dir())
 
 
 def local_files(settings: dict[str, str]) -> list[Path]:
-    """Return the local files that pip's settings name, such as certificates."""
-    words = [word for value in settings.values() for word in value.split()]
+    """Return the local files that pip's settings refer to, such as certificates."""
+    words = dict.fromkeys(word for value in settings.values() for word in value.split())
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 
 
@@ -121,7 +131,7 @@ class System:
         self.run("root", "/", "useradd --create-home user")
         for user, home in HOMES.items():
             copy = self._directory / home[1:] / "inco-trio"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
             self.run("root", home, f"chown -R {user}: inco-trio")
 
     def run(self, user: str, directory: str, command: str, **environment: str) -> str:
@@ -152,7 +162,7 @@ class System:
 
 
 def session(suite: str, user: str) -> str:
-    """Return the nox session to which NOXSESSION limits the README's test command.
+    """Return the nox session that NOXSESSION selects for the README's test command.
 
     All sessions would take hours and need many packages. The unit tests run on sid because sid has the newest Python.
     """

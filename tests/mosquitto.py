@@ -28,7 +28,7 @@ from tests.faults.supervised import wait_path
 __all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
 
 PROGRAM = os.environ.get("INCO_TRIO_MOSQUITTO", "mosquitto")
-"""The broker's program. An environment variable selects another version, such as that of tests/debian13.py."""
+"""The broker's program. An environment variable selects another version, such as the one from tests/debian13.py."""
 
 
 def free_port() -> int:
@@ -54,7 +54,10 @@ class Certificates:
         subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
-        """Return a certificate and key for an IP address or client name. A negative `days` means already expired."""
+        """Return a certificate and key for an IP address or client name.
+
+        If `days` is negative, the certificate has already expired.
+        """
         place = self._directory / name
         certificate, key, request = (place.with_suffix(f".{end}") for end in ("pem", "key", "csr"))
         self._openssl("req", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request), *_KEY)
@@ -181,7 +184,8 @@ class Reader:
     def _on_subscribe(self, *_: object) -> None:
         self._subscribed.put(None)
         if self._mark:
-            self._publish_mark()  # `settle` may have published it after the reconnection, but before the subscription.
+            # `settle` may have published the mark after the reconnection, but before the subscription.
+            self._publish_mark()
 
     def _publish_mark(self) -> None:
         self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)

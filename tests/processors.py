@@ -1,7 +1,7 @@
 """Run the unit tests on other processors: `python -m tests.processors [ARCHITECTURE...]`, as root.
 
 mmdebstrap builds a Debian system for each architecture, and qemu-user-static emulates its programs. The tests run
-in it, so a wrong byte order or struct size in kernel data (inotify, BPF, memfd) makes a test fail.
+in this system, so a wrong byte order or struct size in kernel data (inotify, BPF, memfd) makes a test fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.fresh import ENTER, find_mirror
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build/processors"
 ARCHITECTURES = {"arm64": "aarch64", "armhf": "arm", "s390x": "s390x"}
-"""Map from Debian's name of each architecture to QEMU's name. s390x is big-endian."""
+"""Map from Debian's name for each architecture to QEMU's name. s390x is big-endian."""
 PACKAGES = "python3,python3-venv,python3-greenlet,procps"
 TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
 

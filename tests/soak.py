@@ -41,7 +41,7 @@ def main() -> int:
         type=Path,
         default=Path("build/soak.json"),
         metavar="FILE",
-        help="file of the table (default: %(default)s)",
+        help="file for the table (default: %(default)s)",
     )
     args = parser.parse_args()
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")

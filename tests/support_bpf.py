@@ -1,4 +1,4 @@
-"""An interpreter of classic BPF, for tests of socket filters (the kernel's Documentation/networking/filter.rst)."""
+"""A classic BPF interpreter for tests of socket filters (the kernel's Documentation/networking/filter.rst)."""
 
 from __future__ import annotations
 

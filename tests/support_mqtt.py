@@ -68,7 +68,7 @@ class Bench:
 
 
 def check_order(reader: Reader, last: int) -> int:
-    """Check that the notifications 1 to `last` arrive in order without a gap; return the number of duplicates."""
+    """Check that notifications 1 to `last` arrive in order without a gap; return the number of duplicates."""
     seen = duplicates = 0
     for message in reader.notifications():
         number: int = message.body["sequence"]
@@ -103,7 +103,7 @@ class Relay:
 
     def __init__(self, broker: Mosquitto, stack: ExitStack) -> None:
         self.bytes_until_cut: Callable[[], int] = lambda: sys.maxsize
-        """A function that returns after how many bytes a new connection is cut, even in the middle of a packet."""
+        """A function that returns the number of bytes after which a new connection is cut, even within a packet."""
         self.connections = 0
         self._broker = broker
         self._pairs: list[_Pair] = []

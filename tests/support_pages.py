@@ -77,7 +77,7 @@ class Script:
 
 
 def page_path(page: str) -> Path:
-    """Return the path of a page by its name: `README` or the name of a file in docs."""
+    """Return the path of the page with this name: `README` or the name of a file in docs."""
     return (ROOT if page.isupper() else DOCS) / f"{page}.md"
 
 
@@ -131,8 +131,8 @@ def scripts(page: str) -> list[Script]:
 def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[str]:
     """Run a script as root on core 0, with inco-trio's programs in `home`.
 
-    The script runs in a directory below a new, empty /run that every user may read. It uses /run/etc/ for /etc/.
-    In the output, the directory is called /home/you.
+    The script runs in a directory below a new, empty /run that every user can read. In the script, /run/etc/ replaces
+    /etc/. In the output, the directory is called /home/you.
     """
     (home / "bin").mkdir()
     for name, arguments in (
@@ -144,7 +144,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         program.chmod(0o755)
     script = re.sub(r"--timeout \d+", f"--timeout {HANG}", script).replace("/etc/", "/run/etc/")
-    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they may serve a link with the same name.
     enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
@@ -192,8 +192,8 @@ def signalling(core1: Peer) -> Iterator[None]:
 def comparable(text: str) -> set[str]:
     """Return the lines without the parts that vary: numbers, times, addresses, process names and column widths."""
     for varying, constant in (
-        # Wireshark replaces the first bytes of some addresses by a name: MS-NLB-PhysServer-22_8a:ff:46:69.
-        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|\b[\w-]+_(?:[0-9a-f]{2}:){2,3}[0-9a-f]{2}", "MAC"),
+        # Wireshark replaces the first byte or bytes of some addresses with a name: MS-NLB-PhysServer-22_8a:ff:46:69.
+        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|\b[\w-]+_(?:[0-9a-f]{2}:){1,4}[0-9a-f]{2}", "MAC"),
         (r"receive buffer of .*", "BUFFER"),
         (r'"boot": "[0-9a-f]+"', '"boot": "BOOT"'),
         (r"never|[\d.]+ \w+ ago", "WHEN"),

@@ -25,7 +25,7 @@ __all__ = ["Clock", "World"]
 
 
 class Clock:
-    """A replacement for the module `real_clock` whose clock the test advances."""
+    """A replacement for the module `real_clock`. The test advances its clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -109,7 +109,7 @@ class World:
         return parse_events(buffer[: self.inotify.read_into(buffer)])
 
     def events_of(self, *files: str) -> list[Event]:
-        """Read events, and return those of files with these names. Other programs may change the directories above."""
+        """Read events, and return only those for these file names. Other programs can change the parent directories."""
         names = {b"", *map(os.fsencode, files)}
         return [event for event in self.events() if event.name in names]
 

@@ -38,7 +38,7 @@ NOTIFY = "redun_notify_irq"
 
 
 def python(filters: list[str]) -> list[str]:
-    """Return the start of a command line that runs Python with pytest's warning filters."""
+    """Return the beginning of a command line that runs Python with pytest's warning filters."""
     return [sys.executable, *(part for line in filters for part in ("-W", line))]
 
 
@@ -90,7 +90,7 @@ def play(name: str, core0: str, core1: str, link: str, irq_dir: str) -> None:
 
 
 async def reset(world: World, proxy: Proxy, count: int = 1) -> None:
-    """Send the reset signal from core 1 `count` times, and return once the proxy has delivered all."""
+    """Send the reset signal from core 1 `count` times, and return once the proxy has delivered all of them."""
     with proxy.events(count) as events:
         for _ in range(count):
             world.core1.send(RESET)
@@ -213,7 +213,7 @@ async def test_main_can_send_and_return_a_value(world: World) -> None:
 
 @scenario
 async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
-    """Cancel the wait one turn of the loop later in each run, until the event arrives before the cancellation."""
+    """In each run, cancel the wait one turn of the loop later, until the event arrives before the cancellation."""
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:
@@ -268,7 +268,7 @@ async def test_run_uses_an_open_loop_and_leaves_it_open(world: World) -> None:
         return asyncio.get_running_loop(), asyncio.create_task(asyncio.Event().wait())
 
     async with open_proxy(world.config) as proxy, trio_asyncio.open_loop() as loop:
-        # asyncio keeps only weak references to tasks, so an unreferenced task may be collected while it waits.
+        # asyncio keeps only weak references to tasks, so an unreferenced task can be garbage-collected while it waits.
         tasks = []
         for _ in range(2):
             used, left = await aio.run(proxy, main)
@@ -324,7 +324,7 @@ async def test_cancelled_error_of_main_reaches_the_caller(world: World) -> None:
 
 
 def documented(word: str, directory: Path) -> Path:
-    """Write the program of docs/asyncio.md whose first line contains `word` to a file; return its path."""
+    """Copy the program with `word` in its first line from docs/asyncio.md to a file; return the file's path."""
     text = (PROJECT / "docs/asyncio.md").read_text()
     programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (program,) = (each for each in programs if word in each.partition("\n")[0])
@@ -340,7 +340,7 @@ def received(core1: Peer) -> bytes:
 
 
 class Program:
-    """A running program that prints a text when it is ready."""
+    """A running program that prints a given message when it is ready."""
 
     def __init__(self, namespace: Namespace, command: list[str]) -> None:
         self.process = namespace.run(

@@ -616,7 +616,7 @@ def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
 
 @pytest.mark.parametrize("waits", ["never", "before", "after"])
 def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) -> None:
-    """Crash Trio, as a bug in Trio or inco-trio might. In each run, the asyncio loop runs once after a later step."""
+    """Crash Trio, as a bug in Trio or inco-trio might. In each run, the asyncio loop gets a turn one step later."""
 
     async def broken() -> None:
         raise RuntimeError("broken")
@@ -834,7 +834,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("way", ["Ctrl-C", "abandoned"])
 def test_a_program_ended_by_ctrl_c_or_without_running_its_loop_stops_cleanly(world: World, way: str) -> None:
-    """Neither way of ending the program hangs or loses a pending notification."""
+    """Check that neither way of ending the program hangs or loses a pending notification."""
     program = PROGRAM + ("asyncio.run(main())" if way == "Ctrl-C" else ABANDONED)
     with subprocess.Popen(
         [sys.executable, "-c", program, str(world.home)],

@@ -38,7 +38,7 @@ MEMBERS = {
 
 
 def marks(program: str) -> list[pytest.MarkDecorator]:
-    """Return the pytest marks of an example: `qemu`, or `tools` for trio-asyncio, which some Python versions lack."""
+    """Return the pytest marks for an example: `qemu`, or `tools` for trio-asyncio, which some Python versions lack."""
     if "Guest" in program:
         return [pytest.mark.qemu]
     return [pytest.mark.tools] if "on_notification" in program else []
@@ -62,7 +62,7 @@ def test_the_examples_run(pytestconfig: pytest.Config, tmp_path: Path, program: 
 
 
 def used(program: str) -> Iterator[tuple[str, str]]:
-    """Yield the module and the name for each imported name that a program uses."""
+    """Yield the module and the name of each import that a program uses."""
     tree = ast.parse(program)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Tests of docs/application.md: its programs report each notification of a burst, and each trigger causes one."""
+"""Tests of docs/application.md: its programs report a whole burst, and each trigger example sends one notification."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_program_reports_an_overflow(language: str, board: Board, start: Start
     files = [os.open(board.core0.directory / name, os.O_WRONLY | os.O_CREAT) for name in ("left", "right")]
     for _ in range(int(QUEUE.read_text()) // 2 + 1):
         for file in files:
-            os.pwrite(file, b"1", 0)  # The kernel does not merge events of alternating files.
+            os.pwrite(file, b"1", 0)  # The kernel does not merge events for alternating files.
     for file in files:
         os.close(file)
     running.signal(signal.SIGCONT)

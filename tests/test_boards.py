@@ -263,7 +263,7 @@ async def test_each_board_handles_its_own_notifications(place: Place) -> None:
 
 @contextlib.contextmanager
 def covered(directory: Path) -> Iterator[None]:
-    """Cover a directory with an empty tmpfs while the block runs."""
+    """Mount an empty tmpfs over a directory while the block runs."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory], check=True)
     try:
         yield
@@ -342,7 +342,7 @@ async def test_a_board_that_was_open_is_retried_after_the_shortest_pause(
     (place.home / "a/message_5_state").symlink_to("/dev/null")
     peer = place.peer("a")
     async with open_proxies(place.configs("a")) as proxies:
-        for _ in range(20):  # Each reload is an attempt to open the board, and doubles the pause.
+        for _ in range(20):  # Each reload tries to open the board, and doubles the pause.
             await proxies.reload(place.configs("a"))
             await wait_all_tasks_blocked()
         (place.home / "a/message_5_state").unlink()
@@ -469,7 +469,7 @@ async def test_a_refused_reload_changes_nothing(place: Place) -> None:
         refused = await proxies.reload({"a": bad, "b": place.config("b")})
         assert list(refused) == ["a"]
         assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
-        # A board whose file is refused is in `keep`, so it stays open.
+        # `keep` lists the boards with refused files, so board a stays open.
         assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
         for name, peer in peers.items():
             place.trigger(name)

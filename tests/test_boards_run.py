@@ -126,7 +126,7 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"
     assert not Path(f"{boards.home}/b.0").exists()
-    # If the boards directory is missing at a reload, the boards stay open.
+    # If the boards directory is missing during a reload, the boards stay open.
     boards.directory.rename(boards.home / "away")
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
@@ -290,7 +290,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
         service.control("-O")  # Do not restart the service when it ends.
-        # The proxy may not have read the events of the trigger files that it created.
+        # At this point, the proxy might not have read the events for the trigger files that it created.
         os.kill(main_process(service.directory), signal.SIGKILL)
         service.wait("D")
         for name, peer in peers.items():

@@ -1,4 +1,4 @@
-"""Tests of the bundle of descriptors: reading it leaves it unchanged, and an invalid bundle is reported."""
+"""Tests of the descriptor bundle: reading it leaves it unchanged, and an invalid bundle is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Killed(Cupboard):
 
 Bundle(Killed({"bundle": int(sys.argv[1])}))
 """
-"""Program of a successor that is killed after it has read the bundle and before it stores a new one."""
+"""A successor program that is killed after it has read the bundle and before it stores a new one."""
 
 
 def contents(bundle: Bundle) -> dict[str, str]:

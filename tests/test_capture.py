@@ -120,7 +120,7 @@ def test_big_endian_files_and_other_time_resolutions_are_read() -> None:
     data = block(0x0A0D0D0A, struct.pack(">IHHq", 0x1A2B3C4D, 1, 0, -1))
     data += block(1, struct.pack(">HHI", 1, 0, 0) + resolution) + block(5, bytes(8))
     data += block(6, struct.pack(">IIIII", 0, 0, 3, 1, 1) + b"a\0\0\0")
-    # A second section resets byte order and interfaces.
+    # A second section resets the byte order and the interfaces.
     (one, two) = Reader(io.BytesIO(data + HEAD + packet_block(0, 5, b"b", None)), "x")
     assert (one.time_ns, one.data, two.time_ns) == (101_500_000_000, b"a", 5)
 
@@ -242,7 +242,7 @@ def test_a_second_recorder_of_numbered_files_is_refused(tmp_path: Path) -> None:
     append_many(first)
     first.close()
     assert sorted(tmp_path.iterdir()) == first.written
-    (tmp_path / "f_00002").symlink_to("gone")  # The lock of a file that cannot be opened is not checked.
+    (tmp_path / "f_00002").symlink_to("gone")  # The recorder cannot check the lock of a file that it cannot open.
     second = Recorder(tmp_path / "f", size_max=10**6)
     second.close()
     assert second.written == [tmp_path / "f_00003"]
@@ -329,7 +329,7 @@ def test_an_unreadable_file_is_a_permission_error(tmp_path: Path, monkeypatch: p
 
 
 def test_times_do_not_depend_on_a_wall_clock_that_is_set(tmp_path: Path) -> None:
-    """Packets carry the time of the wall clock, and marks record by how much the clock was set."""
+    """Packets carry wall-clock time, and marks record by how much the clock was changed."""
     second, start = 10**9, 5 * 10**9
     steps = (0, 0, 86_400 * second, 86_400 * second, -3600 * second)
     recorder = Recorder(tmp_path / "f")

@@ -1,4 +1,4 @@
-"""Tests of the command line that need no link: arguments, exit codes, `check`."""
+"""Tests of the command line that do not need a link: arguments, exit codes, `check`."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_similar_words_are_suggested(say: Say, words: tuple[str, ...], complaint
     code, out, err = say(*words)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(complaint)
-    # A usage error shows the usage of the command.
+    # A usage error from argparse begins with the usage of the command.
     assert len(err.splitlines()) == 1 or err.startswith(f"usage: {complaint.partition(':')[0]} ")
 
 

@@ -406,7 +406,7 @@ def test_other_files_are_refused(text: bytes, problem: str) -> None:
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Run the block as the user nobody, because root may read every file."""
+    """Run the block as the user nobody, because root can read every file."""
     uid = os.geteuid()
     os.seteuid(uid or 65534)
     try:
@@ -537,7 +537,7 @@ def test_any_value_at_any_key_is_a_board_or_an_error(changes: list[tuple[tuple[s
 
 
 names = st.text(st.sampled_from([chr(c) for c in range(0x21, 0x7F)]), min_size=1, max_size=64)
-# The register of a built-in signal would be an error. Hypothesis also draws strings that occur in our modules.
+# Exclude the registers of built-in signals, which would be errors: Hypothesis also draws strings from our modules.
 registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=60).filter(
     lambda text: text not in {".", "..", *(signal.register for signal in builtin_signals(Path("/")))}
 )

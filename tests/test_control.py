@@ -311,7 +311,7 @@ def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -
         while len(clients) < CLIENTS_MAX:
             client = Client(board.path, stack)
             if "error" in client.greeting:
-                continue  # A tool that another test runs is connected to each proxy for a moment.
+                continue  # A tool that another test runs is briefly connected to this proxy.
             client.ask({"request": "monitor"})
             client.sock.shutdown(socket.SHUT_WR)
             clients.append(client)
@@ -343,7 +343,7 @@ def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:
 
 @pytest.fixture
 def open_home() -> Iterator[Path]:
-    """Yield a directory that all users may enter, unlike pytest's own temporary directories."""
+    """Yield a directory that all users can enter, unlike pytest's own temporary directories."""
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         yield Path(home)
@@ -522,8 +522,8 @@ def in_tmp(home: Path, setup: str) -> tuple[list[str], str]:
 def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Path) -> None:
     result, said = in_tmp(tmp_path, "")
     assert result == ["0", "700", "True"]
-    assert f"{tmp_path}/a: down, " in said
-    # A directory that this user has left there is used again.
+    assert f"{tmp_path}/a: down (no process has bound {tmp_path}/b (No such file or directory)), open since " in said
+    # The proxy and `status` reuse a directory that this user left behind.
     result, said = in_tmp(tmp_path, 'mkdir -m 700 "$1"; chown "$2" "$1"')
     assert result == ["0", "700", "True"]
     assert "warning" not in said
@@ -533,7 +533,7 @@ def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Pa
 @pytest.mark.parametrize(
     "setup",
     [
-        # A user namespace may have no other user. /usr belongs to a user outside of it.
+        # A user namespace might not map any other user. /usr belongs to a user outside the namespace.
         'mkdir -m 700 "$1"; chown 12 "$1" || mount --bind /usr "$1"',
         'mkdir -m 777 "$1"; chown "$2" "$1"; chmod 777 "$1"',
         'mkdir -m 710 "$1"; chown "$2" "$1"',
@@ -544,7 +544,7 @@ def test_tools_find_the_proxy_of_a_user_without_a_runtime_directory(tmp_path: Pa
 )
 def test_a_directory_that_another_user_may_use_is_not_used(tmp_path: Path, setup: str) -> None:
     (code, _, _), said = in_tmp(tmp_path, setup)
-    # The proxy runs without a control socket, and the tools do not look into the directory.
+    # The proxy runs without a control socket, and the tools do not search the directory.
     assert code == "69"
     assert "inco-trio: error: no running proxy answers in /run/inco-trio: " in said
     assert re.search("warning: .*control socket.*/tmp/inco-trio-", said)

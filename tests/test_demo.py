@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -71,7 +72,7 @@ def finish(command: list[str]) -> tuple[int, str, str]:
 
 
 def table(said: str) -> list[list[str]]:
-    """Return the words of each row of the final table."""
+    """Return the words in each row of the final table."""
     return [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
 
 
@@ -268,7 +269,7 @@ def running_qemu(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_sockets(scratch: Path) -> Iterator[Running]:
-    """Yield a demonstration that may not create network namespaces and therefore uses a Unix socket."""
+    """Yield a demonstration that cannot create network namespaces and therefore uses a Unix socket."""
     started = start(scratch, limited("max_net_namespaces", 0, DEMO))
     yield started
     started.close()
@@ -279,10 +280,12 @@ def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
     """Return a canary for each core's network namespace. It detects when the namespace is destroyed."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
-        if str(path.readlink()).startswith("net:"):
-            inherited = os.open(path, os.O_RDONLY)
-            seen[path.readlink()] = canary(inherited)
-            os.close(inherited)
+        # The demonstration may have closed other descriptors since the directory was listed.
+        with contextlib.suppress(FileNotFoundError):
+            if str(path.readlink()).startswith("net:"):
+                inherited = os.open(path, os.O_RDONLY)
+                seen[path.readlink()] = canary(inherited)
+                os.close(inherited)
     assert len(seen) == 2
     return list(seen.values())
 

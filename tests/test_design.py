@@ -30,7 +30,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-"""The layers of inco_trio's packages and modules, lowest first. Each imports only from itself and from lower layers."""
+"""The layers of inco_trio's packages and modules, lowest first. A layer imports only from itself and lower layers."""
 LAYER_OF = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
 QUESTIONS = 10
 FILES_OF_A_RELOAD = 5
@@ -48,7 +48,7 @@ MODULES = {dotted(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Yield the inco_trio modules that `tree` imports when it is executed, without imports for type checking only."""
+    """Yield the inco_trio modules that `tree` imports when executed, except those imported only for type checking."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -107,7 +107,7 @@ def rows(title: str) -> list[list[str]]:
 
 
 def paths(text: str) -> list[str]:
-    """Return the paths in a text: words in backticks that end with a file suffix or a slash."""
+    """Return the paths in `text`: words in backticks that end with a file suffix or a slash."""
     return re.findall(r"`((?:[\w.-]+/)*[\w.-]+(?:\.(?:py|lua|md|c)|/))`", text)
 
 

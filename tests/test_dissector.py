@@ -31,9 +31,9 @@ def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
-    """Return the fields of each frame of a file, decoded by the dissector that is installed in `home`.
+    """Return the fields of each frame in a file, decoded by the dissector that is installed in `home`.
 
-    tshark does not print Lua errors of the dissector on stderr; they appear in the packet tree of the frame.
+    Lua errors in the dissector appear in the packet tree of the frame; tshark does not print them on stderr.
     """
     command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(

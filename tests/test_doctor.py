@@ -454,7 +454,7 @@ def datagram(path: Path) -> socket.socket:
 
 
 def run_fix(found: tuple[str, str, str | None]) -> None:
-    """Run the fix of a result."""
+    """Run the fix that a result contains."""
     assert found[2] is not None
     subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
@@ -514,7 +514,7 @@ def test_the_peer_path_is_checked(tmp_path: Path) -> None:
 
 
 def test_the_registers_directory_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The user of the services may exist on the machine of this test.
+    # The services' user may exist on the machine that runs this test.
     monkeypatch.setattr(register_files, "USER", "no-such-user-of-a-service")
     path = tmp_path / "an irq"
     found = only(register_files.directory(path))
@@ -976,7 +976,7 @@ IN_TWO = (*IN_RUN[:2], ELSEWHERE[2])
 def test_a_proxy_must_use_the_current_content_of_its_file(
     wanted: Config | Sequence[Signal], more: dict[str, Any], changed: str
 ) -> None:
-    # Times do not matter: a file may be newer than the proxy, and the clock may have been set.
+    # Times do not matter: a file may be newer than the proxy, and the clock may have been changed.
     found = only(proxies.configuration(Path("/b.json"), wanted, PROXY, status_of("l0", IN_RUN, **more)))
     if changed:
         text = f"/b.json: process 30 does not use the current version, which differs in {changed}"
@@ -1023,7 +1023,7 @@ def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """Return a list whose results the doctor reports instead of examining the machine."""
+    """Return a list of results, which the doctor reports instead of examining the machine."""
     results: list[Result] = []
     monkeypatch.setattr("inco_trio.doctor.survey.survey", lambda *_, **__: iter(results))
     monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(()))
@@ -1165,7 +1165,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
 
 
 def shown(tmp_path: Path, **environment: str) -> bytes:
-    """Return the output of the doctor on a terminal of 20 columns, including colours."""
+    """Return the output of the doctor on a terminal with 20 columns, including colours."""
     ours, theirs = pty.openpty()
     # struct winsize for TIOCSWINSZ: rows and columns first.
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))

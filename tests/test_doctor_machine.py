@@ -48,7 +48,7 @@ while len(found) < 5:
     subprocess.run(["sh", "-ec", result["fix"]], check=True, stdout=subprocess.DEVNULL)
 print(json.dumps(found))
 """
-"""A program that runs a set-up command, and then the doctor and its fix until the result is ok. Prints all results."""
+"""A program that runs a set-up command, then the doctor and its fix until the result is ok. It prints all results."""
 
 
 def driven(
@@ -271,7 +271,7 @@ def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
         around = [*IN_MOUNTS, "sh", "-c", f'{sysfs} && exec "$@"', "sh"]
         assert of(doctor(cores.core0, cores.link, around=around), "order")["level"] == "warn"
         return
-    # The first fix mounts /sys, the second one pins the queues to a CPU.
+    # The first fix mounts /sys; the second pins the queues to a CPU.
     found = driven(cores.core0, "true", "order", cores.link, cores.link, around=IN_MOUNTS)
     assert levels(found) == ["warn", "warn", "ok"]
     assert found[0]["fix"] == sysfs
@@ -311,7 +311,7 @@ def test_boards_with_the_same_interface_name_are_distinguished(cores: Cores, tmp
         reload = {each["subject"]: each["level"] for each in found if each["check"] == "reload"}
         assert reload == {f"{boards}/b1.json": "ok", f"{boards}/b2.json": "ok"}
         assert [each["subject"] for each in found if each["check"] == "counters"] == ["b1", "b2"]
-        # Without --boards, the link is that of the doctor's namespace.
+        # Without --boards, the doctor examines the link in its own namespace.
         for name, core in (("b1", cores.core0), ("b2", cores.core1)):
             assert of(doctor(core, cores.link), "counters")["subject"] == name
     finally:
@@ -417,7 +417,7 @@ def test_the_fix_ends_the_second_proxy_of_a_directory(
 def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "one")
     running = proxy("--config", udrv)
-    # The file seems to be newer than the proxy, as after the clock was set back.
+    # The file seems to be newer than the proxy, as it would after the clock was set back.
     os.utime(udrv, (1 << 32, 1 << 32))
     found = doctor(cores.core0, cores.link, "--config", udrv)
     assert of(found, "reload")["level"] == "ok"
@@ -596,7 +596,7 @@ def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp
 
 
 def test_no_program_of_a_container_is_suggested(cores: Cores, tmp_path: Path) -> None:
-    """nsenter(1) would run another user's `inco-trio` as root, because that user can mount over it."""
+    """nsenter(1) would run another user's program as root, because that user can mount it over `inco-trio`."""
     ways = {"service": "--mount", "container": "--mount --user --map-root-user"}
     program = "import pathlib, signal, sys; pathlib.Path(sys.argv[-1]).touch(); signal.pause()"
     setup = ""
@@ -611,7 +611,7 @@ def test_no_program_of_a_container_is_suggested(cores: Cores, tmp_path: Path) ->
 
 
 def test_a_container_is_known_by_its_root_directory(tmp_path: Path) -> None:
-    """A container of root, without a user namespace, has other programs, too."""
+    """Even a container that runs as root without a user namespace contains different programs."""
     (process,) = [each for each in look().all if each.pid == os.getpid()]
     root = tmp_path / "root"
     place = root / f"proc/{process.pid}"
@@ -677,14 +677,15 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    # This user cannot tell in which network namespace the proxies of other test runs are, so they may be named, too.
+    # This user cannot tell in which network namespace the proxies of other test runs are. Therefore, the doctor may
+    # also list those proxies.
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
 
 
 def test_a_proxy_of_another_user_does_not_serve_a_socket_of_this_user(nobody: list[str]) -> None:
     """The link of the other user's proxy has the same path, in a network namespace that this user cannot inspect."""
     with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o777)  # Other users may not enter pytest's directories.
+        Path(home).chmod(0o777)  # Other users cannot enter pytest's directories.
         link = f"unix:{home}/core1,peer={home}/core0"
         other = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", link]
         program = f"""

@@ -79,7 +79,7 @@ def board(bench: Bench, name: str) -> Board:
 
 @contextlib.contextmanager
 def answering(path: Path, lines: bytes) -> Iterator[None]:
-    """Listen at a control socket and send `lines` to each client."""
+    """Listen on a control socket and send `lines` to each client."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -165,7 +165,7 @@ def test_stopped_proxies_time_out_in_parallel(bench: Bench, monkeypatch: pytest.
 
 
 def test_duplicate_and_unusual_names_are_distinguished(bench: Bench) -> None:
-    """Two network namespaces may have interfaces, and thus proxies, with the same name."""
+    """Two network namespaces can have interfaces, and thus proxies, with the same name."""
     odd = ["eth0", "eth0", 'a"b\\c', "\N{SNOWMAN}", "line\nbreak"]
     paths = []
     for number, name in enumerate(odd):
@@ -470,7 +470,7 @@ QUIET = {
     "IncoTrioRestarts": (GONE, "0x10 1x10"),
     "IncoTrioGatewaySilent": ('inco_trio_followed{proxy="p",board="b",link="l"}', "1x20"),
 }
-"""Input series for which no alert may fire."""
+"""Input series that must not cause an alert."""
 CASES = {
     "IncoTrioProxySilent": ('inco_trio_proxy_up{proxy="p"}', "0x20"),
     "IncoTrioProxyGone": (GONE, "1x9 stale _x10", FOUND, "1x20"),

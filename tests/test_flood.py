@@ -1,4 +1,4 @@
-"""Tests of a link that other programs flood with frames without a known name."""
+"""Tests of a link that other programs flood with frames that carry no known name."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from tests.fresh import as_environment, find_mirror, local_files
 
 
-def test_settings_of_pip_become_environment_variables(tmp_path: Path) -> None:
+def test_settings_of_pip_become_environment_variables_for_pip_and_uv(tmp_path: Path) -> None:
     certificate = tmp_path / "ca.crt"
     certificate.touch()
     listed = f"""
@@ -28,6 +28,8 @@ install.timeout='6'
         "PIP_EXTRA_INDEX_URL": "https://example.org/simple",
         "PIP_RETRIES": "7",
         "PIP_TIMEOUT": "6",
+        "SSL_CERT_FILE": str(certificate),
+        "UV_INDEX": "https://example.org/simple",
     }
     assert local_files(settings) == [certificate]
 

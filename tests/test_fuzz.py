@@ -1,4 +1,4 @@
-"""Tests of the fuzz targets: their seeds are valid, and a target fails if the code is wrong."""
+"""Tests of the fuzz targets: all seeds pass, and a target detects faulty code."""
 
 from __future__ import annotations
 

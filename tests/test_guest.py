@@ -31,7 +31,7 @@ GUEST_MAC = bytes.fromhex(MAC.replace(":", ""))
 
 
 class Host:
-    """Core 0's side of the link: a datagram socket that receives from QEMU and sends to QEMU's path."""
+    """Core 0's side of the link: a datagram socket that receives frames from QEMU and sends frames to QEMU's socket."""
 
     def __init__(self, directory: Path) -> None:
         self.local, self.remote = directory / "host", directory / "guest"
@@ -507,7 +507,7 @@ def built(directory: Path) -> bytes:
 
 
 def compiler(firmware: bytes) -> bytes:
-    """Return GCC's identification from the section `.comment`."""
+    """Return the GCC version string from the section `.comment`."""
     found = re.search(rb"GCC: [^\0]*", firmware)
     assert found
     return found[0]
@@ -517,5 +517,5 @@ def test_the_firmware_is_built_reproducibly_from_its_source(tmp_path: Path) -> N
     first = built(tmp_path / "first")
     assert first == built(tmp_path / "a second one, with a longer name")
     shipped = FIRMWARE.read_bytes()
-    # Only the same compiler version generates the same bytes.
+    # Different compiler versions may generate different bytes.
     assert compiler(first) != compiler(shipped) or first == shipped

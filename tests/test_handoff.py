@@ -64,7 +64,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
-    """Run `main`, and fail if it never ends."""
+    """Run `main`, and fail if it does not finish in time."""
 
     async def guarded() -> None:
         with trio.fail_after(HANG):
@@ -140,7 +140,7 @@ def test_an_aborted_hand_over_ends_with_its_task(world: World) -> None:
 
 
 def test_a_hand_over_after_an_abort_ends_with_its_task(world: World) -> None:
-    """Abort after the first batch was taken, so that the task hands over the second batch on a closed channel."""
+    """Abort after the first batch has been taken: the task then hands over the second batch on a closed channel."""
 
     async def hand_over_two() -> None:
         await world.handoff.hand_over(world.batch("first", NOTIFY))

@@ -35,7 +35,7 @@ SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
 NOW = (2 * 10**9, 10**17)
-"""Wall-clock time and monotonic time of all notifications. No pause of a follower ends later than this."""
+"""The wall-clock time and the monotonic time of all notifications. Every pause of a follower ends earlier."""
 FEW = 6
 
 
@@ -54,7 +54,7 @@ def single_events(line: str) -> list[Event]:
 
 
 class ServedBoard:
-    """A stand-in for the proxies of a control socket."""
+    """A stand-in for the boards that a control socket serves, without any proxies."""
 
     name = BOARD
 
@@ -140,12 +140,12 @@ class Walk(RuleBasedStateMachine):
         follower = self.follower
         assert follower is not None
         self._receive("".join(follower._stored()).encode())
-        if not follower._behind:  # Like `take`, wait for events. The follower then transmits the next ones at once.
+        if not follower._behind:  # Wait for events, as `take` does. The follower then transmits new events at once.
             follower._arrived, follower._is_idle = trio.Event(), True
 
     def _receive(self, lines: bytes) -> int:
         events = [event for line in lines.decode().splitlines() for event in single_events(line)]
-        # An acknowledgement includes all lower numbers, so a number must not follow a higher one.
+        # An acknowledgement covers all lower numbers, so the numbers must arrive in ascending order.
         numbers = [self.last, *(event.sequence for event in events)]
         assert numbers == sorted(set(numbers))
         self.last = numbers[-1]
@@ -173,7 +173,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.follower is not None)
     @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=FEW + 1, max_size=FEW + 2), number=st.integers(1, 2))
     def overflow(self, signals: list[Signal], number: int) -> None:
-        """Handle more notifications than the history keeps while others are unacknowledged."""
+        """While some notifications are unacknowledged, handle more than the history keeps."""
         self.read()
         self.handle(signals)
         self.acknowledge(number)
@@ -202,7 +202,7 @@ def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
 
 
 def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merge notifications while the follower has not acknowledged earlier merged ones, and then kill the follower."""
+    """Merge more notifications before the follower acknowledges the earlier merged ones. Then kill the follower."""
     monkeypatch.setattr(room, "KEPT", FEW)
     monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
     inflight = Inflight.open()
@@ -235,7 +235,7 @@ def test_later_notifications_wait_for_merged_ones(monkeypatch: pytest.MonkeyPatc
     assert merged == ("merged", 4, 1)
     assert handle(first, 2) == []
     acknowledge(first, one, two)
-    assert read(first) == []  # 5 and 6 are merged, but `merged` is not acknowledged yet.
+    assert read(first) == []  # 5 and 6 are merged, but `merged` has not been acknowledged yet.
     acknowledge(first, three, merged)
     second, *others = read(first)
     assert (second, others[0]) == (("merged", 6, 2), ("notification", 7, 0))
@@ -265,7 +265,7 @@ def test_an_ended_history_is_empty() -> None:
 
 @pytest.fixture
 def new_history() -> Iterator[Callable[[], History]]:
-    """Begin a history in new memory."""
+    """Yield a function that begins a history in new memory."""
     with ExitStack() as stack:
 
         def make() -> History:
@@ -299,7 +299,7 @@ def test_a_replaced_history_is_read_to_its_end_first(new_history: Callable[[], H
 
 
 def test_a_long_rest_of_a_replaced_history_precedes_the_next_history(new_history: Callable[[], History]) -> None:
-    """The rest does not fit into the lines that `take` returns at once."""
+    """The rest of the old history does not fit into the lines that a single call to `take` returns."""
 
     async def main() -> None:
         follower, read = Follower(), list[tuple[str, int]]()
@@ -318,7 +318,7 @@ def test_a_long_rest_of_a_replaced_history_precedes_the_next_history(new_history
 
 @pytest.mark.parametrize("batches", [False, True])
 def test_a_reopened_board_continues_its_history(batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next proxy uses the same memory. Merged, sent and unsent notifications arrive once each."""
+    """The next proxy uses the same memory. Merged, sent and unsent notifications each arrive exactly once."""
     monkeypatch.setattr(room, "KEPT", FEW)
     monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
     inflight, follower, events = Inflight.open(), Follower(batches=batches), list[Event]()
@@ -342,7 +342,7 @@ def test_a_reopened_board_continues_its_history(batches: bool, monkeypatch: pyte
 def test_a_replaced_history_with_merged_notifications_is_read_once(
     acknowledged: int, monkeypatch: pytest.MonkeyPatch, new_history: Callable[[], History]
 ) -> None:
-    """The queue of the follower is full from the second event on."""
+    """The follower's queue is full from the second event onwards."""
     monkeypatch.setattr(room, "KEPT", FEW)
     monkeypatch.setattr("inco_trio.control.monitors.AHEAD", 3)
     monkeypatch.setattr("inco_trio.control.monitors.WAITING_MAX", 1)
@@ -398,7 +398,7 @@ def test_a_large_backlog_does_not_delay_other_boards(new_history: Callable[[], H
 
 
 class SlowClient:
-    """A client of the control socket that reads only in `read`. The send buffer of its connection is tiny."""
+    """A control socket client that reads only when `read` is called. Its connection has a tiny send buffer."""
 
     def __init__(self, feed: Feed) -> None:
         proxy, self._client = socket.socketpair()
@@ -415,12 +415,12 @@ class SlowClient:
         raise AssertionError
 
     async def send(self, *requests: Mapping[str, object]) -> None:
-        """Send requests, and wait until the connection has handled them or waits for the client."""
+        """Send requests, and wait until the connection has handled them or is waiting for the client."""
         self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
         await wait_all_tasks_blocked()
 
     async def read(self) -> list[dict[str, Any]]:
-        """Return all lines that the proxy has written, except those that `read` has returned before."""
+        """Return all lines that the proxy has written and that `read` has not returned yet."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 await wait_all_tasks_blocked()
@@ -431,7 +431,7 @@ class SlowClient:
 
 @pytest.mark.parametrize("batches", [False, True])
 def test_a_response_does_not_split_an_event_that_was_only_partly_written(batches: bool) -> None:
-    """The send buffer accepts the first part of the events. The client then sends requests before it reads on."""
+    """The send buffer accepts the first part of the events. The client then sends requests before it reads more."""
 
     async def main() -> list[dict[str, Any]]:
         feed, history = Feed(ServedBoard()), History(Inflight.open().history)
@@ -459,7 +459,7 @@ def test_a_response_does_not_split_an_event_that_was_only_partly_written(batches
 
 
 def test_no_event_follows_a_response_that_was_only_partly_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxy shuts down while it writes a response. It then still writes the queued events."""
+    """The proxy shuts down while it writes a response. It completes the response, then writes the queued events."""
     missing = {f"b{number}": "the interface does not exist" for number in range(100)}
 
     async def main() -> list[dict[str, Any]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from inco_trio.control import place
 from inco_trio.frame import encode
+from inco_trio.links.address import parse_address
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
@@ -77,7 +81,8 @@ def test_the_history_has_what_happened_before_it_was_asked(board: Board) -> None
     assert events(board, "--since", "1h") == found
     done = history("--control", board.path)
     lines = done.stdout.splitlines()
-    assert done.stderr == f"inco-trio: {len(found)} lines of the history of {board.home}/core0\n"
+    begins = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found[0]["time"]))
+    assert done.stderr == f"inco-trio: {len(found)} lines of the history of {board.home}/core0, which begins {begins}\n"
     assert lines[0].endswith(":")
     assert f"in  {IN} pending: cannot write: not a regular file but a directory" in done.stdout
     assert f"in  {IN} (was pending for " in done.stdout
@@ -122,7 +127,7 @@ def test_an_invalid_size_is_refused(board: Board) -> None:
 
 @pytest.mark.s6
 def test_the_history_survives_a_kill(board: Board) -> None:
-    """The fd store is a real s6-fdholder-daemon; the process dies without warning."""
+    """The fd store is a real s6-fdholder-daemon, and the process is killed with SIGKILL."""
     holder = Holder(board.home)
     holder.start()
     words = [board.link, "--irq-dir", str(board.irq), "--control", str(board.path), "--fd-holder", holder.socket]
@@ -149,6 +154,45 @@ def test_the_history_survives_a_kill(board: Board) -> None:
     assert started == ["started", "started again after the previous process had ended without a stop"]
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["--control", "default path"])
+def test_the_history_says_that_a_killed_process_left_none(board: Board, given: bool) -> None:
+    if not given:
+        board.path = place.default_path(parse_address(board.link).label)
+    messages = []
+    for number in range(3):
+        proxy = board.start(control="" if given else None)
+        proxy.wait_ready()
+        messages.append(events(board)[0]["message"].replace(str(proxy.process.pid), "N"))
+        if number == 0:
+            proxy.process.kill()
+            proxy.process.wait(HANG)
+        else:
+            proxy.stop()
+    lost = "earlier history is unknown: no fd store keeps it"
+    assert messages == [
+        f"started (PID N); {lost}",
+        f"started after the previous process had ended without a stop (PID N); {lost}",
+        f"started (PID N); {lost}",
+    ]
+
+
+def test_the_history_names_what_it_no_longer_keeps(board: Board) -> None:
+    board.running("--history", "1")
+    peer = board.core1()
+    client = board.client()
+    client.ask({"request": "monitor"})
+    for _ in range(2):
+        board.inbound(peer)
+        client.until(event="notification")
+    for number in range(17):
+        board.inbound(peer, encode(f"stranger{number}".encode(), MAC))
+        client.until(event="ignored")
+    done = history("--control", board.path)
+    assert f"{board.home}/core0: notifications before 2" in done.stderr
+    assert f"{board.home}/core0: events before 2" not in done.stderr
+    assert " are not kept (`inco-trio run --history N` keeps more)\n" in done.stderr
+
+
 @pytest.mark.netns
 def test_a_link_that_goes_down_is_logged_counted_and_recorded(
     proxy: StartProxy, cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
@@ -162,6 +206,10 @@ def test_a_link_that_goes_down_is_logged_counted_and_recorded(
     board.path = control
     found = [each for each in events(board) if each["event"] == "link"]
     assert [each["running"] for each in found] == [True, False, True]
+    assert [each["message"].partition(" s: ")[2] for each in found] == ["", "no carrier", ""]
+    assert "duration" not in found[0]
+    for before, after in itertools.pairwise(found):
+        assert 0 < after["duration"] < (after["monotonic_ns"] - before["monotonic_ns"]) / 1e9 + 1e-3
     done = subprocess.run([*COMMAND, "status", "--control", str(control)], capture_output=True, text=True, check=True,
                           timeout=HANG)  # fmt: skip
     assert "the link went down 1 time, last " in done.stdout

@@ -109,7 +109,7 @@ def test_new_memory_is_empty(memory: Inflight) -> None:
 
 
 def test_no_byte_of_the_mark_can_end_a_text(memory: Inflight) -> None:
-    # With an ASCII byte in the mark, one in 256 processes would return a long text without its last byte.
+    # If the mark contained an ASCII byte, one in 256 processes would return a long text without its last byte.
     for bank in memory.frames:
         assert not any(map(str.isascii, bank.blank[SHORT:FRAME_STEP].decode("latin-1")))
 
@@ -156,7 +156,7 @@ def test_a_long_frame_is_recovered_completely(
     memory: Inflight, successor: Callable[[], Inflight], length: int, slot: int, fill: bytes
 ) -> None:
     bank = memory.frames[0]
-    # The frame is so long that it also fills the following slots.
+    # A frame that is longer than a slot also occupies the following slots.
     whole = (b"head" + fill * 124 + b"a part" + fill * FRAME_MAX)[: length - 1] + b"e"
     for number in range(slot):
         bank.view[number * FRAME_STEP : number * FRAME_STEP + 5] = b"short"

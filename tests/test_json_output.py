@@ -1,4 +1,4 @@
-"""Tests that the JSON of each command has a version, and only keys that docs/commands.md explains."""
+"""Tests that every command's JSON output contains a version, and only keys that docs/commands.md explains."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KEY = re.compile("`([a-z_0-9]+)`")
 TABLE = (DOCS / "commands.md").read_text().partition("## JSON output")[2]
 ROWS = re.findall(r"^\| (`.*?) \| (.*) \|$", TABLE, re.MULTILINE)
 EXPLAINED = {name: set(KEY.findall(text)) for names, text in ROWS for name in re.findall("`(.*?)`", names)}
-"""The keys of each command in the table of the page."""
+"""The JSON keys of each command in the table on the page."""
 OF_CONTROL = set(KEY.findall((DOCS / "control.md").read_text()))
 OF_DATA = "sent expected came missing surplus unknown left_out notes refused send broker counters"
 BY_NAME = set(OF_DATA.split())
-"""Keys whose values are objects keyed by names, such as signal names."""
+"""Keys that hold an object with variable keys, for example one key per signal name."""
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from inco_trio.links.name_filter import SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.rtnetlink import IFF_LOWER_UP, Interface, Rtnetlink
+from inco_trio.linux.rtnetlink import IFF_LOWER_UP, OPERSTATES, Interface, Rtnetlink
 from inco_trio.linux.sockets import SO_LOCK_FILTER
 from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
@@ -49,7 +49,7 @@ def close(link: PacketLink) -> None:
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
-    """Change the attributes of an interface on core 0, and wait until all interfaces that have a carrier can send."""
+    """Change the attributes of an interface on core 0, and wait until all interfaces with a carrier can send."""
     from pyroute2 import IPRoute
 
     def inside() -> None:
@@ -57,7 +57,7 @@ def change(cores: Cores, interface: str, **attributes: Any) -> None:
             links.link("set", ifname=interface, **attributes)
 
     def settle() -> None:
-        # The kernel activates the queue of an interface some time after its carrier, and drops frames until then.
+        # The kernel activates an interface's queue some time after the carrier appears, and drops frames until then.
         with IPRoute() as links:
             while any(
                 each["flags"] & IFF_LOWER_UP and each.get_attr("IFLA_OPERSTATE") == "DOWN" for each in links.get_links()
@@ -174,7 +174,7 @@ def test_own_frames_are_not_received(
 
 @pytest.mark.parametrize("random", range(2))
 def test_frames_that_the_kernel_hands_to_a_vlan_are_rejected(link: PacketLink, random: int) -> None:
-    """The kernel first passes a VLAN's frame to sockets on the parent interface, but reports the VLAN's index."""
+    """The kernel first passes a VLAN frame to the parent interface's sockets, but with the VLAN interface's index."""
     index = link._index
     link.expect({b"ihub_reset_irq"}, ())
     for restricted in (False, True):
@@ -205,7 +205,7 @@ def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: Packet
     assert [name for name in names if name in expected] == expected
     sample = [name for name in names if name is not None and name.startswith(b"unknown_")]
     assert len(names) == len(sample) + len(expected)
-    # The probability of an empty sample, or of one above five times the mean of 20 frames, is below 1e-8.
+    # The probability that the sample is empty or exceeds five times its mean (20 frames) is below 1e-8.
     assert 0 < len(sample) < 100
 
 
@@ -336,13 +336,19 @@ def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> Non
     cores.delete_link()
     assert not link.refresh()
     assert not link.running
+    assert link.down_reason == "no such interface yet"
     cores.make_link()
     assert link.refresh()
     assert link.running
+    assert link.down_reason == ""
     assert len(link.mac) == 6
     cores.link_down()
     assert link.refresh()
     assert not link.running
+    assert link.down_reason == "the interface was set down"
+    cores.delete_link()
+    assert not link.refresh()
+    assert link.down_reason == "the interface is gone or was renamed"
 
 
 def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
@@ -359,9 +365,17 @@ def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtne
             links.link("set", ifname=cores.link, state="down")
 
     run(main)
+    assert link.down_reason == "no carrier"
     with pytest.raises(OSError, match="Network is down") as caught:
         link.send("redun_notify_irq")
     assert caught.value.errno == errno.ENETDOWN
+
+
+def test_an_interface_with_a_carrier_names_its_state(watcher: Rtnetlink, cores: Cores) -> None:
+    found = watcher.interface(cores.link)
+    assert found is not None
+    dormant = attrs.evolve(found, running=False, carrier=True, operstate=OPERSTATES.index("DORMANT"))
+    assert dormant.down_reason == "the interface is not RUNNING, but DORMANT"
 
 
 def test_the_queue_outlives_the_interface(link: PacketLink, cores: Cores, core1: Peer) -> None:

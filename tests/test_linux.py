@@ -1,4 +1,4 @@
-"""Tests of the package `linux`, the only place for Linux constants and C calls."""
+"""Tests of the package `linux`, the only place for Linux constants and for calls to C functions."""
 
 from __future__ import annotations
 

@@ -355,12 +355,13 @@ def test_no_line_overtakes_a_held_line(capfd: pytest.CaptureFixture[str], monkey
     now = PERIOD
     handler._release()
     assert lines() == [failed + omitted, works + omitted]
-    # The problem changes and ends, but only the problem was logged less than a period ago.
+    # The second problem line is held, because the first one was logged less than a period ago. All later lines
+    # about the file must then be held as well.
     now = 3 * PERIOD
     problems.failed("/f", "cannot write")
     problems.failed("/f", "cannot open")
     problems.well("/f")
-    # Another key may belong to the same file.
+    # Different keys can belong to the same file.
     problems.failed(("/f", "states"), "missing", "/f")
     with working_for("b1"):
         logger.warning("another board")

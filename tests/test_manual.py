@@ -1,4 +1,4 @@
-"""Tests that man pages and completions match the parser and work in man and in shells."""
+"""Tests that the man pages and completions match the parser, and that they work in man and in the shells."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ Complete = Callable[[Path, str], set[str]]
 
 
 def in_bash(cwd: Path, line: str) -> set[str]:
-    """Return bash's completions of `line` by calling the completion function as readline does."""
+    """Return bash's completions of `line`. Call the completion function in the same way as readline."""
     words = line.split(" ")
     script = f"""
         . {BASH}
@@ -185,7 +185,7 @@ def run(cwd: Path, *command: str) -> set[str]:
 
 
 def in_zsh(cwd: Path, line: str) -> set[str]:
-    """Return zsh's completions of `line` on a terminal; a wrapper of compadd writes them to a file."""
+    """Return zsh's completions of `line`. zsh runs on a terminal, and a wrapper for compadd writes them to a file."""
     fifo = cwd / "fifo"
     os.mkfifo(fifo)
     (cwd / ".zshrc").write_text(f"""
@@ -227,7 +227,7 @@ def in_zsh(cwd: Path, line: str) -> set[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return a PATH directory as pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
+    """Return a directory for PATH as pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
     environment = tmp_path / "environment"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for source, where in wheel["shared-data"].items():

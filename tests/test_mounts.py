@@ -40,7 +40,7 @@ def mounts() -> Iterator[Mounts]:
 
 
 class Follower:
-    """A callback that counts its calls and lets a test wait for the next one."""
+    """A callback that counts its calls and lets a test wait for the next call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -128,7 +128,7 @@ def test_a_refused_descriptor_leaves_none_open(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_lack_of_descriptors_does_not_end_the_watcher() -> None:
-    """poll(2) would fail with EINVAL under this limit, and epoll_wait(2) does not."""
+    """Under this limit, poll(2) would fail with EINVAL, but epoll_wait(2) works."""
     mounts = Mounts()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))

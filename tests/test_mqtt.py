@@ -123,7 +123,7 @@ def test_nothing_is_lost_when_broker_gateway_or_network_fail(bench: Bench) -> No
         sent += number
 
     def check() -> None:
-        """Check that all notifications arrived in order. Ignore duplicates, which repeat a number."""
+        """Check that all notifications arrived in order. Ignore duplicates, which repeat a sequence number."""
         last = 0
         for told in reader.notifications():
             number = told.body["sequence"]
@@ -160,7 +160,7 @@ def test_the_command_of_the_page_runs(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway()
     reader.until_status(bench.name, state="online")
-    # A refused reload changes nothing; a successful reload loses no notification.
+    # A refused reload changes nothing, and a successful reload loses no notifications.
     (bench.home / "gateway.json").write_text('{"boards": []}')
     gateway.process.send_signal(signal.SIGHUP)
     while "reload refused" not in gateway.log:
@@ -200,7 +200,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
         for name in ("b2", "b3"):
             peer.sendto(FRAME, f"{bench.home}/{name}-0")
         assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # Notifications from before the removal of a board still arrive once the broker is back.
+        # Notifications that precede the removal of a board still arrive once the broker runs again.
         bench.broker.end()
         for _ in range(200):
             peer.sendto(FRAME, f"{bench.home}/b3-0")
@@ -212,7 +212,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
         bench.broker.start()
         last = next(told for told in reader.notifications() if told.body["sequence"] == 201)
         assert last.topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # A board that is added again starts with sequence 1.
+        # A board that is added again starts with sequence number 1.
         for _ in range(2):
             add("b3")
             proxy.process.send_signal(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Tests of the gateway with brokers that have limits, TLS and ACLs, and over connections that are cut and stalled."""
+"""Tests of the gateway with brokers that have limits, TLS and ACLs, and over connections that are cut or stalled."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def with_signals(bench: Bench) -> socket.socket:
-    """Start the proxy with the outbound signals SIGNALS, and return the socket of core 1."""
+    """Start the proxy with the outbound signals in SIGNALS, and return core 1's socket."""
     config = bench.home / "udrv.json"
     write_udrv(config, bench.board.irq, {}, {name: f"{name}_trig" for name in SIGNALS})
     peer = bench.board.core1()
@@ -46,7 +46,7 @@ def with_signals(bench: Bench) -> socket.socket:
 
 
 def names(peer: socket.socket, number: int) -> list[str]:
-    """Receive frames as core 1, and return the names of their signals."""
+    """Receive `number` frames as core 1, and return their signal names."""
     return [peer.recv(2048)[14:].rstrip(b"\0").decode() for _ in range(number)]
 
 
@@ -183,7 +183,7 @@ def test_boards_do_not_wait_for_the_requests_of_each_other(tmp_path: Path, stack
 
 @pytest.mark.parametrize("prefix", [None, "answers"])
 def test_no_request_makes_the_gateway_publish_elsewhere(tmp_path: Path, stack: ExitStack, prefix: str | None) -> None:
-    """A gateway must not lend its permissions to a client, whether the signal is permitted or not."""
+    """The gateway must not lend its permissions to a client, whether or not the signal is permitted."""
     bench = Bench(tmp_path, stack)
     bench.broker.start()
     peer = with_signals(bench)
@@ -240,7 +240,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
 
 
 def drain(peer: socket.socket) -> None:
-    """Receive all frames that wait in the socket of core 1."""
+    """Receive all frames that are queued in core 1's socket."""
     try:
         while True:
             peer.recv(2048)

@@ -1,4 +1,4 @@
-"""Tests of a gateway's configuration: URL and file."""
+"""Tests of the gateway's configuration: the URL and the file."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_error_names_a_missing_credential_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("board", ["b1", "/run/b1/core0", "ä", "\udcff", "x" * 1000])
 def test_client_ids_suit_every_broker(board: str) -> None:
-    """MQTT 5, 3.1.3.1: brokers must accept 23 bytes; some brokers refuse `/` and `:`."""
+    """Brokers must accept client IDs of up to 23 bytes (MQTT 5, 3.1.3.1). Some brokers refuse `/` and `:`."""
     assert re.fullmatch("[0-9a-zA-Z-]{1,23}", Topics("lab", board).client_id)
     assert Topics("lab", board).client_id != Topics("lab", f"{board}x").client_id
 

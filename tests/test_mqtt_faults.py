@@ -219,7 +219,7 @@ def test_a_broker_that_closes_the_connection_is_an_error() -> None:
                 nursery.start_soon(trio.to_thread.run_sync, hang_up)
                 with pytest.raises(BrokerLostError, match=r"without an answer|broke|reset"):
                     async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
-                        pytest.fail("connected without an answer of the broker")
+                        pytest.fail("connected without an answer from the broker")
 
         trio.run(main)
 
@@ -342,7 +342,7 @@ def test_sending_more_does_not_hide_that_a_broker_is_lost(tmp_path: Path, stack:
             clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
             for _ in range(12):
                 connection.send(Receipts(1, [None]), [(0, Message("lab/x", b""))])
-                await trio.sleep(1)  # The time of a simulated clock.
+                await trio.sleep(1)  # The clock is simulated.
             pytest.fail("a message has extended the time limit for the first one")
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
@@ -447,7 +447,7 @@ def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitS
             received = [await connection.received.receive() for _ in range(3)]
             for each in received[:acknowledged]:
                 await connection.acknowledge(each)
-            # The broker's acknowledgement shows that it has read the earlier packets.
+            # This acknowledgement shows that the broker has read the earlier packets.
             await connection.publish([Message("other", b"")])
             return [each.payload for each in received]
 

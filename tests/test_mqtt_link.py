@@ -1,4 +1,4 @@
-"""Tests of the bridge between two cores over a real mosquitto; each side is a separate process."""
+"""Tests of the bridge between two cores over a real mosquitto. Each side of the bridge is a separate process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Core:
 
 
 class Bench:
-    """A broker and two cores whose bridge is not running yet."""
+    """A broker and two cores. The bridge between the cores is not running yet."""
 
     def __init__(self, home: Path, stack: ExitStack, *lines: str) -> None:
         self.home, self.stack = home, stack
@@ -160,7 +160,7 @@ def test_a_frame_that_is_larger_than_the_brokers_packets_does_not_block_others(t
         bench = Bench(tmp_path, stack, "max_packet_size 700")
         bridges = bench.joined()
         here, there = bench.cores
-        # While the bridge is stopped, frames wait, so that it reads several of them at once.
+        # Queue the frames while the bridge is stopped, so that it reads several of them at once.
         os.kill(bridges[0].process.pid, signal.SIGSTOP)
         small = [frame(number) + bytes(200) for number in range(6)]
         for data in (*small[:4], bytes(1500), small[4], bytes(1400), small[5]):
@@ -204,7 +204,7 @@ def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 
 class EchoingConnection:
-    """Delivers other messages with the topic `topic` before or after the status that the bridge publishes."""
+    """A fake connection that delivers other messages on `topic` before or after the bridge's own status."""
 
     def __init__(self, topic: str, before: list[bytes], after: list[bytes]) -> None:
         self.entry, self.received = trio.open_memory_channel[Received](10)
@@ -252,10 +252,10 @@ def test_only_a_process_that_connects_again_is_another_process(
     async def sleep(_connection: object) -> None:
         await trio.sleep_forever()
 
-    setattr(bridge, "_publish_all", sleep)  # noqa: B010 - mypy does not allow to assign a method
+    setattr(bridge, "_publish_all", sleep)  # noqa: B010 - mypy does not allow assigning a method
 
     async def main() -> None:
-        with trio.move_on_after(60):  # The time of a simulated clock.
+        with trio.move_on_after(60):  # The clock is simulated.
             await bridge._exchange(connection)
 
     with pytest.raises(SessionTakenError) if is_taken else contextlib.nullcontext():
@@ -271,7 +271,7 @@ def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
 
 
 def test_the_position_request_is_repeated(bench: Bench) -> None:
-    """The test's own subscription hides from core 0's side that core 1's side has not subscribed."""
+    """Because the test has subscribed, core 0's side cannot notice that core 1's side has not subscribed."""
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
     bench.bridge(0)
@@ -314,7 +314,7 @@ def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
 
 
 def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None:
-    """Without an fd store, each restart resets the sequence numbers. The other side is not running meanwhile."""
+    """Without an fd store, each restart resets the sequence numbers. The other side is down during the restarts."""
     bridge, away = bench.joined()
     bench.cores[0].send(frame(0))
     assert bench.cores[1].receive() == frame(0)
@@ -480,7 +480,7 @@ def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
 
 
 def test_statistics_can_be_logged_before_opening() -> None:
-    """SIGUSR1 may arrive before the bridge is open."""
+    """SIGUSR1 can arrive before the bridge is open."""
     address = parse_address("unix:/x/wire,peer=/x/core")
     assert isinstance(address, UnixAddress)
     bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
@@ -489,7 +489,7 @@ def test_statistics_can_be_logged_before_opening() -> None:
 
 
 def test_a_number_that_the_next_process_cannot_use_is_refused() -> None:
-    """Any client that may publish to the topic could otherwise make the next process forget all numbers."""
+    """Otherwise, any client that may publish to the topic could make the next process discard all numbers."""
     for first, is_valid in ((NUMBER_MAX - 2, True), (NUMBER_MAX - 1, False), ((1 << 63) - 1, False)):
         data = Batch(bytes(8), first, [b"x", b"y"]).encode()
         if not is_valid:
@@ -564,7 +564,7 @@ class Flow:
             self._received.append(self._there.receive())
 
     def check(self) -> int:
-        """Check that all frames arrived in order, apart from repetitions; return the number of duplicates."""
+        """Check that all frames arrived in order. Ignore duplicates, and return their number."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(HANG)
@@ -577,7 +577,7 @@ class Flow:
 
 LAST = encode(b"last", MAC)
 ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
-"""Number of faults in a random walk; thousands of faults take minutes."""
+"""The number of faults in a random walk. Thousands of faults take minutes."""
 
 
 def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:

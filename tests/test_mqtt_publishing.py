@@ -1,4 +1,4 @@
-"""Tests of the publisher of a board, with a session without I/O."""
+"""Tests of a board's publisher, with a session that does no I/O."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOPICS = Topics("lab", "b1")
 
 
 class Connection:
-    """A connection whose packets stay in the session, with a broker that answers when the test lets it."""
+    """A fake connection. Sent packets stay in the session, and the broker answers only when the test calls `answer`."""
 
     def __init__(self, **connack: Any) -> None:
         self.session = Session("broker", mqtt5.ConnectPacket("me"))
@@ -47,7 +47,7 @@ class Connection:
             self.session.publish(message, receipts, number)
 
     def sent(self) -> list[mqtt5.PublishPacket]:
-        """Return the packets that were sent since the last call."""
+        """Return the packets that have been sent since the last call."""
         packets: list[Any] = []
         while self.session.out:
             packet, length = mqtt5.read(memoryview(bytes(self.session.out)))
@@ -56,7 +56,7 @@ class Connection:
         return packets
 
     def answer(self, *packets: mqtt5.PublishPacket, reason: str = "SUCCESS") -> None:
-        """Acknowledge packets in one piece of data."""
+        """Acknowledge packets, as if a single read had returned all acknowledgements."""
         code = getattr(mqtt5.PubAckReasonCode, reason)
         self.session.feed(b"".join(mqtt5.PubAckPacket(p.packet_id or 0, reason_code=code).write() for p in packets))
         self.room_changed()
@@ -176,11 +176,11 @@ def test_refused_notifications_are_sent_again_before_later_ones(ending: str, cap
                 connection.answer(*packets)
                 assert board.published == 4
                 return
-            await trio.sleep(REFUSED_AGAIN + 1)  # The time of a simulated clock.
+            await trio.sleep(REFUSED_AGAIN + 1)  # The clock is simulated.
             (again,) = connection.sent()
             assert numbers([again]) == [2]
             connection.answer(again, reason="QUOTA_EXCEEDED")
-            await trio.sleep(REFUSED_AGAIN + 1)  # The time of a simulated clock.
+            await trio.sleep(REFUSED_AGAIN + 1)  # The clock is simulated.
             connection.answer(*connection.sent())
             assert source.acknowledged == [1, 2, 3]
             later = connection.sent()
@@ -204,7 +204,7 @@ def test_a_recovery_is_logged_only_once_the_broker_accepts_a_notification(caplog
             first, second = connection.sent()
             connection.answer(first)
             connection.answer(second, reason="NOT_AUTHORIZED")
-            await trio.sleep(1)  # The time of a simulated clock.
+            await trio.sleep(1)  # The clock is simulated.
         board.leave(source)
         board.follow(source)  # This clears the queue.
         async with publishing(board, other, problems):
@@ -242,7 +242,7 @@ def test_a_notification_that_is_too_large_for_the_broker_stays_pending(caplog: p
         (board, source), connection = followed(), Connection(max_packet_size=64)
         async with publishing(board, connection):
             add(board, 1, 3)
-            await trio.sleep(3 * REFUSED_AGAIN)  # The time of a simulated clock.
+            await trio.sleep(3 * REFUSED_AGAIN)  # The clock is simulated.
             assert (connection.sent(), source.acknowledged, len(board.waiting)) == ([], [], 3)
 
     run(main)

@@ -1,4 +1,4 @@
-"""Tests of the MQTT session without I/O, with packets that a broker could send."""
+"""Tests of the MQTT session, which does no I/O, with packets that a broker could send."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AT_LEAST_ONCE = mqtt5.QoS.AT_LEAST_ONCE
 
 
 def fresh() -> Session:
-    """Return a session that waits for CONNACK, after its CONNECT has been sent."""
+    """Return a session that has sent CONNECT and is waiting for CONNACK."""
     connect = mqtt5.ConnectPacket(
         "me", keep_alive=30, session_expiry_interval=60, receive_max=RECEIVE_MAX, max_packet_size=PACKET_MAX
     )
@@ -195,7 +195,7 @@ def test_a_topic_alias_replaces_the_topic_once_the_broker_has_acknowledged_it() 
     _, packets = publish(session, *(Message(topic, b"") for topic in "aabc"))
     assert [(packet.topic, packet.topic_alias) for packet in packets] == [("a", 1), ("a", 1), ("b", 2), ("c", None)]
     acknowledge(session, packets[0])
-    acknowledge(session, packets[2], "NOT_AUTHORIZED")  # The broker may not have stored the alias.
+    acknowledge(session, packets[2], "NOT_AUTHORIZED")  # The broker might not have stored the alias.
     _, packets = publish(session, *(Message(topic, b"") for topic in "abc"))
     assert [(packet.topic, packet.topic_alias) for packet in packets] == [("", 1), ("b", 2), ("c", None)]
 
@@ -256,7 +256,7 @@ def test_messages_that_the_caller_has_not_handled_count_towards_the_limit() -> N
 
 
 def test_a_message_that_is_repeated_on_the_same_connection_ends_the_connection() -> None:
-    """A broker could otherwise fill the memory with messages that have the same packet identifier."""
+    """Otherwise, a broker could fill the memory with messages that have the same packet identifier."""
     session = opened()
     session.feed(incoming(7))
     session.acknowledge(session.received[0])
@@ -304,7 +304,7 @@ def test_what_the_protocol_does_not_allow_ends_the_connection(data: bytes, text:
 
 
 def broken(packet: Any) -> bytes:
-    """Return a packet whose text `bad` is not UTF-8."""
+    """Return the bytes of a packet, with the text `bad` replaced by bytes that are not UTF-8."""
     data: bytes = packet.write()
     assert data.count(b"bad") == 1
     return data.replace(b"bad", b"b\xff\xfe")
@@ -444,7 +444,7 @@ def test_pauses_grow_until_a_connection_lasts() -> None:
         backoff, taken = BrokerBackoff(), []
         for _ in range(8):
             backoff.connected()
-            await trio.sleep(lasting)  # Simulate how long the connection lasts.
+            await trio.sleep(lasting)  # Simulate the duration of the connection.
             taken.append(backoff.lost(error))
         return taken
 

@@ -42,7 +42,7 @@ from tests.support_proxy import Cupboard, trigger
 REFUSED = "in-flight buffer: cannot use the stored memory ("
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 NUMBERS = KEY * 65536
-"""Offset of the numbers in a table, which follow its 65,536 keys."""
+"""The offset of the numbers in a table. They follow the 65,536 keys."""
 
 
 def filled() -> Inflight:
@@ -87,7 +87,7 @@ def parts() -> dict[str, int]:
 
 
 def changed(write: Callable[[memoryview, dict[str, int]], None]) -> int:
-    """Return a descriptor of filled memory after `write` has changed it."""
+    """Fill an in-flight buffer, let `write` change it, and return its descriptor."""
     memory = filled()
     fd = os.dup(memory.fd)
     write(map_memory(memory.fd, SIZE), parts())
@@ -96,7 +96,7 @@ def changed(write: Callable[[memoryview, dict[str, int]], None]) -> int:
 
 
 def use(memory: Inflight) -> None:
-    """Use the memory in the same way as a proxy, its gateway and its status do."""
+    """Use the memory in the same way as the proxy, the gateway and the status report."""
     for bank in (*memory.frames, *memory.events):
         bank.begin(bank.sequence + 1)
     for bank in memory.frames:
@@ -277,7 +277,7 @@ def test_another_file_is_replaced(make: Callable[[], int], reason: str, caplog: 
 
 
 async def run_proxy(tmp_path: Path, store: Cupboard, name: str) -> None:
-    """Run a proxy on a `unix:` link that inherits from `store`, and send a notification each way."""
+    """Run a proxy with a `unix:` link and the fd store `store`, and send a notification in each direction."""
     directory = tmp_path / "irq"
     signals = (Signal("first", IN, directory, "state"), Signal("second", OUT, directory, "trig"))
     with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as core1, trio.fail_after(HANG):
@@ -343,7 +343,7 @@ def test_a_stored_inotify_descriptor_that_blocks_does_not_block_the_proxy(tmp_pa
 
 
 def test_the_sender_of_a_link_that_is_replaced_cannot_delay_the_start(tmp_path: Path) -> None:
-    """A socket that was shut down returns an empty datagram for each read, like a sender that never stops."""
+    """After shutdown(2), each read from a socket returns an empty datagram, as if a sender never stopped sending."""
     former = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     former.bind(f"{tmp_path}/former")
     former.shutdown(socket.SHUT_RD)

@@ -1,4 +1,4 @@
-"""Tests of the socket filter for a signal table's names, run by an interpreter of classic BPF."""
+"""Tests of the socket filter for the names in a signal table. A classic BPF interpreter runs the filter."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def name(tmp_path: Path) -> Path:
 
 
 def give(name: Path, namespace: Namespace) -> None:
-    """Make the name refer to a namespace, atomically."""
+    """Atomically make the name refer to a namespace."""
     new = name.with_suffix(".new")
     new.symlink_to(f"/proc/{os.getpid()}/fd/{namespace.fd}")
     new.rename(name)
@@ -48,7 +48,7 @@ def packet_sockets(namespace: Namespace) -> int:
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(HANG):
-        while not condition():  # noqa: ASYNC110 - no event reports what the kernel has
+        while not condition():  # noqa: ASYNC110 - no event reports the change
             await trio.sleep(0.01)  # The interval between two checks.
 
 
@@ -81,6 +81,7 @@ def test_a_recreated_namespace_is_followed(
         if not at_once:
             name.unlink()  # noqa: ASYNC240
             await until(lambda: not proxy.status.running)
+            assert proxy.status.down_reason == f"the network namespace {name} is gone"
             await until(lambda: "link" not in store.kept)
             await until(lambda: packet_sockets(cores.core0) == 0)
             trigger(tmp_path / "irq/message_6_trig")
@@ -104,7 +105,7 @@ def test_a_recreated_namespace_is_followed(
 def test_a_name_that_is_not_a_namespace_is_waited_for(
     cores: Cores, others: Cores, name: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`ip netns add` creates a file, and mounts the namespace there afterwards."""
+    """`ip netns add` first creates a file and then mounts the namespace on it."""
 
     async def body(proxy: Proxy, store: Cupboard) -> None:
         name.unlink()  # noqa: ASYNC240

@@ -1,4 +1,4 @@
-"""Tests with unusual input from users and the system: each command prints one error line and the exit code is right."""
+"""Tests with unusual input: each command prints one line for an error and exits with the right code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def complaint(text: str) -> bytes:
 def test_every_command_checks_links_in_the_same_way(
     command: list[object], address: bytes, shown: str, tmp_path: Path
 ) -> None:
-    # Pass the option and its value as one argument, because the value may begin with a dash.
+    # Pass the option and its value as one argument, because the value can begin with a dash.
     command = [*command[:-1], b"--iface=" + address] if command[-1] == "--iface" else [*command, address]
     assert finished(command, cwd=tmp_path, UDRV_JSON_PATH=SAMPLE) == (
         2,
@@ -175,7 +175,7 @@ def test_check_escapes_terminal_controls(tmp_path: Path) -> None:
 
 
 def test_a_large_signal_table_takes_linear_time(tmp_path: Path) -> None:
-    """With a quadratic algorithm, this table takes minutes."""
+    """A quadratic algorithm would take minutes for this table."""
     signals = {f"s{n}": {"direction": "inbound", "reg": f"ihub-irq-dev.r{n}"} for n in range(60_000)}
     udrv = {"file": {"ihub-irq-dev": {"path": "/run/irq"}}, "misc": {"inco_proxy": {"signals": signals}}}
     (tmp_path / "u.json").write_text(json.dumps(udrv))
@@ -474,7 +474,7 @@ def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores,
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # No file may get the descriptor number of a closed stream, because log lines would be written to that file.
+        # No file may be opened with the descriptor number of a closed stream, because it would receive log lines.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()
@@ -490,7 +490,7 @@ held = open(sys.argv[1], "w")
 print(flush=True)
 sys.stdin.read()
 """
-"""A program that holds a file open and whose process name is not UTF-8 (PR_SET_NAME, prctl(2))."""
+"""A program that holds a file open and has a process name that is not UTF-8 (PR_SET_NAME, prctl(2))."""
 
 
 @pytest.mark.netns

@@ -1,4 +1,4 @@
-"""Tests of registers that became a device, a FIFO, a hard link or a mount: the proxy writes nothing to them."""
+"""Tests of registers that have become a device, a FIFO, a hard link or a mount: the proxy writes nothing to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support_registers import Clock, World
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 
 Replace = Callable[[Path, ExitStack], Callable[[], bool]]
-"""A function that replaces the file at a path and returns a check that the replacement is untouched."""
+"""A function that replaces the file at a path. The returned function checks that the replacement is untouched."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def stack() -> Iterator[ExitStack]:
 
 @contextmanager
 def mounted(place: Path, *arguments: str) -> Iterator[None]:
-    """Mount a filesystem at `place` while the block runs; `arguments` are those of mount(8)."""
+    """Mount a filesystem at `place` while the block runs. `arguments` are passed to mount(8)."""
     subprocess.run(["mount", *arguments, str(place)], check=True)
     try:
         yield
@@ -145,7 +145,7 @@ def test_a_state_file_replaced_after_a_write_is_not_written(
     untouched = replace(state.path, stack)
     world.triggered()
     if replace is bind_mount:
-        world.registers.mounts_changed()  # A mount causes no event.
+        world.registers.mounts_changed()  # Mounting a filesystem causes no event.
     world.write(state)
     assert untouched()
     assert world.pending == {state.name: 1}
@@ -191,7 +191,7 @@ def test_a_trigger_that_another_user_replaced_is_not_watched(
     world.open()
     world.triggered()
     if replace is bind_mount:
-        trigger.path.unlink()  # A mount on an existing file causes no event.
+        trigger.path.unlink()  # Mounting over an existing file causes no event.
         world.triggered()
     replace(trigger.path, stack)
     assert world.triggered() + world.restore() == []
@@ -231,7 +231,7 @@ def test_the_second_name_that_a_killed_proxy_left_is_removed(world: World) -> No
 
 @pytest.mark.netns
 def test_an_overlay_of_two_filesystems_works(tmp_path: Path, clock: Clock, stack: ExitStack) -> None:
-    # Files of the lower layer have another device number than the directory.
+    # Files in the lower layer have a different device number from the directory.
     lower, scratch, irq = (tmp_path / name for name in ("lower", "scratch", "irq"))
     for path in (lower, scratch, irq):
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Tests of the outbound direction with a fake link and the real inotify: how a lone trigger is handled."""
+"""Tests of how the outbound direction handles a lone trigger, with a fake link and the real inotify."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class World:
         return sum(len(parse_events(bank.view)) for bank in self.inflight.events)
 
     def run(self, *acts: Callable[[], None]) -> None:
-        """Run the tasks. Whenever all of them are blocked, call the next of `acts`; stop after the last one."""
+        """Run the tasks. Whenever all of them are blocked, call the next function in `acts`; stop after the last."""
 
         async def main() -> None:
             with trio.fail_after(HANG):
@@ -125,7 +125,7 @@ def test_a_lone_trigger_is_in_flight_only_until_it_is_sent(world: World) -> None
 
 def test_a_lone_trigger_makes_no_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def act() -> None:
-        monkeypatch.setattr(Handoff, "begin", lambda *_: pytest.fail("a batch was made"))
+        monkeypatch.setattr(Handoff, "begin", lambda *_: pytest.fail("a batch was created"))
         write(world.notify)
 
     world.run(act)
@@ -179,7 +179,7 @@ def test_a_lone_close_of_a_trigger_outside_the_table_is_ignored(world: World) ->
 
 
 def test_no_close_counts_as_lone_while_a_replaced_trigger_is_uncounted(world: World) -> None:
-    """If no event reports that a trigger was replaced, the proxy counts it with the next events that it reads."""
+    """If no event reports that a trigger was replaced, the proxy counts the trigger with the next events."""
     new = world.notify.path.with_name("new")
     new.write_text("1")
     new.rename(world.notify.path)
@@ -205,7 +205,7 @@ def test_the_lone_path_agrees_with_the_full_path(world: World) -> None:
 
 
 class SlowLink(FakeLink):
-    """A link whose queue holds one frame, which leaves after `duration` seconds."""
+    """A link with a queue for one frame. The frame leaves the queue after `duration` seconds."""
 
     def __init__(self, inflight: Inflight, duration: float) -> None:
         super().__init__(inflight)
@@ -237,7 +237,7 @@ def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: Wo
                 nursery.cancel_scope.cancel()
         return trio.current_time() - started
 
-    # The clock of the test only advances while all tasks wait.
+    # The test's clock advances only while all tasks wait.
     took = trio.run(main, clock=MockClock(autojump_threshold=0))
     assert len(link.sent) == 500
     assert took <= 2 * 500 * duration

@@ -36,7 +36,7 @@ NOT_RUN = {
     "serve(config)": "a picture",
     "host A ": "a picture",
 }
-"""The code blocks without a mark that no test runs: their first characters, and the reason."""
+"""The unmarked code blocks that no test runs. The key is the start of the block, and the value is the reason."""
 PAGES = (
     "README",
     "boards",
@@ -78,7 +78,7 @@ RUN_BY = {
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
 }
-"""Which test runs each unmarked code block. The key is the page and the first characters of the block."""
+"""The test that runs each unmarked code block. The key is the page and the first characters of the block."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
@@ -200,13 +200,13 @@ def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> No
 
 
 def up(page: Path) -> str:
-    """Return the relative path from a page's directory to the project's root, as links on the page use it."""
+    """Return the relative path from a page's directory to the project's root, as used in links on the page."""
     return "" if page.parent == ROOT else "../"
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
 def test_every_link_has_a_target(page: Path) -> None:
-    """Links must also work for a reader of the plain Markdown files, without the website."""
+    """Links must also work for readers of the plain Markdown files, without the website."""
     text = page.read_text().replace("](https://github.com/inco-trio/inco-trio/blob/main/", f"]({up(page)}")
     text = re.sub(
         r"^\[[\w-]+\]: https://github.com/inco-trio/inco-trio/blob/main/(.*)$", r"](\1)", text, flags=re.MULTILINE
@@ -269,7 +269,7 @@ def test_the_board_files_on_the_pages_are_valid(tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
-    codes = [block.text for block in all_blocks() if block.page == "control"][:2]
+    codes = [block.text for block in all_blocks() if block.page == "control" and not block.language][:2]
     greeting, *lines = [line for code in codes for line in code.splitlines()]
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
@@ -289,6 +289,23 @@ def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
                     assert got.pop(key)
                     del wanted[key]
             assert got == wanted
+
+
+def test_the_client_on_the_control_page_prints_a_notification(tmp_path: Path) -> None:
+    program, _, shown = [block.text for block in parts("control") if block.mark == "run by"]
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        peer = board.core1()
+        board.running()
+        client = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", program, board.path], stdout=subprocess.PIPE, text=True)
+        )
+        stack.callback(client.kill)
+        assert client.stdout is not None
+        first, second = shown.splitlines(keepends=True)
+        assert client.stdout.readline() == first.replace("rpmsg4000", f"{tmp_path}/core0")
+        board.inbound(peer)
+        assert client.stdout.readline() == second
 
 
 def test_the_configuration_page_lists_each_key() -> None:
@@ -322,6 +339,6 @@ def test_the_diagrams_are_up_to_date() -> None:
 
 
 def test_the_terminal_screenshots_are_up_to_date() -> None:
-    # Compare only the texts, because the SVG differs between versions of rich.
+    # Compare only the text, because the SVG differs between versions of rich.
     old = [name for name in TERMINALS if visible((IMAGES / f"terminal-{name}.svg").read_text()) != visible(draw(name))]
     assert not old, "run `python -m docs.terminals`, and commit"

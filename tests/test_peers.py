@@ -20,12 +20,12 @@ from inco_trio.errors import IncoError, PermissionDeniedError, ProtocolError
 from inco_trio.linux.process import overflow_uid
 
 STRANGER = 12345
-"""The ID of a user who is neither root nor the user of the tests. No account is needed."""
+"""A user ID that belongs neither to root nor to the user who runs the tests. It needs no account."""
 
 
 @contextmanager
 def listening_as(user: int, path: Path) -> Iterator[None]:
-    """Run a process of `user` that listens at `path` and sends an invalid greeting to each client."""
+    """Run a process as `user`. The process listens at `path` and sends an invalid greeting to each client."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     path.chmod(0o777)

@@ -34,7 +34,7 @@ Story = Callable[[Config, str], Awaitable[None]]
 
 
 def played(tmp_path: Path, story: Story) -> None:
-    """Run `story` with the configuration of a proxy on Unix sockets and with the link address of its core 1."""
+    """Run `story` with a proxy configuration for Unix sockets and with core 1's link address."""
 
     async def main() -> None:
         with trio.fail_after(HANG):
@@ -267,7 +267,7 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
                 proxy.events(direction="in"),
             ):
                 pass
-            # No notification would pass both filters.
+            # HWWD is an inbound signal, so none of its notifications would pass both filters.
             with (
                 pytest.raises(UnknownSignalError, match=rf"{HWWD}: not an outbound signal .*: {NOTIFY}\)$"),
                 proxy.events(signals=[NOTIFY, HWWD], direction="outbound"),

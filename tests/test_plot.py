@@ -1,4 +1,4 @@
-"""Tests of `inco-trio plot`: exact numbers, and the text in the picture."""
+"""Tests of `inco-trio plot`: the numbers are exact, and the picture contains the expected text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def night(tmp_path: Path) -> Path:
-    """Write a recording: three questions 1 s apart, two answers (after 250 and 500 ms), then the link goes down."""
+    """Write a recording: three notifications 1 s apart, two answers (after 250 and 500 ms), and a surplus answer.
+
+    After that, the link goes down.
+    """
     recorder = Recorder(tmp_path / "night.pcapng")
     for time_ns, way, name in (
         (0, Direction.OUTBOUND, OUT),
@@ -138,7 +141,7 @@ def test_the_picture_names_the_time_zone(night: Path, monkeypatch: pytest.Monkey
 
 
 def drawn(times: list[int], marks: list[Mark]) -> set[str]:
-    """Return the text in a picture of notifications at `times` (nanoseconds) and of marks."""
+    """Return the text in a picture that shows notifications at `times` (in nanoseconds) and `marks`."""
     from inco_trio.capture.picture import draw
 
     summary = Summary()
@@ -310,7 +313,7 @@ def test_percentiles_of_more_values_than_are_sorted_at_once(monkeypatch: pytest.
 
 @pytest.mark.tools
 def test_a_million_notifications_take_little_memory() -> None:
-    # Limit the growth after the imports and a first picture. Two arrays need 16 bytes per notification (16 MiB);
+    # Limit the memory growth after the imports and a first picture. Two arrays need 16 bytes per notification (16 MiB);
     # a list of Python objects would need over 40 MiB.
     code = f"""
 import resource, tempfile
@@ -430,7 +433,7 @@ def test_progress_is_shown_on_a_terminal(night: Path, monkeypatch: pytest.Monkey
     assert process.returncode == 0
     assert json.loads(out)["to"] == 4
     shown = b""
-    while b" %\r\x1b[K" not in shown:  # The kernel passes on what was written some time later.
+    while b" %\r\x1b[K" not in shown:  # The kernel delivers the output with a delay.
         shown += os.read(master, 4096)
     os.close(master)
     assert shown.startswith(b"\r\x1b[K")

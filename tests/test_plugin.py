@@ -107,7 +107,7 @@ def test_a_missing_signal_shows_what_both_cores_did(pytester: pytest.Pytester) -
     assert recorded
     with open_recording(Path(recorded[1]), SignalTable(())) as recording:
         assert [each.signal for each in recording if isinstance(each, Entry)] == ["ihub_hwwd_irq"]
-    result.stdout.no_fnmatch_line("*happenings.py*")  # the traceback has only frames of the test itself
+    result.stdout.no_fnmatch_line("*happenings.py*")  # the traceback must contain only frames of the test itself
 
 
 def test_a_proxy_that_dies_fails_the_test(pytester: pytest.Pytester) -> None:

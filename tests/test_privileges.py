@@ -37,7 +37,7 @@ LOCKED = "--lock-memory: cannot lock memory (RLIMIT_MEMLOCK is finite): set `uli
 
 
 def status_of(pid: int, task: str = "") -> dict[str, str]:
-    """Return the fields of the status file of a process, or of one of its threads, in /proc."""
+    """Return the fields of /proc/PID/status, or of the status file of one thread."""
     lines = Path(f"/proc/{pid}/task/{task}/status" if task else f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
@@ -76,7 +76,7 @@ def bits(*capabilities: int) -> int:
 
 
 def effective(pid: int) -> int:
-    """Wait until all threads of a process have the same effective capabilities, and return these."""
+    """Wait until all threads of a process have the same effective capabilities, and return them."""
     deadline = time.monotonic() + HANG
     while True:
         found = set()

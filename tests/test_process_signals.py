@@ -145,7 +145,7 @@ def test_signals_while_the_interpreter_shuts_down_are_ignored(number: signal.Sig
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=str)
 def test_a_signal_while_the_event_loop_closes(number: signal.Signals, tmp_path: Path) -> None:
-    # Trio closes its wakeup fd before it resets it. Python prints a traceback if a signal arrives in between.
+    # Trio closes its descriptor before it resets the wakeup fd. A signal in between makes Python print a traceback.
     assert run(AT_THE_WAKEUP_FD, "", [number], "none0", "--irq-dir", tmp_path / "irq") == (
         0,
         "inco-trio: info: none0: stopped before it was ready\n",
@@ -192,7 +192,7 @@ sys.exit(main(sys.argv[3:]))
 
 
 def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) -> str:
-    """Run the daemon with the Unix signal `number` sent at each call of the functions `places`, and return its log.
+    """Run the daemon, send it the Unix signal `number` at each call of the functions in `places`, and return its log.
 
     The daemon must exit with 0.
     """

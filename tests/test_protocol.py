@@ -1,4 +1,4 @@
-"""Tests of the control socket's messages: a decoded message equals the encoded one; invalid lines raise one error."""
+"""Tests of the control socket's messages: decoding reverses encoding, and invalid lines raise an error."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def core0_mac(cores: Cores) -> bytes:
 
 @pytest.fixture
 def proxy(proxy: StartProxy) -> Iterator[StartProxy]:
-    """Start proxies with the outer fixture `proxy`. After the test, each proxy that still runs must stop cleanly."""
+    """Start proxies with the outer fixture `proxy`. After the test, each running proxy must stop cleanly."""
     started: list[Running] = []
 
     def start(*arguments: str | Path, **how: Any) -> Running:
@@ -143,7 +143,7 @@ def test_a_frame_that_is_too_long_is_malformed(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # Repeat this with a batch of frames, where the receive buffer truncates the long frame.
+    # Repeat this with a batch of frames, in which the receive buffer truncates the long frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)
@@ -346,7 +346,7 @@ def test_a_start_changes_no_file_and_sends_nothing(
     trigger(irq_dir / "message_1_trig")
     assert names(core1, 1) == [b"ihub_uart_irq"]
     assert running.stop() == 0
-    # A second start must not change any file, either.
+    # A second start must not change any file either.
     proxy("--config", udrv)
     trigger(irq_dir / "message_0_trig")
     assert names(core1, 1) == [b"ihub_crash_log_irq"]
@@ -382,7 +382,7 @@ def test_notifications_triggered_while_the_link_is_down_are_sent_later(
 def test_the_proxy_uses_a_recreated_link(
     proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
-    running = proxy("--irq-dir", irq_dir, "--control", "none")  # No tool of another test can connect to it.
+    running = proxy("--irq-dir", irq_dir, "--control", "none")  # Other tests cannot connect to this proxy.
     resets = watch(irq_dir / "message_4_state")
     sockets = sockets_of(running.pid)
     for number in range(1, 3):
@@ -393,7 +393,7 @@ def test_the_proxy_uses_a_recreated_link(
         cores.make_link()
         core1.rebind()
         running.wait_log("watch: works again", after=said)
-        # The first frame is lost if it was sent before core 1 listened again, so trigger once more.
+        # The first frame is lost if the proxy sends it before core 1 listens again, so trigger once more.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         core1.send(b"ihub_reset_irq")
@@ -440,7 +440,7 @@ def test_a_stop_finishes_the_backlog(
 def test_a_reload_takes_effect_and_loses_nothing(
     proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
-    running = proxy("--config", udrv, "--control", "none")  # No tool of another test can connect to it.
+    running = proxy("--config", udrv, "--control", "none")  # Other tests cannot connect to this proxy.
     sockets = sockets_of(running.pid)
     resets = watch(irq_dir / "message_4_state")
     (irq_dir / "new_trig").write_text("kept")
@@ -621,7 +621,7 @@ def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Pa
 
 
 def finished(namespace: Namespace, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the namespace of a core until it exits."""
+    """Run a command in a core's namespace, and wait until it has exited."""
     return namespace.run(
         functools.partial(
             subprocess.run,
@@ -1053,7 +1053,7 @@ def test_a_register_that_cannot_be_written_is_written_later(
                 with pytest.raises(trio.WouldBlock):
                     events.receive_nowait()
                 state.rmdir()
-                # The event comes once the file is written.
+                # The event arrives once the file has been written.
                 await events.receive()
                 assert proxy.stats.delivered == 1
                 assert state.read_text() == "1"
@@ -1230,7 +1230,7 @@ def test_a_proxy_that_waits_for_its_link_stores_all_descriptors(
 def test_writing_pending_notifications_yields_to_other_tasks(
     in_core0: InCore0, config: Config, irq_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Count the writes between two turns of another task, because times depend on how busy the machine is.
+    # Count the writes between two turns of another task. Measured times would depend on the load of the machine.
     largest = 0
 
     async def others(proxy: Proxy) -> None:
@@ -1312,7 +1312,7 @@ def test_the_next_proxy_finishes_what_a_killed_one_had_read(
         async with open_supervised(config, first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
-        # Fill the buffers as if a process had been killed after it read frames and events, before it handled them.
+        # Fill the buffers as if a process had been killed after reading frames and events but before handling them.
         memory = Inflight.open(os.dup(first.kept["inflight"]))
         for number, name in enumerate((b"ihub_reset_irq", b"ihub_hwwd_irq", b"stranger", b"ihub_reset_irq")):
             whole = encode(name, core1.mac)

@@ -45,7 +45,7 @@ def test_the_commands_create_their_environment(section: str, program: str) -> No
     assert run == f".venv/bin/{program}"
 
 
-# The nox session `unit` skips tests with this marker: it runs in a copy of the tree without .ci.
+# The nox session `unit` skips tests with this marker, because it runs in a copy of the tree without .ci.
 @pytest.mark.tools
 def test_ci_runs_the_second_command_and_nothing_else() -> None:
     script = (Path(__file__).parents[1] / ".ci/run").read_text()
@@ -129,8 +129,8 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
     lines = next(block.text for block in parts("qemu") if block.language == "sh")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
         Path(home).chmod(0o1777)
-        # Use the Python and the programs of this environment. They exit when their standard input closes, so that no
-        # process outlives this test.
+        # Use this environment's Python interpreter and programs. They exit when their standard input closes, so that
+        # no process outlives this test.
         script = f"""
             export TMPDIR={home}
             python3() {{ exec {sys.executable} "$@"; }}
@@ -162,5 +162,5 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
         log.seek(0)
         said = log.read()
     (shown,) = (block.text for block in parts("qemu") if block.language == "text")
-    # The page shows the log on a terminal. In a file, each line begins with the date and the time.
+    # The page shows the log as it appears on a terminal. In a file, each line begins with the date and the time.
     assert {*shown.splitlines()} <= {re.sub(r"^[0-9-]+ [0-9:.]+ +", "", line) for line in said.splitlines()}

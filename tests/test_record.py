@@ -182,7 +182,7 @@ def test_record_ends_after_duration(board: Board, start: Callable[..., Running],
     board.core1()
     proxy = board.running()
     assert start(tmp_path / "f", "--control", board.path, "--duration", "0.2").end() == 0
-    # The duration also ends a recording while no proxy runs.
+    # The duration ends a recording even if no proxy is running.
     recording = start(tmp_path / "g", "--control", board.path, "--duration", "1")
     assert proxy.stop() == 0
     assert recording.end() == 0
@@ -229,7 +229,7 @@ def test_notifications_sent_before_the_proxy_ended_are_kept(
         board.trigger()
         peer.recv(2000)
     assert proxy.stop() == 0
-    # Interrupt `record`, too, as Ctrl-C does in a script that runs both programs.
+    # Interrupt `record` as well, as Ctrl-C does if a script runs both programs.
     recording.process.send_signal(signal.SIGINT)
     recording.process.send_signal(signal.SIGCONT)
     _, err = recording.process.communicate(timeout=HANG)
@@ -248,7 +248,7 @@ def test_a_full_file_system_ends_the_recording_with_an_error(
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
     kept.mkdir()
-    # The file system has four pages. Once it has two files, the header of a third file does not fit.
+    # The filesystem has four pages. Once it contains two files, there is no room for the header of a third file.
     command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
     script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
     with subprocess.Popen(
@@ -290,7 +290,7 @@ def test_a_replay_gives_the_same_counts(board: Board, start: Callable[..., Runni
             peer.recv(2000)
     assert first.end() == 0
     second = start(tmp_path / "second", "--control", board.path, "--count", "30")
-    # Replay as the applications of core 0, while this test acts as core 1.
+    # Replay in the role of core 0's applications, while this test acts as core 1.
     replay(tmp_path / "first", "--irq-dir", board.irq, "--fast", "--wait", "0.1")
     for _ in range(10):
         peer.recv(2000)
@@ -333,7 +333,7 @@ def test_the_demo_can_be_recorded(tmp_path: Path) -> None:
 @pytest.mark.netns
 def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
-    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they could serve a link with the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
@@ -373,11 +373,11 @@ def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
 
 
 FLOOD = 20_000
-"""More events than fit into the proxy's queue for a client and into the buffers of the client's socket."""
+"""More events than fit into the proxy's queue for a client and the buffers of the client's socket together."""
 
 
 def flood(board: Board, peer: socket.socket) -> None:
-    """Send FLOOD frames, and wait until all are delivered."""
+    """Send FLOOD frames, and wait until all have been delivered."""
     for _ in range(FLOOD):
         board.inbound(peer)
     while board.status()["counters"]["delivered"] < FLOOD:
@@ -388,7 +388,7 @@ def counts(path: Path) -> Counter[str]:
     return Counter(entry.signal for entry in everything(path) if isinstance(entry, Entry) and not entry.pending)
 
 
-# One history record can hold a whole batch, so thousands of records could cover the whole flood. 16 never can.
+# One record can hold a whole batch, so thousands of records can hold the whole flood, but 16 records cannot.
 @pytest.mark.parametrize("size", [65_536, 16, 0])
 def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     board: Board, start: Callable[..., Running], tmp_path: Path, size: int
@@ -519,4 +519,4 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["version"] == 1
     done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("inco-trio: error: --control selects the proxy of --past (add --past, or omit --control)\n")
+    assert done.stderr == ("inco-trio: error: --control applies only to --past (add --past, or omit --control)\n")

@@ -1,4 +1,4 @@
-"""Tests of the flight recorder: its content, its limits, and its state after a process was killed."""
+"""Tests of the flight recorder: its content, its limits, and its state after a process has been killed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import logging
 import mmap
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inco_trio.control.past import past_events
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import AREA, COUNT_MAX, EVENTS_SHARE, KEPT, NAMES_MAX, Note, Recorded, Recorder
 from inco_trio.signals import Direction, Signal
@@ -81,10 +84,25 @@ def test_a_successor_continues(memory: memoryview) -> None:
     assert third.boot == boot
     assert counts(third) == [("in_irq", 1, 1), ("other_irq", 1, 2), ("in_irq", 1, 3)]
     assert [note.text for note in third.notes() if note.kind == "started"] == [
-        f"started (PID {os.getpid()})",
+        f"started (PID {os.getpid()}); earlier history is unknown: no fd store keeps it",
         f"started again after the previous process had ended without a stop (PID {os.getpid()})",
         f"started again (PID {os.getpid()})",
     ]
+
+
+def test_the_start_says_why_there_is_no_earlier_history(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note_start("systemd")
+    (first,) = recorder.notes()
+    assert first.text == f"started (PID {os.getpid()}); earlier history is unknown: systemd has none"
+    recorder._numbers[2] = 0  # An invalid size.
+    damaged = Recorder(memory)
+    damaged.note_start("systemd", after_crash=True)
+    (second,) = damaged.notes()
+    assert second.text == (
+        f"started after the previous process had ended without a stop (PID {os.getpid()}); "
+        "earlier history is lost: the stored memory was damaged"
+    )
 
 
 @pytest.mark.parametrize(("kept", "left"), [(3, [8, 9, 10]), (20, [*range(1, 11)]), (None, [*range(1, 11)])])
@@ -167,11 +185,44 @@ def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None
     assert [note.text for note in recorder.notes()][-1] == "the link came up"
 
 
+def test_the_past_is_decoded_while_it_is_read(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for the history must not delay notifications. It must not miss records that are overwritten either."""
+    recorder = Recorder(memory, 1000)
+    record_many(recorder, range(1000))
+    decoded = 0
+
+    def decode(*fields: Any) -> Recorded:
+        nonlocal decoded
+        decoded += 1
+        return Recorded(*fields)
+
+    monkeypatch.setattr("inco_trio.persist.recorder.Recorded", decode)
+    for skipped in (0, 600):
+        kept = list(recorder.notifications())
+        after, decoded = kept[skipped - 1].monotonic_ns if skipped else 0, 0
+        events = (event for event in past_events("b", recorder, after) if event.sequence)
+        first = next(events)
+        assert decoded <= 2
+        record_many(recorder, range(1000))
+        assert [first.sequence, *(event.sequence for event in events)] == [each.sequence for each in kept[skipped:]]
+
+
 def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
     recorder = Recorder(memory)
     recorder.note("message", "ö" * 200)
-    recorder.note("message", "x" * 160)
-    assert [note.text for note in recorder.notes()] == ["ö" * 78 + "...", "x" * 160]
+    recorder.note("message", "x" * 156)
+    assert [note.text for note in recorder.notes()] == ["ö" * 76 + "...", "x" * 156]
+
+
+def test_the_duration_of_a_link_event_is_kept(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("link", "the link went down", seconds=2.5)
+    recorder.note("problem", "disk full")
+    (link, problem) = Recorder(memory).notes()
+    assert (link.seconds, problem.seconds) == (2.5, 0.0)
+    for value in (b"\xff" * 4, struct.pack("=f", -1.0), struct.pack("=f", float("inf"))):
+        recorder._events[188:192] = value  # The end of the first event record.
+        assert next(recorder.notes()).seconds == 0.0
 
 
 def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +244,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
 
 
 def record_many(recorder: Recorder, names: Iterable[int]) -> None:
-    """Record a notification and an event of each of these signals."""
+    """For each number, record a notification of one signal and an event about another."""
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])
@@ -206,7 +257,7 @@ def names_of(recorder: Recorder) -> tuple[list[str], list[str | None]]:
 
 @pytest.fixture
 def few_names(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Limit the table of names to this number."""
+    """Limit the table of names, and return the limit."""
     monkeypatch.setattr("inco_trio.persist.recorder.NAMES_MAX", 50)
     return 50
 
@@ -249,7 +300,7 @@ def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memor
 
 
 def test_an_incomplete_record_is_not_read(memory: memoryview) -> None:
-    """The slot of the record that a killed process was writing contains neither the new nor the oldest record."""
+    """If a process is killed while it writes a record, the slot contains neither the new nor the oldest record."""
     recorder = Recorder(memory, kept=10)
     for _ in range(25):
         recorder.append([IN])
@@ -328,7 +379,7 @@ def test_a_killed_process_leaves_a_valid_recorder() -> None:
 
 
 def test_memory_of_one_board() -> None:
-    """A full recorder of the default size, with a usual signal table, allocates less than 256 kB."""
+    """A full recorder of the default size, with a typical signal table, allocates less than 256 kB."""
     inflight = Inflight.open()
     before = os.fstat(inflight.fd).st_blocks * 512
     recorder = Recorder(inflight.recorder)

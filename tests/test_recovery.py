@@ -1,4 +1,4 @@
-"""Tests of recovery: the successor of a killed process finishes its work in order and repeats no finished work.
+"""Tests of recovery: a killed process's successor completes the pending work in order and repeats no finished work.
 
 The link is a Unix socket, and the test acts as core 1. While core 1 has no socket, the proxy cannot send anything, so
 a test can stop the proxy in the middle of its work, as a kill would.
@@ -59,7 +59,10 @@ class Board:
 
     @asynccontextmanager
     async def proxy(self) -> AsyncIterator[Proxy]:
-        """Yield a proxy that takes over from its predecessor. After the block, it leaves unfinished work behind."""
+        """Yield a proxy that takes over from its predecessor.
+
+        The proxy stops at the end of the block and leaves its pending work to its successor.
+        """
         self.store = self.store.heir()
         async with open_supervised(self.config, self.store) as proxy:
             yield proxy
@@ -143,7 +146,7 @@ class Writes:
         self._inotify.watch(str(directory), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
     def names(self) -> list[str]:
-        """Return the signals whose state files were closed since the last call."""
+        """Return the signal name of each state file that was closed since the last call, in order."""
         buffer = memoryview(bytearray(1 << 16))
         events = parse_events(buffer[: self._inotify.read_into(buffer)])
         closed = [event.name.decode() for event in events if event.mask & ino.IN_CLOSE_WRITE]
@@ -182,7 +185,7 @@ def test_frames_of_both_batches_are_delivered_in_the_order_of_their_arrival(boar
 
 
 def killed(board: Board, patch: Callable[[], object]) -> None:
-    """Run a proxy in a child process where `patch` makes it kill itself in the middle of its work."""
+    """Run a proxy in a child process. `patch` makes it kill itself in the middle of its work."""
     child = os.fork()
     if child == 0:
         try:
@@ -327,8 +330,8 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
 
     async def main() -> None:
         async with board.proxy() as proxy, board.peer() as peer:
-            # Replace the directory and all triggers in it, which counts once for each trigger. Whether an event or a
-            # scan finds the new triggers depends on timing.
+            # Replace the directory and all triggers in it, which counts as one notification per trigger. Whether an
+            # event or a scan finds the new triggers depends on timing.
             for number in range(100):
                 # Send more than fits into the peer's queue.
                 board.trigger(*["redun"] * 100)
@@ -355,12 +358,12 @@ def test_a_successor_knows_a_trigger_created_before_the_kill(board: Board, then:
     def patch(link: Callable[..., None] = os.link) -> None:
         def linked(source: str, name: str, **directories: int | bool) -> None:
             link(source, name, **directories)
-            # From now on, an application may write the file and the process may be killed.
+            # From now on, an application can write the file, and the process can be killed.
             if name == "redun_trig":
                 if then != "nothing":
                     board.trigger("redun")
                 if then == "replaced":
-                    # The file that was watched first has no name any more, so the path does not identify its watch.
+                    # The file that was watched first no longer has a name, so the path does not identify its watch.
                     (board.irq / "new").touch()
                     (board.irq / "new").rename(board.irq / "redun_trig")
                 kill_now()
@@ -371,8 +374,8 @@ def test_a_successor_knows_a_trigger_created_before_the_kill(board: Board, then:
         async with board.proxy(), board.peer() as peer:
             await stuck()
             board.trigger("other")
-            # If the successor did not know the watch or the creator of the file, it would send additional
-            # notifications, to be safe.
+            # If the successor had no record of the file's watch or creator, it would send additional notifications to
+            # be safe.
             expected = {"other"} if then == "nothing" else {"redun", "other"}
             assert set(await peer.all(last="other")) == expected
 

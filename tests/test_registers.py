@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def start(clock: Clock) -> Iterator[StartWorld]:
-    """Create and open the registers of signals: `start(signal, ...)`. Opening must trigger nothing."""
+    """Yield `start(signal, ...)`, which creates and opens the signals' registers. Opening must trigger nothing."""
     with ExitStack() as stack:
 
         def make(*table: Signal, opened: bool = True) -> World:
@@ -89,7 +89,7 @@ def write(path: Path, text: str = "1") -> None:
 
 
 def remake(path: Path, text: str = "1") -> None:
-    """Replace a file atomically, by a rename."""
+    """Replace a file atomically with rename(2)."""
     path.with_name("new").write_text(text)
     path.with_name("new").rename(path)
 
@@ -291,7 +291,7 @@ def test_errors_at_start_have_the_right_type(number: int, kind: type[IncoError],
 
 
 def test_only_a_lack_of_permission_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lstat(2) could wait for a FUSE filesystem that another user has mounted over the directory."""
+    """If another user has mounted a FUSE filesystem over the directory, lstat(2) could block."""
     monkeypatch.setattr(Path, "lstat", lambda _path: pytest.fail("lstat"))
     for number in (errno.ENOTDIR, errno.ELOOP, errno.EIO):
         assert "/irq: " in str(refusal(OSError(number, os.strerror(number)), "/irq", is_directory=True))
@@ -303,7 +303,7 @@ def test_the_limit_of_inotify_instances_is_named() -> None:
 
 
 def closes(path: Path) -> Callable[[], int]:
-    """Return a function that counts how often a file was closed after writing (IN_CLOSE_WRITE)."""
+    """Return a function that counts how often a file has been closed after writing (IN_CLOSE_WRITE)."""
     inotify = Inotify()
     inotify.watch(str(path), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
@@ -339,7 +339,7 @@ def test_a_missing_state_file_is_recreated_and_then_written(
     world = start(reset, hwwd)
     reset.path.unlink()
     world.write(reset)
-    # The proxy recreates the file only later: the process that removed the file may also remove the directory next.
+    # The proxy recreates the file later, because the process that removed it may be about to remove the directory.
     assert list(irq.iterdir()) == [hwwd.path]
     assert world.pending == {"ihub_reset_irq": 1}
     assert world.triggered() + world.later() == []
@@ -526,7 +526,7 @@ def test_several_renames_between_two_reads_count_each(start: StartWorld, notify:
     for _ in range(3):
         remake(notify.path)
     write(notify.path)
-    # The proxy was not yet watching the last file when it was written, so the rename and this write count as one.
+    # The proxy was not yet watching the last file at this write, so the write and the last rename count as one.
     assert world.triggered() == ["redun_notify_irq"] * 3
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]
@@ -1157,7 +1157,7 @@ def test_triggers_that_a_killed_process_created_trigger_nothing(
     assert successor.triggered() == [notify.name]
     third = successor.again()
     assert third.open() == []
-    # The next creation is that of an application, so it counts.
+    # An application creates the next file, so its creation counts as a notification.
     irq.rename(irq.with_name("away again"))
     irq.mkdir()
     write(uart.path)
@@ -1326,7 +1326,7 @@ def test_two_triggers_that_are_one_file_are_refused(
     world = start(notify, uart)
     uart.path.unlink()
     uart.path.hardlink_to(notify.path)
-    # The proxy did not create this hard link: it must report the link, and write nothing through it.
+    # The proxy did not create this hard link, so it must report the link and write nothing through it.
     assert world.triggered() + world.restore() == []
     assert f"{uart.path}: cannot watch: has 2 names (hard links); retrying" in caplog.text
     write(uart.path)
@@ -1431,7 +1431,7 @@ def test_our_own_files_in_a_removed_directory_trigger_nothing(
     world = start(notify, opened=False)
     world.registers.open(world.table)
     moved = Signal(notify.name, OUT, tmp_path / "elsewhere", notify.register)
-    # The events of the first trigger's creation are still unread.
+    # The proxy has not yet read the events for the creation of the first trigger.
     assert world.reload([moved]) == []
     assert world.triggered() + world.later() == []
     write(moved.path)
@@ -1572,7 +1572,7 @@ def test_many_blocked_triggers_are_reported_in_one_line(
 def test_a_trigger_works_again_only_once_it_is_watched(
     start: StartWorld, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Replace the trigger by a directory, then by a hard link, and then delete it."""
+    """Replace the trigger with a directory, then with a hard link, and then delete it."""
     world = start(notify, uart)
     caplog.set_level(logging.INFO)
     other = notify.path.with_name("other")
@@ -1625,7 +1625,7 @@ def test_only_the_directory_of_a_written_file_is_checked(
     monkeypatch.setattr("os.stat", noted)
     world.write(states[3])
     assert looks == [b"state", os.fsencode(states[3].directory)]
-    # The first write has checked the file, and no event has reported a change since.
+    # The proxy checked the file at the first write, and no event has reported a change since then.
     world.write(states[3])
     world.write(states[3], states[3])
     assert looks[2:] == [os.fsencode(states[3].directory)] * 2

@@ -1,4 +1,4 @@
-"""A random test that removes no file: each notification is reported exactly once, and nothing else is reported.
+"""A random test that removes no files: each notification is reported exactly once, and nothing else is reported.
 
 The test `test_registers_machine` shows that nothing is lost in any situation. In this test, reloads, restarts, a
 full disk, overflows and unrelated files must have no visible effect.
@@ -57,16 +57,16 @@ class Calm(RuleBasedStateMachine):
 
         self.patch.setattr("os.write", write_if_there_is_room)
         self.triggered: Counter[Path] = Counter()
-        """How often each trigger must have been reported since the last `follow`."""
+        """How many times each trigger must have been reported since the last `follow`."""
         self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
-        """Triggers that were written since the last `follow` while not in the current table: a report is optional."""
+        """Triggers that were written since the last `follow` while not in the table. Reporting them is optional."""
         self.replaced: set[Path] = set()
         """Triggers that were replaced since the last `follow`: the proxy does not watch their new files yet."""
         self.dropped: set[Path] = set()
         """Triggers that were removed from the table since the last `follow`."""
         self.received: Counter[Path] = Counter()
-        """Inbound notifications whose close has not been seen yet, by state file."""
+        """For each state file, the number of inbound notifications for which no close has been seen yet."""
         self.world = World(clock, self.table({("irq", "a_trig")}, {("irq", "a_state")}))
         self.report(self.world.open())
 
@@ -83,7 +83,7 @@ class Calm(RuleBasedStateMachine):
     def table(
         self, outbound: set[tuple[str, str]], inbound: set[tuple[str, str]], *, renamed: bool = False
     ) -> list[Signal]:
-        """Return signals for these registers; `renamed` gives the outbound signals other names."""
+        """Return signals for these registers; `renamed` gives the outbound signals different names."""
         return [
             Signal(f"{prefix}{directory.replace('/', '.')}.{register}", direction, self.home / directory, register)
             for direction, places, prefix in (
@@ -106,7 +106,7 @@ class Calm(RuleBasedStateMachine):
         return {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify wd:")}
 
     def needed(self) -> set[int]:
-        """Return the watch descriptors of the table's triggers and directories, and of parent directories."""
+        """Return the watch descriptors of the table's triggers and directories, and of the parent directories."""
         registers = self.world.registers
         return {
             *(trigger.wd for trigger in registers.triggers.by_path.values()),
@@ -215,8 +215,8 @@ class Calm(RuleBasedStateMachine):
         self.report(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
 
     def rest(self) -> None:
-        """Wait until no notification is pending and no replaced file is watched."""
-        # A restart, or a reload that removes the signal, closes a state file whose write is waiting for disk space.
+        """Wait until no notification is pending and no replaced file is still watched."""
+        # A restart, or a reload that removes the signal, would close a state file while a write waits for disk space.
         self.make_room()
         self.follow()
         self.world.clock.now += RETIREMENT
@@ -236,7 +236,7 @@ class Calm(RuleBasedStateMachine):
 
     @rule(outbound=st.none() | st.sets(triggers), inbound=st.sets(states), rested=st.booleans())
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
-        """Let another process take over the stored descriptors, perhaps with another table."""
+        """Let another process take over the stored descriptors, possibly with a different table."""
         triggers = self.world.registers.triggers
         # The successor would report a trigger again in two cases: its watch is being removed, or the file was replaced
         # before the proxy had read the event of its creation, so that the creator is unknown.

@@ -1,6 +1,6 @@
 """A random test of everything that can happen to registers, with a tmpfs, the real inotify and a simulated clock.
 
-After each step the data structures must agree. At the end every trigger must work, every state file must be written,
+After each step, the data structures must agree. At the end, every trigger must work, every state file must be written,
 and each write of a trigger must have been reported at least once. The fault suite runs longer walks.
 """
 
@@ -71,7 +71,7 @@ class Walk(RuleBasedStateMachine):
             shutil.rmtree(self.home)
 
     def table(self, triggers: set[tuple[str, str]], states: set[tuple[str, str]], *, moved: bool) -> list[Signal]:
-        """Return signals for these registers; `moved` gives them other names."""
+        """Return signals for these registers; `moved` gives them different names."""
         return [
             Signal(
                 f"{'x' if moved else ''}{register}.{place.replace('/', '.')}", direction, self.home / place, register
@@ -174,7 +174,7 @@ class Walk(RuleBasedStateMachine):
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
-            # The proxy opens a new directory at once, but looks at its files only at the next retry that is due.
+            # The proxy opens a new directory at once, but checks the files in it only at the next retry that is due.
             seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
@@ -213,7 +213,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(triggers=st.none() | st.sets(places), states=st.sets(state_places))
     def restart(self, triggers: set[tuple[str, str]] | None, states: set[tuple[str, str]]) -> None:
-        """Let another process take over the stored descriptors, perhaps with another table."""
+        """Let another process take over the stored descriptors, possibly with a different table."""
         table = None if triggers is None else self.table(triggers, states, moved=False)
         self.world = self.world.again(table)
         try:

@@ -36,7 +36,7 @@ Watch = Callable[[Path], Consumer]
 
 
 class Here:
-    """A stand-in for a namespace that runs everything in the current namespace."""
+    """A stand-in for `Namespace` that runs everything in the current namespace."""
 
     def run(self, start: Callable[[], Any]) -> Any:
         return start()
@@ -122,7 +122,7 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         finally:
             tcpdump.kill()
 
-    # As core 1, `replay` cannot write triggers: it reports that all outbound notifications are missing.
+    # As core 1, `replay` cannot write triggers, so it reports that all outbound notifications are missing.
     code, out, err = cores.core1.run(functools.partial(replay, path, cores.link, "--wait", "0.1"))
     assert (code, err) == (1, "")
     assert out == f"{IN}: {COUNT} sent\n{OUT}: 0 of {COUNT} came back, {COUNT} missing\n"
@@ -219,7 +219,7 @@ def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["core0", "core1"])
 def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: str) -> None:
-    """The recording has it twice: when core 1 or an application caused it, and when the proxy delivered or sent it."""
+    """The recording contains the notification twice: first as pending, and later as delivered or sent."""
     recorder = Recorder(tmp_path / "f")
     recorder.append(1, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "x", pending="cannot write: Is a directory")
     recorder.append(2, Direction.OUTBOUND, OUT, "", None, "x", pending="Network is down")
@@ -243,7 +243,7 @@ def entries(path: Path) -> list[Entry | Mark]:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Return a recording with each kind of entry."""
+    """Return a recording with every kind of entry."""
     recorder = Recorder(tmp_path / "mixed.pcapng")
     recorder.append(10**9, Direction.INBOUND, "a_irq", "/irq/a", encode(b"a_irq", MAC), "l0")
     recorder.append(2 * 10**9, Direction.OUTBOUND, "b_irq", "/irq/b", None, "l0")

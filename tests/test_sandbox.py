@@ -71,7 +71,7 @@ except OSError as error:
 else:
     print("works")
 """
-"""A program that enters the sandbox, and then tries an operation."""
+"""A program that enters the sandbox and then tries an operation."""
 
 FORBIDDEN = {
     "write elsewhere": 'open(home / "elsewhere", "w")',
@@ -140,7 +140,7 @@ def tried(home: Path, operation: str, mode: str = "on") -> str:
 
 @pytest.fixture(autouse=True)
 def _without_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not measure coverage in subprocesses: the sandbox forbids them to write the data when they exit."""
+    """Do not measure coverage in subprocesses: the sandbox prevents them from writing the data when they exit."""
     for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
         monkeypatch.delenv(name, raising=False)
 
@@ -177,7 +177,7 @@ def test_a_proxy_in_the_sandbox_does_its_work(tmp_path: Path) -> None:
             client.until(event="notification", direction="inbound")
             proxy.process.send_signal(signal.SIGHUP)
             proxy.wait_log("reloaded")
-            # The proxy may recreate the files in a new directory, because the Landlock rule names the parent.
+            # The proxy can recreate the files in a new directory, because the Landlock rule applies to the parent.
             board.irq.rename(tmp_path / f"former{turn}")
             board.irq.mkdir()
             wait_path(board.irq / "message_6_trig")
@@ -205,7 +205,7 @@ def test_a_reload_with_a_directory_outside_is_refused_with_the_reason(tmp_path: 
 
 
 class Machine:
-    """An interpreter of classic BPF, which runs a filter on one system call."""
+    """A classic BPF interpreter that runs a filter on one system call."""
 
     def __init__(self, code: bytes) -> None:
         self.code = [struct.unpack_from("=HBBI", code, place) for place in range(0, len(code), 8)]

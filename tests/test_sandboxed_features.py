@@ -33,7 +33,7 @@ OUT, IN = "redun_notify_irq", "ihub_hwwd_irq"
 
 @pytest.fixture(autouse=True)
 def _without_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not measure coverage in subprocesses: the sandbox forbids them to write the data when they exit."""
+    """Do not measure coverage in subprocesses: the sandbox prevents them from writing the data when they exit."""
     for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
         monkeypatch.delenv(name, raising=False)
 

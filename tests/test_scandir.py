@@ -82,11 +82,14 @@ else
 fi
 echo >&"$7" && exec sleep 1000
 """
-"""A shell script that replaces STANDIN if a user cannot run this Python. It stores a FIFO and reports to another."""
+"""A shell script to use instead of STANDIN if a user cannot run this Python interpreter.
+
+It stores one FIFO, and writes its reports to another.
+"""
 
 
 def another_user() -> str | None:
-    """Return a user that a service can run as, or None without root or in a user namespace with only one user."""
+    """Return a user for the services, or None if not running as root or if the user namespace has only one user."""
     users = int(Path("/proc/self/uid_map").read_text().split()[2])
     return "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
 
@@ -123,7 +126,7 @@ class Tree:
 
     @contextmanager
     def becoming_ready(self, interface: str) -> Iterator[None]:
-        """At the end of the block, wait until a service is ready. s6-svscan may discover it inside the block."""
+        """At the end of the block, wait until a service is ready. s6-svscan may discover it during the block."""
         event = f"{self.service(interface)}/event"
         subprocess.run(["s6-mkfifodir", event], check=True)
         # s6-ftrig-listen1 runs `echo` once it listens.
@@ -338,7 +341,7 @@ from netns.unprivileged import uncover
 uncover([Path(path).resolve() for path in (sys.argv[1], sys.prefix, sys.base_prefix)])
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""A program that lets every user read Python and the project, and then runs its arguments."""
+"""A program that lets every user read the Python installation and the project, and then runs a given command."""
 APPLICATION = 12
 """The user ID of an application."""
 
@@ -348,7 +351,7 @@ APPLICATION = 12
 def test_a_service_can_use_a_directory_of_the_application(
     tree: Tree, cores: Cores, core1: Peer, watch: Callable[[Path], Consumer]
 ) -> None:
-    """The user of the service may write by its group, and `--irq-owner` names the application and this group."""
+    """The service's user has write permission through its group. `--irq-owner` names the application and this group."""
     irq = tree.home / "irq"
     irq.mkdir()
     (irq / "message_6_trig").touch()
@@ -493,7 +496,7 @@ def test_a_package_installed_only_for_the_user_still_starts(tmp_path: Path, monk
 
 
 def directives(service: Service) -> list[str]:
-    """Return the directive names of a unit as systemd reads them: its read_line() also ends a line at \\r."""
+    """Return the names of a unit's directives as systemd reads them: systemd's read_line() also ends a line at \\r."""
     unit = systemd_unit(service=service, user=None, program=["inco-trio"]).replace("\\\n", " ")
     lines = [line.strip() for line in re.split("[\n\r\0]", unit)]
     return [line.partition("=")[0] for line in lines if line and not line.startswith(("#", ";"))]
@@ -553,7 +556,7 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
         if line.startswith("✗"):
             assert f"`{line.split()[1]}`" in page, f"docs/supervision.md does not explain: {line}"
     verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
+    # Versions of systemd before 254 do not support FileDescriptorStorePreserve=.
     unexpected = [line for line in verified.stderr.splitlines() if "FileDescriptorStorePreserve" not in line]
     assert not [line for line in unexpected if str(unit) in line]
 

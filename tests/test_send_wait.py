@@ -56,7 +56,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Yield a function that starts a command and returns its process once its --after command shows it is listening."""
+    """Yield a function that starts a command, waits until it is listening (using --after), and returns its process."""
     with ExitStack() as stack:
 
         def start(*words: str | Path) -> subprocess.Popen[str]:
@@ -149,7 +149,7 @@ def test_the_documented_example_of_wait_works(board: Board) -> None:
     line = "inco-trio wait redun_notify_irq --timeout 5 --after 'echo 1 > irq/message_6_trig'"
     board.core1()
     board.running()
-    # Name the proxy, because other proxies may run on this machine.
+    # Select the test's proxy, because other proxies may be running on this machine.
     named = re.sub(r"--timeout \d+", f"--control {board.path} --timeout {HANG}", line)
     done = subprocess.run(
         ["/bin/sh", "-c", named], cwd=board.home, capture_output=True, text=True, timeout=HANG, check=False
@@ -258,7 +258,7 @@ def test_send_and_wait_choose_a_board(board: Board) -> None:
 
 @pytest.mark.netns
 def test_other_users_may_wait_if_the_group_allows_it_but_not_send(nobody: list[str]) -> None:
-    # Other users may not enter pytest's directories.
+    # Other users cannot enter pytest's directories.
     with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
         board = Board(Path(home), stack)
         for path in (board.home, board.path.parent):
@@ -343,7 +343,7 @@ def test_wait_follows_replaced_files_and_directories(
 
 
 def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
-    """Write until `wait` has seen two notifications. Nothing else shows when it has found the new directory."""
+    """Write until `wait` has seen two notifications. Nothing else shows when `wait` has found the new directory."""
     deadline = time.monotonic() + HANG
     while waiting.poll() is None:
         assert time.monotonic() < deadline
@@ -512,7 +512,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     for words in (("--irq-dir", board.irq), ("--as", "core1", f"unix:{board.home}/c,peer={board.home}/core1")):
         done = run("send", "redun_notify_irq", *words, "--count", "9", "--rate", "1e-3", "--timeout", "10ms")
         assert (done.returncode, done.stdout) == (1, "")
-        # A slow start may use up the time before the first notification.
+        # If the start is slow, the time may run out before the first notification.
         assert re.fullmatch("inco-trio: redun_notify_irq: [01] of 9 were sent\n", done.stderr)
 
 
@@ -555,7 +555,7 @@ def test_the_interface_of_core0_is_refused_for_core1(
 
 @pytest.mark.netns
 def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Peer) -> None:
-    """A proxy for a link of the same name in another namespace is starting, and another program listens on the link."""
+    """A proxy for a link with the same name is starting in another namespace. Another program listens on this link."""
     starting = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", cores.link]
     with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -644,7 +644,7 @@ def test_wait_waits_for_the_after_command(tmp_path: Path) -> None:
     words = ("wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "-q", "--after")
     assert run(*words, f"echo 1 > {state}").returncode == 0
     assert run(*words, f"echo 1 > {state}; exec 1>&- 2>&-; read x < {tmp_path}/none; exit 4").returncode == 4
-    # The timeout stops the --after command, whether the notification arrived or not.
+    # The timeout stops the --after command, whether or not the notification has arrived.
     os.mkfifo(tmp_path / "fifo")
     done = run(
         "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
@@ -667,14 +667,14 @@ def test_children_of_the_after_command_are_stopped_with_it(tmp_path: Path) -> No
 
 def test_an_after_command_that_cannot_be_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "message_5_state").touch()
-    # /bin/sh always exists here, so a NUL byte stands in for a process limit that prevents the start.
+    # /bin/sh always exists here, so a NUL byte prevents the start, as a process limit would.
     code = "import sys; sys.argv[-1] = chr(0); from inco_trio.cli import main; sys.exit(main())"
     words = ["wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "--after", "x"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=HANG, check=False
     )
     exit_code, complaint = error(done)
-    assert (exit_code, complaint.startswith("--after: cannot be run: ")) == (71, True)
+    assert (exit_code, complaint.startswith("--after: cannot run the command: ")) == (71, True)
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:

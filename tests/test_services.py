@@ -69,7 +69,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     done = s6(tmp_path / "scan", "--mqtt", broker.url, "--gateway", tmp_path / "gateway.json")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "scan/inco-trio-mqtt/run"
-    # Select the proxy of this test, because other proxies may run on this machine.
+    # Select the test's proxy, because other proxies may be running on this machine.
     run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
     service = running(stack, tmp_path / "scan", "mqtt")
     board.trigger()
@@ -181,13 +181,13 @@ def test_an_invalid_gateway_configuration_is_a_warning(tmp_path: Path) -> None:
     ids=lambda service: service.label,
 )
 def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> None:
-    # A bridge, like a proxy, may bind its socket in any directory, so its exposure level is higher.
+    # A bridge, like a proxy, can bind its socket in any directory, so its exposure level is higher.
     exposure = 20 if service.is_client else 25
     kind = service.label.replace(" ", "-")
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
+    # Versions of systemd before 254 do not support FileDescriptorStorePreserve=.
     mine = [line for line in done.stderr.splitlines() if kind in line and "FileDescriptorStorePreserve" not in line]
     assert mine == []
     level = subprocess.run(
@@ -217,7 +217,8 @@ def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Pa
     assert f"inco-trio: warning: {create}\n" in printed.stderr
     directory.mkdir(mode=0o700)
     service = link_service("x", config)
-    # The user may not read the Python of this test if it is in root's home directory. Every user may read /bin/sh.
+    # The user may be unable to run this test's Python interpreter, for example if it is in root's home directory.
+    # Every user can run /bin/sh.
     found = list(access_warnings(service, "daemon", "/bin/sh"))
     write = f"warning: {directory}: the user daemon may not write to it: run as root: {command}"
     assert found == [f"warning: {read}", write]

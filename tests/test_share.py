@@ -1,4 +1,4 @@
-"""Tests of an inotify descriptor that many boards share, of each board's queue, and of a bundle of descriptors."""
+"""Tests of the inotify descriptor that many boards share, of each board's queue, and of the bundle of descriptors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_lone_event_is_finished_in_place_or_stays_queued() -> None:
 
 
 class Boards:
-    """Two boards with one inotify descriptor."""
+    """Two boards that share one inotify descriptor."""
 
     def __init__(self, stack: ExitStack, held: int | None = None, memories: Sequence[Inflight] = ()) -> None:
         self._stack = stack
@@ -198,7 +198,7 @@ def test_watches_of_a_closed_board_and_unknown_watches_are_removed(boards: Board
     one.watch(str(tmp_path), ino.IN_CREATE)
     other.watch(str(tmp_path), ino.IN_CREATE)
     boards.shared.end(one)
-    # Forget the other board's watches, as if a predecessor had made them for a board that no longer exists.
+    # Forget the other board's watches, as if a predecessor had created them for a board that no longer exists.
     boards.shared._watches.clear()
     (tmp_path / "a").touch()
     boards.shared.drain()

@@ -101,7 +101,10 @@ def test_status_shows_problems(board: Board) -> None:
         while not all(each["problem"] for each in client.ask({"request": "status"})["status"][0]["signals"]):
             pass
     out = run("status", "--control", board.path).stdout
-    assert f"{board.home}/core0: down, open since" in out
+    assert (
+        f"{board.home}/core0: down (no process has bound {board.home}/core1 (No such file or directory)), open since"
+        in out
+    )
     assert re.search(rf"  ihub_hwwd_irq: {board.irq}/message_5_state: .*missing", out)
 
 
@@ -167,7 +170,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2)  # Wait before the next interrupt.
-            with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
+            with contextlib.suppress(OSError):  # EIO means that no process has the terminal open.
                 while more := os.read(master, 4096):
                     shown += more
         except BaseException:
@@ -186,7 +189,7 @@ COLOUR = b"\x1b[32mup"
 
 
 def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
-    """Return what a command prints on a colour terminal with 200 columns."""
+    """Return the output of a command on a colour terminal with 200 columns."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (50, 200))
     known = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -194,7 +197,7 @@ def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
     with subprocess.Popen([*map(str, words)], stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
+        with contextlib.suppress(OSError):  # EIO means that no process has the terminal open.
             while more := os.read(master, 4096):
                 shown += more
     os.close(master)
@@ -281,8 +284,9 @@ def test_monitor_reports_link_changes_and_ends_with_the_proxy(board: Board, star
     peer = board.core1()
     assert "the link came up" in monitor.line()
     peer.close()
-    Path(f"{board.home}/core1").unlink()
-    assert "the link went down" in monitor.line()
+    line = monitor.line()
+    assert "the link went down" in line
+    assert line.endswith(f": no process has bound {board.home}/core1 (Connection refused)\n")
     assert proxy.stop() == 0
     assert monitor.end() == 0
 
@@ -299,7 +303,7 @@ def test_a_closed_pipe_is_not_an_error(board: Board, start: Callable[..., Runnin
     ended = threading.Event()
 
     def keep_sending() -> None:
-        while not ended.wait(0.01):  # Limit the rate of the signals.
+        while not ended.wait(0.01):  # Limit the rate of notifications.
             board.inbound(peer)
 
     sender = threading.Thread(target=keep_sending)
@@ -319,7 +323,7 @@ def test_monitor_listens_on_the_interface_without_a_proxy(
 ) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
-    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they could serve a link with the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     command = [*hidden, *COMMAND, "monitor", cores.link, "--json", "--count", "2"]
 
@@ -376,7 +380,7 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
         (status,) = json.loads(run("status", link, "--json", env=environment).stdout)["boards"]
         assert status["link"] == board.link
     (proxies / "b.sock").symlink_to(board.path)
-    # A proxy whose socket has two paths is shown only once.
+    # If a proxy's socket has two paths, `status` shows the proxy only once.
     assert run("status", env=environment).stdout.count("open since") == 1
     assert len(json.loads(run("status", "--json", env=environment).stdout)["boards"]) == 1
 
@@ -467,7 +471,7 @@ def test_a_server_that_is_not_a_proxy_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
-    """Start servers: `server(said)` returns the path of a socket that sends only `said` to its first client."""
+    """Yield `server(said)`, which starts a server that sends only `said` to its first client, and returns its path."""
     with ExitStack() as stack:
 
         def start(said: bytes) -> Path:
@@ -643,6 +647,8 @@ def test_a_board_is_described_in_words() -> None:
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
     once = attrs.evolve(status, tasks=(attrs.evolve(task, restarts=1),), last_down=1.0, counters=Stats(link_downs=1))
+    down_now = BoardStatus("b", "", attrs.evolve(status, running=False, down_reason="no carrier"))
+    assert next(_board_lines(down_now, None, None)).startswith("b: down (no carrier), open since ")
     _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
     assert restarted.startswith("  send: restarted 1 time; ")
     assert down.startswith("  the link went down 1 time, last ")

@@ -92,7 +92,7 @@ def add_acl(path: Path) -> None:
 
 
 def refusal(path: Path, trust: Trust | None = None) -> str | None:
-    """Return why a directory is not trusted, or None."""
+    """Return the reason why a directory is not trusted, or None if it is trusted."""
     try:
         fd, _ = open_trusted(path, trust or Trust())
     except UnfitFileError as error:
@@ -218,12 +218,12 @@ try:
 except UnfitFileError as error:
     print(error.strerror)
 """
-"""A program that mounts a FUSE filesystem which never answers, and opens a directory on it."""
+"""A program that mounts an unresponsive FUSE filesystem and opens a directory on it."""
 
 
 @pytest.mark.parametrize("owner", [OWNER, STRANGER])
 def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
-    """It can report any owner, and block the proxy for as long as its user wants."""
+    """Such a filesystem can report any owner, and can block the proxy for as long as its user wants."""
     place = give(home / "app", OWNER)
     command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
     done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
@@ -275,7 +275,7 @@ with pytest.MonkeyPatch.context() as patch:
     trigger.path.write_text("1")
     print(world.triggered())
 """
-"""A program that mounts a FUSE filesystem which never answers over registers that are in use, and unmounts it later."""
+"""A program that mounts an unresponsive FUSE filesystem over registers that are in use, and unmounts it later."""
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ with pytest.MonkeyPatch.context() as patch:
     trigger.path.write_text("1")
     print(world.pending, state.path.read_text(), world.triggered())
 """
-"""A program that mounts a FUSE filesystem over each register directly after the proxy has checked the register."""
+"""A program that mounts a FUSE filesystem over each register immediately after the proxy has checked the register."""
 
 
 def test_a_fuse_filesystem_that_is_mounted_between_check_and_open_does_not_block(home: Path) -> None:
@@ -345,8 +345,8 @@ def test_a_fuse_filesystem_that_is_mounted_between_check_and_open_does_not_block
 
 
 def test_a_fuse_filesystem_is_refused_without_a_trusted_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It can report root as the owner of its files."""
-    place = Path("/dev/pts")  # On each system, this is a filesystem that root has mounted.
+    """A FUSE filesystem can report root as the owner of its files."""
+    place = Path("/dev/pts")  # On every system, root has mounted this filesystem.
     assert refusal(place) is None
     monkeypatch.setattr(trust_module, "fuse_user", lambda _: STRANGER)
     assert str(refusal(place)).endswith(f" is a FUSE filesystem of uid {STRANGER}, which can block the proxy")
@@ -546,6 +546,23 @@ def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pyte
     assert refusal(Path("/usr/bin")) == "/usr belongs to uid 0, which stands for all unmapped users"
 
 
+def test_a_checked_file_is_checked_again_once_the_group_may_change_the_directory(
+    world: World, state: Signal, home: Path
+) -> None:
+    world.open()
+    world.write(state)
+    state.directory.chmod(0o775)
+    world.triggered()
+    world.restore()
+    victim = home / "victim"
+    victim.write_text("untouched")
+    state.path.unlink()
+    state.path.hardlink_to(victim)
+    world.write(state)  # The proxy has not read the events of the replacement yet.
+    assert victim.read_text() == "untouched"
+    assert world.pending == {state.name: 1}
+
+
 def attack_parent(irq: Path) -> Path:
     """Replace the IRQ directory with a symlink to another directory that root owns."""
     victim = give(irq.parent.parent / "victim", 0)
@@ -581,6 +598,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
     world: World, state: Signal, trigger: Signal, caplog: pytest.LogCaptureFixture, attack: Callable[[Path], Path]
 ) -> None:
     world.open()
+    world.write(state)
     victim = attack(state.directory)
     world.triggered()
     assert world.troubled  # An event has reported the change, but triggered no notification.
@@ -616,7 +634,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
 
 @contextmanager
 def as_stranger(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in a loop, in a process that another user owns, while the block runs."""
+    """While the block runs, call `act` in a loop in a process that another user owns."""
     child = os.fork()
     if child == 0:
         try:
@@ -637,7 +655,7 @@ def as_stranger(act: Callable[[], object]) -> Iterator[None]:
 def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     home: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another user, who owns the parent, swaps the IRQ directory with a symlink to a directory that root owns."""
+    """Another user owns the parent and keeps swapping the IRQ directory with a symlink to a directory owned by root."""
     parent = give(home / "theirs", OWNER)
     victim = give(home / "victim", 0)
     for name in ("state", "trig"):
@@ -646,7 +664,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     (parent / "link").symlink_to(victim)
     for path in (parent, irq, parent / "link"):
         os.lchown(path, STRANGER, STRANGER)
-    place = os.open(parent, os.O_PATH)  # The other user may not search pytest's directories.
+    place = os.open(parent, os.O_PATH)  # The other user cannot search pytest's directories.
 
     def swap() -> None:
         libc.renameat2(place, ctypes.c_char_p(b"irq"), place, ctypes.c_char_p(b"link"), RENAME_EXCHANGE)
@@ -661,7 +679,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
                 world.registers.open(world.table)
                 opened += 1
                 for _ in range(20):
-                    # Read only once: the swaps cause new events all the time.
+                    # Read only once, because the swaps keep causing new events.
                     world.take(world.registers.triggers.follow(world.events()))
                     world.write(signals[0])
                     world.restore()
@@ -670,7 +688,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             finally:
                 world.ending.close()
     os.close(place)
-    # A swap between two system calls makes the directory a symlink, which the second call does not follow.
+    # After a swap between two system calls, the second call finds a symlink, which it does not follow.
     reasons = ("owns an earlier part of the path", "Not a directory", "Too many levels of symbolic links")
     assert [text for text in refused if not any(reason in text for reason in reasons)] == []
     assert sorted(path.name for path in victim.iterdir()) == ["state", "trig"]

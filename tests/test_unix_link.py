@@ -56,7 +56,7 @@ class World:
         return link
 
     def other(self, path: Path | None = None, kind: int = socket.SOCK_DGRAM) -> socket.socket:
-        """Return a socket that is bound at `path` (default: the path of core 1)."""
+        """Return a socket that is bound to `path` (default: the path of core 1)."""
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         self._stack.callback(sock.close)
         sock.bind(str(self.peer if path is None else path))
@@ -68,7 +68,7 @@ class World:
 
 
 def close(link: UnixLink) -> None:
-    """Close as `UnixLink.close` does, but outside Trio."""
+    """Close the link's sockets as `UnixLink.close` does, but outside Trio."""
     for sock in (*link._former, link._socket):
         sock.close()
 
@@ -163,7 +163,7 @@ def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, capl
     nameless.close()
     room = memoryview(bytearray(ROOM))
     length = link.receive_one(room)
-    # The buffer must not keep the rejected frame, either: a successor would find it in the in-flight buffer.
+    # The buffer must not keep the rejected frame: a successor would find the frame in the in-flight buffer.
     assert (decode(room, length), decode(room)) == (None, None)
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
@@ -193,8 +193,9 @@ def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> 
 
 def test_a_missing_peer_is_an_error(world: World) -> None:
     link = world.bound()
-    with pytest.raises(LinkDownError, match=r"no process has bound .*core1 .No such file or directory"):
+    with pytest.raises(LinkDownError, match=r"no process has bound .*core1 .No such file or directory") as caught:
         link.send("redun_notify_irq")
+    assert link.down_reason == caught.value.strerror
     world.other().close()
     with pytest.raises(LinkDownError, match="Connection refused"):
         link.send("redun_notify_irq")
@@ -204,8 +205,9 @@ def test_a_missing_peer_is_an_error(world: World) -> None:
 def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
-    with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket"):
+    with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket") as caught:
         link.send("redun_notify_irq")
+    assert link.down_reason == caught.value.strerror
 
 
 def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
@@ -350,10 +352,10 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
     async def main() -> None:
         link = world.bound()
         world.other()
-        # First handle the events of the two new sockets, and the checks that follow these events.
+        # First handle the events that the two new sockets cause, and the checks that follow.
         while await is_woken(link):
             link.refresh()
-        # Another file in the directory wakes no waiter.
+        # Another file in the directory must not wake a waiter.
         (tmp_path / "neighbour").touch()
         assert not await is_woken(link)
 
@@ -411,7 +413,7 @@ def test_a_place_where_no_socket_can_be_bound_is_an_error(world: World, at: str)
 
 
 def test_a_missing_permission_is_an_error(world: World, tmp_path: Path) -> None:
-    """Run in a child process, because a process that gives up root cannot get it back."""
+    """Run in a child process, because a process that drops root privileges cannot regain them."""
     world.local = tmp_path / "closed" / "core0"
     world.local.parent.mkdir(mode=0o700)
     child = os.fork()
@@ -489,10 +491,10 @@ def test_a_path_whose_new_owner_crashed_is_taken_back(world: World) -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
         thief = world.other(world.local)
-        with trio.move_on_after(60):  # A simulated minute is longer than the checks that follow the change.
+        with trio.move_on_after(60):  # The checks after the change take less than a simulated minute.
             while not link.refresh():
                 await link.changed()
-        thief.close()  # A crash closes the socket, too, and no event reports it.
+        thief.close()  # A crash would also close the socket, and no event would report it.
         await link.changed()
         while not link.refresh():
             await link.changed()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fresh import readme_command
 
-# The nox session `unit` skips tests with this marker: it runs in a copy of the tree without hidden directories.
+# The nox session `unit` skips tests with this marker, because it runs in a copy of the tree without hidden directories.
 pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).parents[1]

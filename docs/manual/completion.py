@@ -15,8 +15,8 @@ from inco_trio.signals import Direction, builtin_signals
 
 __all__ = ["complete"]
 
-# The shell functions that complete links, users and programs. zsh and fish provide them; BASH defines those for bash.
-# They list the interfaces at each completion, because interfaces appear and disappear.
+# The shell functions that complete links, users and programs. zsh and fish have them built in; BASH defines them for
+# bash. They list the interfaces for each completion, because interfaces appear and disappear.
 LINKS = {"bash": "_inco_trio_links", "zsh": "_net_interfaces", "fish": "(__fish_print_interfaces)"}
 USERS = {"bash": "_inco_trio_users", "zsh": "_users", "fish": "(__fish_complete_users)"}
 PROGRAMS = {"bash": "_inco_trio_programs", "zsh": "_command_names -e", "fish": "(__fish_complete_command)"}
@@ -42,13 +42,13 @@ COMPLETE = {
     "SOCKET": shtab.FILE,
     "USER": USERS,
 }
-"""How to complete the value of an option or argument, by its metavar. Other metavars have no completion."""
+"""How to complete the value of an option or argument, keyed by its metavar. Other metavars have no completion."""
 SIGNALS = {signal.name: signal.direction for signal in builtin_signals(Path("/"))}
-"""The direction of each built-in signal. A board may have more signals, but only its proxy knows them."""
+"""The direction of each built-in signal. A board can have more signals, but only its proxy can list them."""
 
 
 def complete(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the text of each completion script, by file name. Modifies the parser."""
+    """Return the text of each completion script, keyed by file name. Modifies the parser."""
     for command, action in _actions(parser):
         if action.metavar == "core1":
             action.choices = ["core1"]

@@ -1,4 +1,4 @@
-"""The texts of all generated files, and a check of the files on disk."""
+"""The contents of all generated files, and a check of the files on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ EXAMPLE = Path(config.__file__).with_name("example.json")
 
 
 def generate() -> dict[Path, str]:
-    """Return the text of each file, by path relative to ROOT. Python's version and the terminal do not change them."""
+    """Return the text of each file, keyed by its path relative to ROOT.
+
+    The text does not depend on the Python version or the terminal.
+    """
     pages = {**command_pages(parser()), **drop_in_page(drop_in_parser())}
     return {
         **{MAN / name: text for name, text in pages.items()},

@@ -1,4 +1,4 @@
-"""Man pages in roff, see man-pages(7) and groff_man(7), and the same texts in Markdown for the site.
+"""Man pages in roff (see man-pages(7) and groff_man(7)), and the same text in Markdown for the site.
 
 argparse-manpage is not used, because it adds a date, keeps the line breaks that argparse inserts for a terminal, and
 joins the lines of the epilogs, which contain the exit codes and the examples.
@@ -21,7 +21,7 @@ CODES = "exit codes:"
 OF_A_COMMAND = {1, 3, 4, 65}
 """Exit codes that only some commands return. The man pages of these commands explain them."""
 DATE = "2026-11-29"
-"""The date of the man pages. It is fixed, because a generated date would change the files each day."""
+"""The date of the man pages. It is fixed, because a generated date would change the files every day."""
 ENVIRONMENT = (
     ("UDRV_JSON_PATH", "--config", "path of the configuration, if `--config` and `--irq-dir` are not given"),
     ("XDG_RUNTIME_DIR", "--control", "directory below which a user other than root has control sockets"),
@@ -46,7 +46,7 @@ SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "inco_proxy"}
 
 
 def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the man pages of `inco-trio` and of each command, by file name."""
+    """Return the man pages of `inco-trio` and of each command, keyed by file name."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = {"inco-trio.1": _page(parser, parser.description or "", ["inco_proxy"])}
     for command, sub in commands.choices.items():
@@ -55,7 +55,7 @@ def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def drop_in_page(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the man page of `inco_proxy`, by file name."""
+    """Return the man page of `inco_proxy`, keyed by file name."""
     summary = "transfer inter-core interrupts, in place of the old program of that name"
     return {"inco_proxy.1": _page(parser, summary, ["inco-trio", "inco-trio-run"])}
 
@@ -65,7 +65,7 @@ def _name(command: str) -> str:
 
 
 def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
-    """Return the names of the man pages of the commands that the help of `command` mentions."""
+    """Return the names of the man pages for the commands that the help of `command` mentions."""
     text = " ".join(filter(None, (sub.description, sub.epilog, *(action.help for action in sub._actions))))
     named = set(re.findall(r"inco-trio ([a-z][a-z0-9]*)", text))
     return [_name(other) for other in COMMANDS if other in named and other != command]
@@ -75,7 +75,7 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     title = parser.prog.replace(" ", "-")
     commands = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
     epilog, _, site = (parser.epilog or "").partition("\nDocumentation: ")
-    # The epilog of all commands begins with a list of them, which the section COMMANDS contains.
+    # The epilog of the main parser begins with a list of the commands. Omit it: the section COMMANDS contains it.
     notes = _Notes(epilog.partition("\n\n")[2] if commands else epilog)
     words = _Words(parser)
     summary = summary[0].lower() + summary[1:].rstrip(".")
@@ -130,9 +130,9 @@ def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) 
 
 
 def configuration_page(keys: Sequence[tuple[str, str]], files: Sequence[str], example: str) -> dict[str, str]:
-    """Return the man page of udrv.json, by file name.
+    """Return the man page of udrv.json, keyed by file name.
 
-    `keys` contains the name and the description of each key, and `files` a text for each built-in signal.
+    `keys` contains the name and the description of each key, and `files` an entry for each built-in signal.
     """
     words = _Words(argparse.ArgumentParser())
     about = (
@@ -155,7 +155,7 @@ def configuration_page(keys: Sequence[tuple[str, str]], files: Sequence[str], ex
 
 
 def markdown(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the help of a command as lines of Markdown. Its arguments are a table, which fits any screen."""
+    """Return the help of a command as lines of Markdown. The arguments form a table, which fits any screen."""
     notes = _Notes(parser.epilog or "")
     rows = []
     for action in _shown(parser):
@@ -242,7 +242,7 @@ class _Words:
         return self.roff(", ".join(f"{option} {values}".rstrip() for option in action.option_strings))
 
     def usage(self, parser: argparse.ArgumentParser) -> str:
-        """Return the parser's own usage line, or else one that does not depend on the version of argparse."""
+        """Return the parser's own usage line, or create one that does not depend on the argparse version."""
         usage = parser.usage
         if usage is None:
             positionals = [action for action in parser._actions if not action.option_strings]

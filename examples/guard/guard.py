@@ -2,7 +2,7 @@
 
 ihub_hwwd_irq: core 1 got no sign of life from the service; the guard restarts the service.
 ihub_reset_irq: core 1 is about to reset the board; the guard stops the service and exits.
-The guard answers both with redun_notify_irq when done. UDRV_JSON_PATH names the board's file.
+The guard answers both with redun_notify_irq when it has finished. UDRV_JSON_PATH is the path of the board's file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def guard(command: list[str], board: Path) -> None:
     with INotify() as inotify:
         interrupts = {}
         for name in ("ihub_hwwd_irq", "ihub_reset_irq"):
-            # Watch MODIFY, too: without an event between them, the kernel merges unread CLOSE_WRITE events.
+            # Also watch MODIFY: an event between two unread CLOSE_WRITE events keeps the kernel from merging them.
             watch = inotify.add_watch(signals[name].directory, flags.CLOSE_WRITE | flags.MODIFY)
             interrupts[watch, signals[name].register] = name
         async with trio.open_nursery() as nursery:

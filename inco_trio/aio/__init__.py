@@ -1,8 +1,8 @@
 """The proxy for asyncio code.
 
 `open_proxy` is for asyncio programs: the proxy runs in its own thread beside the asyncio loop. `on_notification` and
-`run` are for asyncio code in a Trio program. On first use, they import trio-asyncio. This import replaces the event
-loop policy of asyncio in the whole process.
+`run` are for asyncio code in a Trio program. On first use, they import trio-asyncio. This import replaces asyncio's
+event loop policy for the whole process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
 class _Opening(AbstractAsyncContextManager["Proxy"]):
     """The context manager of `open_proxy`."""
 
-    # This is a class because before Python 3.13, closing a coroutine does not close an asynchronous generator in it.
+    # This is a class because, before Python 3.13, closing a coroutine did not close asynchronous generators inside it.
     def __init__(self, config: Config) -> None:
         self._config = config
 
@@ -59,7 +59,7 @@ class _Opening(AbstractAsyncContextManager["Proxy"]):
 class Proxy:
     """A running proxy for an asyncio program. Use it only in the loop in which `open_proxy` opened it.
 
-    When a method raises `asyncio.CancelledError`, the operation that it cancelled has already ended.
+    When a method raises `asyncio.CancelledError`, the cancelled operation has already ended.
     """
 
     def __init__(self, beside: Beside) -> None:
@@ -120,7 +120,7 @@ class _Events(AsyncIterator[Notification]):
         self._beside, self._batch = beside, batch
         self._stack = ExitStack()
         self._closed = False
-        # The Trio thread appends batches. If the reader that asked for a batch is cancelled, the next reader gets it.
+        # The Trio thread appends batches. If the waiting reader is cancelled, the next reader gets the batch.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
@@ -162,7 +162,7 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for a notification, and fetch it with the notifications that are queued behind it."""
+        """Wait for a notification, and fetch it together with the notifications queued behind it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -180,7 +180,7 @@ def _import_trio_asyncio() -> Any:
     try:
         import trio_asyncio
     except AttributeError as error:
-        # trio-asyncio 0.16 needs names of asyncio that Python 3.14 removed (trio-asyncio issue 160).
+        # trio-asyncio 0.16 uses names that Python 3.14 removed from asyncio (trio-asyncio issue 160).
         from importlib.metadata import version
 
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -263,7 +263,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
     """Run the asyncio function `main` and return its result. If `main` raises an exception, raise it unchanged.
 
     If no trio-asyncio loop is open, `main` runs in a new loop. When `main` ends, the remaining tasks of this loop are
-    cancelled, as by `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python version.
+    cancelled, as with `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python version.
     """
 
     async def call() -> T:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class _Call(Generic[T]):
-    """A call of a Trio function that the asyncio thread awaits."""
+    """A call to a Trio function that the asyncio thread awaits."""
 
     function: Callable[[], Awaitable[T]]
     ended: asyncio.Future[None]
@@ -70,7 +70,7 @@ class Beside:
             self._thread.start()
         except RuntimeError as error:
             raise ResourceError(self._config.link, f"cannot start a thread: {error}") from error
-        # `_thread` must be a daemon: Python joins all other threads before it calls functions such as `_abandon`.
+        # The thread must be a daemon: Python joins all other threads before it calls exit handlers such as `_abandon`.
         atexit.register(self._abandon)
         try:
             await asyncio.wait({self._opened})
@@ -172,7 +172,7 @@ class Beside:
         self._end()
         cancelled = None
         try:
-            # Wait at least once, even if Trio has stopped: this wait must raise a cancellation that was requested.
+            # Wait at least once, even if Trio has stopped: this wait raises a cancellation that was requested earlier.
             while True:
                 try:
                     await asyncio.wait({self._ended})

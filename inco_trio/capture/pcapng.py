@@ -29,7 +29,7 @@ NANOSECONDS = 9
 BILLION = 10**9
 
 DIRECTIONS = {1: Direction.INBOUND, 2: Direction.OUTBOUND}
-"""The direction of a packet, by the value of the lowest two bits of epb_flags."""
+"""The direction of a packet, for each value of the lowest two bits of epb_flags."""
 _FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
 
 BLOCK_MAX = 16 * 2**20
@@ -37,7 +37,7 @@ BLOCK_MAX = 16 * 2**20
 OPTION_MAX = 0xFFFF
 """Maximum size of an option in bytes."""
 
-# The time units per second in a classic pcap file, by the file's magic number.
+# The time units per second in a classic pcap file, for each magic number.
 _CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
 
 
@@ -46,7 +46,7 @@ def _option(code: int, value: bytes) -> bytes:
 
 
 def _text(code: int, text: str) -> bytes:
-    # Never truncate within a character: a text option must be valid UTF-8.
+    # Never truncate in the middle of a character: a text option must be valid UTF-8.
     return _option(code, text.encode("utf-8", "backslashreplace")[:OPTION_MAX].decode("utf-8", "ignore").encode())
 
 
@@ -79,7 +79,7 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
 
 @attrs.frozen
 class Interface:
-    """A capture interface in a file. `name` is empty if the file does not name it."""
+    """A capture interface in a file. `name` is empty if the file contains no name for it."""
 
     name: str
     linktype: int
@@ -240,7 +240,7 @@ class Reader:
         )
 
     def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
-        """Return the options that start at `offset`, by code. If a code is repeated, use its first option."""
+        """Return the options that start at `offset`, keyed by code. If a code is repeated, use its first option."""
         found: dict[int, bytes] = {}
         while offset < len(body):
             code, length = self._unpack("HH", body, offset)

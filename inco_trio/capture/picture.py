@@ -44,7 +44,7 @@ IN_BIN = 4
 """Minimum average number of notifications per step, for the most frequent signal. Fewer would not show a rate."""
 ANSWER_BINS = 100
 WIDE = 100
-"""Ratio of the slowest to the fastest response time above which their axis is logarithmic."""
+"""If the slowest response time exceeds the fastest one by this factor, their axis is logarithmic."""
 MARKS_MAX = 20
 """Maximum number of marks in the list. The plot shows only the positions of further marks."""
 FLAG = 0.05
@@ -112,7 +112,7 @@ _PENDING: Any = {"facecolor": "none", "edgecolor": ALARM, "hatch": "////", "line
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
-    """Return the `most` flows with the most notifications, in their original order."""
+    """Return up to `most` flows, those with the most notifications, in their original order."""
     chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
     return [flows[number] for number in sorted(chosen)]
 

@@ -24,14 +24,14 @@ from inco_trio.signals import Direction, SignalTable
 __all__ = ["Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
-"""Maximum time in seconds to wait until a link that went down is up again."""
+"""Maximum time in seconds to wait for a link that went down to come up again."""
 TURN = 64
 """Number of notifications that one task handles before other tasks run."""
 
 
 @attrs.define
 class Side:
-    """The core to play in a recording, with the signals that it sends and the labels of the signals that arrive."""
+    """The core that a replay simulates, the signals that it can send, and the labels of those that can arrive."""
 
     core: Core0 | Core1
     direction: Direction
@@ -128,7 +128,8 @@ class Played:
 async def play(side: Side, recording: Recording, played: Played, *, speed: float | None, wait: float) -> None:
     """Play one direction of the recording, and count the notifications in `played`. Raises IncoError.
 
-    A `speed` of 2 halves the time; None plays as fast as possible. Return `wait` seconds after the last notification.
+    A `speed` of 2 halves the time; None plays as fast as possible. The function returns `wait` seconds after the last
+    notification.
     """
     async with trio.open_nursery() as nursery:
         await nursery.start(side.listen, played.came)

@@ -1,4 +1,4 @@
-"""Recordings of notifications: write pcapng files, and read the notifications of any capture.
+"""Recordings of notifications: write pcapng files, and read the notifications in any capture.
 
 A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains marks,
 such as a link that went down, and notifications without a frame. Its packets have the EtherType 0x88B5, which IEEE 802
@@ -55,9 +55,9 @@ class Recorder:
 
     With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
     numbered: _00001 and so on before the suffix. The numbers continue after those of existing files, because a
-    supervisor may restart the process. If there are more than `keep` files, the oldest one is removed. One write(2)
-    writes each entry, so the file stays readable if the process is killed. Raises PermissionDeniedError and
-    ResourceError; after an error, the file is closed but complete up to the last entry.
+    supervisor may restart the process. If there are more than `keep` files, the oldest one is removed. Each entry is
+    written with a single write(2), so the file stays readable even if the process is killed. Raises
+    PermissionDeniedError and ResourceError; after an error, the file is closed but complete up to the last entry.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Recorder:
 
     @property
     def pipe(self) -> int | None:
-        """The descriptor of the file if it is a pipe. select(2) reports it as readable once its reader has exited."""
+        """The file's descriptor if the file is a pipe. It is readable for select(2) once the reader has exited."""
         return self._fd if self._fd >= 0 and stat.S_ISFIFO(os.fstat(self._fd).st_mode) else None
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class Recorder:
 
 
 def _numbered_files(path: Path) -> dict[int, Path]:
-    """Return the files that a recorder with a limit has written for `path`, by number in ascending order."""
+    """Return the files that a recorder with a limit has written for `path`, keyed by number, in ascending order."""
     # A longer number is probably a date, such as 20261128.
     numbered = re.compile(rf"{re.escape(path.stem)}_([0-9]{{5}}|[1-9][0-9]{{5}}){re.escape(path.suffix)}")
     try:
@@ -289,7 +289,7 @@ class Recording:
     The direction of a frame comes from the first available source: the flags if inco-trio recorded the packet, the
     signal in `table`, or earlier frames from the same MAC address. The flags of other programs are ignored: they
     describe the view of the capturing machine, which may be core 1. Programs such as mergecap(1) replace the header of
-    a file but keep its packets, so the comment of each packet tells whether inco-trio recorded it.
+    a file but keep its packets, so the comment of each packet shows whether inco-trio recorded it.
     """
 
     def __init__(self, file: BinaryIO, name: str, table: SignalTable) -> None:
@@ -297,7 +297,7 @@ class Recording:
         self.size = os.fstat(file.fileno()).st_size
         self.packets = 0
         self.left_out: Counter[str] = Counter()
-        """The number of packets that were skipped, by reason."""
+        """The number of packets that were skipped, keyed by reason."""
         self._table = table
         self._count = 1
         self._step_ns = self._last_ns = 0
@@ -305,7 +305,7 @@ class Recording:
 
     @property
     def progress(self) -> str:
-        """The progress of reading the file as text: a percentage, or kilobytes if the size is unknown."""
+        """The reading progress as text: a percentage, or kilobytes if the file size is unknown."""
         position = self.reader.position
         return f"{100 * position // self.size} %" if self.size else f"{position // 1000} kB"
 
@@ -393,7 +393,7 @@ def _unframed(content: Mapping[str, object]) -> bytes:
 
 
 def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
-    """Return the entry or mark that `_unframed` encoded (None if invalid), and how many notifications it represents."""
+    """Return the entry or mark that `_unframed` encoded (None if invalid), and how many notifications it stands for."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):

@@ -19,7 +19,7 @@ BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time, in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
-"""Maximum number of values to sort at once, because a sorted list takes five times the memory of an array."""
+"""Maximum number of values to sort at once: a sorted list takes five times as much memory as an array."""
 
 
 @attrs.define
@@ -100,7 +100,7 @@ class Summary:
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
     left_out: Mapping[str, int] = attrs.Factory(dict)
-    """The number of packets in the recording that were skipped, by reason."""
+    """The number of packets in the recording that were skipped, keyed by reason."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""
@@ -180,7 +180,7 @@ def _spread(values: Iterable[int]) -> dict[str, float] | None:
 
 
 def _quantile(parts: Sequence[array[int]], share: float) -> int:
-    """Return the quantile `share` (0.5 is the median) of the numbers in all parts. Each part must be sorted."""
+    """Return the quantile `share` (0.5 is the median) of the values in all parts. Each part must be sorted."""
     rank = max(1, math.ceil(share * sum(map(len, parts))))
     low, high = min(part[0] for part in parts), max(part[-1] for part in parts)
     while low < high:

@@ -15,7 +15,10 @@ from inco_trio.cli.streams import remark, say, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, HistoryRequest, MonitorRequest, Past
+from inco_trio.persist.recorder import events_kept
+from inco_trio.proxy_status import RecorderStatus
 from inco_trio.service.lines import printable
+from inco_trio.wall_clock import local_time
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -42,11 +45,20 @@ def run(args: argparse.Namespace) -> int:
     with connect(args.link, args.control) as client:
         wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
         pasts = past_of(client, wanted.board, args.since)
+        recorded = {
+            each.board: None if each.status is None else each.status.recorded for each in client.status(wanted.board)
+        }
+    for past in pasts:
+        for text in _overwritten(past, recorded.get(past.board)):
+            remark(text)
     events = [*accepted(past_events(pasts), wanted)]
     if args.json:
         say(*(event.json() for event in events))
         return 0
-    remark(f"{len(events)} lines of the history of {', '.join(past.board for past in pasts) or client.greeting.name}")
+    begins = [each.since for each in recorded.values() if each is not None and each.since is not None]
+    since = f", which begins {local_time(min(begins))}" if begins else ""
+    names = ", ".join(past.board for past in pasts) or client.greeting.name
+    remark(f"{len(events)} lines of the history of {names}{since}")
     say_text(*painted([printable(line) for line in _lines(events, boards=len(pasts))], args.color))
     return 0
 
@@ -57,6 +69,21 @@ def past_of(client: Client, board: str | None, seconds: float | None) -> list[Pa
     boards = client.greeting.boards if board is None else (board,)
     answers = [client.request(HistoryRequest(each, after)).history for each in boards]
     return [past for past in answers if past is not None]
+
+
+def _overwritten(past: Past, recorded: RecorderStatus | None) -> Iterator[str]:
+    """Yield a note about notifications and one about events if newer records may have replaced older ones."""
+    if recorded is None:
+        return
+    notifications = [event for event in past.events if event.event == "notification"]
+    others = [event for event in past.events if event.event != "notification"]
+    for what, kept, room in (
+        ("notifications", notifications, recorded.kept),
+        ("events", others, events_kept(recorded.kept)),
+    ):
+        if len(kept) >= room:
+            since = local_time(kept[0].time)
+            yield f"{past.board}: {what} before {since} are not kept (`inco-trio run --history N` keeps more)"
 
 
 def past_events(pasts: Iterable[Past]) -> Iterator[Event]:

@@ -54,7 +54,7 @@ GROUPS = {
     "record": ("record", "plot", "dissector"),
     "connect": ("mqtt", "mqtt-link", "exporter"),
 }
-"""The commands by purpose, as the help shows them. The help does not list `s6`, because `service` replaces it."""
+"""The commands grouped by purpose, as in the help. The help does not list `s6`, because `service` replaces it."""
 
 EXIT_CODES = {
     0: "success",
@@ -121,7 +121,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     made = parser(words[0])
     (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
     sub: argparse.ArgumentParser = commands.choices[words[0]]
-    # Allow options between arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot do so if there is a `--`.
+    # Allow options between arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot do this if there is a `--`.
     return _parsed(sub.parse_args if "--" in words else sub.parse_intermixed_args, words[1:])
 
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.past is None):
         raise UsageError("give either FILE or --past")
     if args.control is not None and args.past is None:
-        raise UsageError("--control selects the proxy of --past (add --past, or omit --control)")
+        raise UsageError("--control applies only to --past (add --past, or omit --control)")
     if args.past is None:
         return _plot(args, path_of(args.file, "FILE"))
     from inco_trio.cli.record import record_past
@@ -83,7 +83,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
     if draws:
         if args.out != STREAM and _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
-        # Import matplotlib before the file is read, because reading may take long and the import may fail.
+        # Import matplotlib before the file is read, because reading can take a long time and the import can fail.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:

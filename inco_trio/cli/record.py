@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from inco_trio.control.listen import Listening
 
 AGAIN = 0.2
-"""Seconds between two attempts to reconnect after the proxy exited."""
+"""Seconds between two attempts to reconnect after the proxy has exited."""
 SHOWN = 0.5
 """Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0
@@ -180,7 +180,7 @@ class _Proxy:
             return [ended]
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
-        """Return the events that the recording does not contain yet. Replace an event `lost` with the lost events."""
+        """Return the events that the recording does not contain yet. Replace a `lost` event with the lost events."""
         new: list[Event] = []
         for event in events:
             if event.event == "lost":

@@ -170,7 +170,7 @@ def _report(args: argparse.Namespace, path: Path, played: Played, skipped: Mappi
     lines = [f"{name}: {count} sent" for name, count in sorted(played.sent.items())]
     for name in sorted(played.expected | played.came):
         came, expected = played.came[name], played.expected[name]
-        lines.append(f"{name}: {came} of {expected} came back" if expected else f"{name}: {came} came, none expected")
+        lines.append(f"{name}: {came} of {expected} came back" if expected else f"{name}: {came} came back, 0 expected")
         if came < expected:
             lines[-1] += f", {expected - came} missing"
         elif 0 < expected < came:

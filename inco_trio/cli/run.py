@@ -87,7 +87,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         label = boards.label
     fd_store = fd_store_from_environment(args.fd_holder, label)
     if args.wait_link and args.sandbox != "none":
-        # Drop capabilities before the wait, which may be long. Keep those that opening the link needs.
+        # Drop capabilities before the wait, which may be long. Keep those that are needed to open the link.
         opening = privileges.needed_capabilities(boards.configs(), grows=True, locked=args.lock_memory)
         privileges.drop_capabilities(opening)
     if args.sandbox == "none":

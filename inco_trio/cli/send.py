@@ -14,12 +14,12 @@ from inco_trio.cli.streams import remark, say
 from inco_trio.errors import ProxyNotFoundError
 
 AT_ONCE = 1000
-"""Maximum number of notifications per request. It lets an interrupted `send` report roughly how many were sent."""
+"""Maximum number of notifications per request. An interrupted `send` can thus report roughly how many were sent."""
 SLEEP_MAX = 3600.0
 EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
 _WHERE = {"board": "through {}", "register": "by {}", "link": "as core 1 on {}"}
-"""The printed text for each JSON key that says how notifications are sent."""
+"""The text to print for each JSON key that describes how notifications are sent."""
 HINT = "core 1 sends it (LINK --as core1)"
 
 
@@ -71,7 +71,7 @@ class _Schedule:
     def __init__(self, count: int, rate: float | None, timeout: float | None = None) -> None:
         self.sent = 0
         self.where: dict[str, str] = {}
-        """The board, register or link that the notifications are sent through, by its key in `_WHERE`."""
+        """The board, register or link through which the notifications are sent, with its key in `_WHERE`."""
         self._count = count
         self._rate = rate
         self._timeout = math.inf if timeout is None else timeout

@@ -1,4 +1,4 @@
-"""Options, checks and texts that `send`, `wait`, `monitor` and `record` share."""
+"""Options, checks and messages that `send`, `wait`, `monitor` and `record` share."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Print a note for each signal in --signal that the proxy does not know."""
+    """Print a note for each signal in --signal that is not in the signal table or that --direction excludes."""
     if args.signal is None:
         return
     known, _ = signals_of(client, args.board)
@@ -137,7 +137,7 @@ def link_of(args: argparse.Namespace) -> str:
 
 
 def check_core1(link: str) -> None:
-    """Raise UsageError if a proxy on this host serves `link`. The proxy would not receive frames sent from its side."""
+    """Raise UsageError if a proxy on this host serves `link`. A proxy does not receive frames from its own side."""
     from inco_trio.linux.processes import named
     from inco_trio.service.rivals import serving
 

@@ -19,6 +19,7 @@ from inco_trio.problems import times
 from inco_trio.proxy_status import Status
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
+from inco_trio.wall_clock import local_time
 
 HEAD = ("", "signal", "count", "per second", "last", "pending", "failures", "register")
 STORED = {None: "not stored", "s6-fdholder": "stored in s6-fdholder", "systemd": "stored by systemd"}
@@ -29,7 +30,7 @@ LAST_WIDTH = len("59 min ago")
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""The status of the boards of each proxy, by the proxy's name."""
+"""For each proxy's name, the status of the proxy's boards."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
     for client in clients:
         try:
             name = client.greeting.name
-            # Proxies in different network namespaces may have the same name, because their interfaces do.
+            # Proxies in different network namespaces have the same name if their interfaces have the same name.
             found[str(client.path) if name in found else name] = client.status(board)
         except InvalidArgumentError as error:
             errors.append(error)
@@ -111,8 +112,9 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
         yield f"{board.board}: not open: {board.problem}"
         return
     now = time.time()
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.since))
-    state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(_uptime(status, now))})"
+    since = local_time(status.since)
+    link = "up" if status.running else f"down ({status.down_reason})" if status.down_reason else "down"
+    state = f"{link}, open since {since} ({_duration(_uptime(status, now))})"
     stored = STORED.get(status.descriptors, f"stored by {status.descriptors}")
     yield f"{board.board}: {state}, descriptors {stored}"
     yield f"  {status.link}: {status.description}, capabilities: {' '.join(status.capabilities) or 'none'}"
@@ -129,7 +131,7 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
         yield f"  counters: {counters}"
     if (recorded := status.recorded) is not None and recorded.since is not None:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(recorded.since))
+        since = local_time(recorded.since)
         yield f"  history since {since} ({_duration(max(0.0, now - recorded.since))}), {recorded.events} events"
 
 

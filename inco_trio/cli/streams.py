@@ -45,7 +45,7 @@ def say(*lines: str) -> None:
 
 
 def say_text(*texts: str) -> None:
-    """Print `texts`, which may have several lines and colours.
+    """Print `texts`, which may contain line breaks and colours.
 
     Escape only characters that standard output cannot encode. Raises the errors of `writing`.
     """
@@ -64,7 +64,7 @@ def say_bytes(text: bytes) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Convert errors of writes to standard output to ResourceError, except BrokenPipeError."""
+    """Convert errors from writes to standard output into ResourceError, except BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXIT_NOT_ARRIVED = 1
 EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one poll(2) in seconds. A process signal that arrives just before the call does not end it."""
+"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt it."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 once all notifications arrived, 1 after the timeout, or 4 if the command failed. Raises IncoError."""
+    """Return 0 if all notifications arrived, 1 after the timeout, or 4 if the command failed. Raises IncoError."""
     signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send requires LINK and --as core1; without them, use --after 'inco-trio send SIGNAL'")
@@ -108,7 +108,7 @@ class _Waiting:
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
-            raise ResourceError(f"--after: cannot be run: {error}") from error
+            raise ResourceError(f"--after: cannot run the command: {error}") from error
         end = os.pidfd_open(self._process.pid)
         try:
             yield end

@@ -22,8 +22,9 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Pause of a monitor after each write, in seconds per other monitor. All monitors together therefore write at most
-about 1,000 times per second and do not delay notifications."""
+"""Pause after each write to a monitor, in seconds for each other monitor. All monitors together therefore write at most
+about 1,000 times per second and do not delay notifications.
+"""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
@@ -159,7 +160,7 @@ class Connection:
             raise RequestError("invalid", f"board {board!r}: the proxy records no history (--history 0 disables it)")
         lines = []
         for number, event in enumerate(past_events(board, recorder, request.after or 0)):
-            lines.append(protocol.encode_event(event))
+            lines.append(protocol.encode_event(event).rstrip())
             if number % PIECE == 0:
                 await trio.lowlevel.checkpoint()
         return protocol.encode_history(board, recorder.boot, lines, tag)
@@ -223,7 +224,7 @@ class Connection:
 
     def _follower(self) -> Follower:
         if not isinstance(self._monitor, Follower):
-            raise RequestError("invalid", "this connection follows no board (send the request follow first)")
+            raise RequestError("invalid", "this connection does not follow a board (send a `follow` request first)")
         return self._monitor
 
     def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
@@ -241,7 +242,7 @@ class Connection:
         if request.board not in follower.cursors:
             raise RequestError("unknown-board", f"this connection does not follow board {request.board!r}")
         if request.boot not in (None, follower.cursors[request.board].history.boot):
-            raise RequestError("invalid", f"boot: {request.boot!r} does not name the current history")
+            raise RequestError("invalid", f"boot: {request.boot!r} is not the ID of the current history")
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:

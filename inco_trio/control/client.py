@@ -37,7 +37,7 @@ __all__ = [
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one select(2) in seconds. A process signal that arrives just before the call does not end it."""
+"""Maximum timeout of one select(2) in seconds. A process signal just before the call does not interrupt it."""
 PATIENCE = 10.0
 """Timeout for the greeting and for each response, in seconds."""
 SEARCH = 3.0
@@ -101,7 +101,7 @@ class Channel:
         """Store received bytes. Raises ProxyNotFoundError at the end of the connection."""
         if not data:
             raise self._ended()
-        try:  # Do not use `_obeying`: the context manager is slow, see `_next`.
+        try:  # Do not use `_obeying`: the context manager is slow (see `_next`).
             self._lines += self._received.split(data)
         except MessageError as error:
             raise self._not_understood(error) from error
@@ -218,7 +218,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self._sock.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
+        """Return the monitor events that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
         if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while self._lines:
@@ -274,7 +274,7 @@ def connect(link: str | None, control: str | None) -> Client:
 
 
 def connect_all() -> list[Client]:
-    """Connect to all proxies of this host. Raises IncoError if none answers."""
+    """Connect to all proxies on this host. Raises IncoError if none answers."""
     clients, errors = answering(sockets())
     if not clients:
         raise _none_answers(errors, "no running proxy")
@@ -337,7 +337,7 @@ def _attempt(path: Path) -> Client | IncoError:
 
 
 def sockets() -> list[Path]:
-    """Return all control sockets of this host, even stale ones. Sockets of systemd units are in subdirectories.
+    """Return all control sockets on this host, even stale ones. Sockets of systemd units are in subdirectories.
 
     Raises ResourceError if a directory cannot be read.
     """

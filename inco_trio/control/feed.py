@@ -35,10 +35,10 @@ class Served(Protocol):
     name: str
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """Return the open proxies, by board name."""
+        """Return the open proxies, keyed by board name."""
 
     def not_open(self) -> Mapping[str, str]:
-        """Return why each of the other boards is not open, by board name."""
+        """Return why each of the other boards is not open, keyed by board name."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -74,7 +74,7 @@ class Feed:
         self.followers: Sequence[Follower] = ()
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
-        self.wants_frames = False
+        self.wants_frames = self.after_crash = False
         self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:
@@ -125,8 +125,8 @@ class Feed:
             shown = None if frame is None else frame.hex()
             self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
 
-    def link_changed(self, running: bool, text: str) -> None:
-        self.offer("link", running=running, message=text)
+    def link_changed(self, running: bool, text: str, seconds: float) -> None:
+        self.offer("link", running=running, message=text, duration=seconds)
 
     def opened(self, keep: Callable[[], History]) -> None:
         for follower in self.followers:

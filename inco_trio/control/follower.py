@@ -20,7 +20,7 @@ __all__ = ["Conversation", "converse"]
 DELAY = 0.02
 """Seconds for which `send_acknowledgements` collects acknowledgements, because each request delays the proxy."""
 URGENT = 256
-"""Number of acknowledgements that are not delayed. It is less than the proxy sends without acknowledgements."""
+"""Number of acknowledgements to send without delay. The proxy allows more unacknowledged notifications than this."""
 POSITIONS_MAX = 100
 """Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 
@@ -34,7 +34,7 @@ class Conversation(Channel):
         self._writing = trio.Lock()
         self._ahead: list[Reply] = []
         self._positions: dict[str, tuple[str, int]] = {}
-        """The history (`boot`) and the sequence number up to which to acknowledge notifications, by board."""
+        """For each board, the history (`boot`) and the last sequence number to acknowledge."""
         self._has_positions, self._has_many = trio.Event(), trio.Event()
         self._number = 0
         """How often `acknowledge` was called since the last request."""
@@ -126,7 +126,7 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would take this for EINPROGRESS.
+            # connect(2) returns EAGAIN if the backlog is full. Trio's connect() would mistake this for EINPROGRESS.
             while not dial(sock, path):  # noqa: ASYNC110 - no event reports space in a backlog
                 await trio.sleep(AGAIN)
             await conversation._await_line()

@@ -40,7 +40,7 @@ class Monitor:
     """Whether events contain the frames."""
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
-    """The number of events in `_waiting`, counting each notification of a batch."""
+    """The number of events in `_waiting`, counting each notification in a batch."""
     _lost: int = 0
     _ended: bool = False
     _rest: str = ""
@@ -71,7 +71,7 @@ class Monitor:
         self._arrived.set()
 
     def flush(self) -> None:
-        """Queue the event `flushed` after all earlier events, even if the queue is full."""
+        """Queue a `flushed` event after all earlier events, even if the queue is full."""
         if self._lost:
             self._append(event_now("lost", count=self._lost))
             self._lost = 0
@@ -123,7 +123,7 @@ class Monitor:
         yield from ()
 
     def _wanted(self, what: Batch | Event) -> Iterator[str]:
-        """Yield the events that the filters accept as lines. `what` is one event or a batch of them."""
+        """Yield, as lines, the events that the filters accept. `what` is one event or a batch of events."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
                 yield encode_event(what, frames=self.frames)
@@ -166,13 +166,13 @@ class _Cursor:
     sent: int
     """Sequence number of the last notification that was sent to the follower."""
     records: deque[Record] = attrs.Factory(deque)
-    """Notifications that were sent to the follower and that it has not acknowledged yet."""
+    """Notifications that have been sent to the follower but not acknowledged yet."""
     merged: Sequence[Merged] = ()
-    """Merged notifications that were sent to the follower and that it has not acknowledged yet."""
+    """Merged notifications that have been sent to the follower but not acknowledged yet."""
     merged_to: int = 0
-    """Sequence number with which the follower acknowledges `merged`."""
+    """Sequence number that the follower sends to acknowledge `merged`."""
     _checked: int = -1
-    """The value of `History.merged_ever` for which there are no further merged notifications."""
+    """The value of `History.merged_ever` when the last check found no further merged notifications."""
 
     @property
     def must_wait(self) -> bool:
@@ -214,7 +214,7 @@ class _Cursor:
         if (
             len(signals) != 1
             or history.sequence != sequence
-            or history.merged_ever != self._checked  # If they are equal, `merged` is empty.
+            or history.merged_ever != self._checked  # If both are equal, `merged` is empty.
             or len(self.records) >= AHEAD
         ):
             return ""
@@ -234,7 +234,7 @@ class _Cursor:
             self._checked = self.history.merged_ever
 
     def _events(self, merged: Sequence[Merged], board: str) -> Iterator[Event]:
-        # Each event has its own number, so that the proxy does not repeat those that the follower has acknowledged.
+        # Each event has its own number, so that the proxy does not repeat events that the follower has acknowledged.
         for sequence, each in enumerate(merged, self.history.floor - len(merged) + 1):
             yield Event(
                 "merged", board, direction=each.direction, signal=each.name, count=each.count,
@@ -254,7 +254,7 @@ class _Cursor:
         yield from self._events(self._merged(), board)
         self.sent = max(self.sent, self.history.floor)
         while self.sent < self.history.sequence:
-            self.records.clear()  # Their acknowledgements will be ignored.
+            self.records.clear()  # Acknowledgements of these notifications will be ignored.
             yield from self._take_records(AHEAD, board)
 
     def _merged(self) -> list[Merged]:

@@ -18,10 +18,9 @@ def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Even
     An event that occurred several times is included if its last occurrence is newer than `after`.
     """
     recorder.check_clock()
-    # Copy all records first: the proxy may overwrite them while the caller lets other tasks run.
-    notifications = [each for each in recorder.notifications() if each.monotonic_ns > after]
-    notes = [each for each in recorder.notes() if each.last_ns > after]
-    both: tuple[list[Recorded | Note], ...] = ([*notifications], [*notes])
+    # The proxy may overwrite records while the caller lets other tasks run.
+    past = recorder.snapshot()
+    both: tuple[Iterator[Recorded | Note], ...] = (past.notifications(after), past.notes(after))
     for each in heapq.merge(*both, key=operator.attrgetter("monotonic_ns")):
         yield _notification(board, each) if isinstance(each, Recorded) else _event(board, each)
 
@@ -38,7 +37,8 @@ def _event(board: str, note: Note) -> Event:
     return Event(
         note.kind, board, note.time_ns / 1e9, note.monotonic_ns, note.direction, note.signal,
         reason=note.text if is_reason else "", message="" if is_reason else note.text,
-        running=note.kind == "link" and bool(note.state), count=note.count,
+        running=note.kind == "link" and bool(note.state), duration=note.seconds if note.count == 1 else 0.0,
+        count=note.count,
         last_ns=note.last_ns if note.count > 1 else 0,
         level="" if is_reason or note.kind == "link" else LEVELS[min(note.state, len(LEVELS) - 1)],
     )  # fmt: skip

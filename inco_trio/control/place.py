@@ -15,7 +15,10 @@ from pathlib import Path
 
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
-__all__ = ["bind", "default_path", "is_live", "listening", "make_directory", "runtime_directories", "silent_services"]
+__all__ = [
+    "bind", "default_path", "is_live", "is_stale", "listening", "make_directory", "runtime_directories",
+    "silent_services",
+]  # fmt: skip
 
 BACKLOG = 128
 MODE = 0o660
@@ -30,14 +33,14 @@ def runtime_directories() -> list[Path]:
 
 
 def silent_services() -> str | None:
-    """Return an error text that names the services whose proxies have no control socket, or None if there are none.
+    """Return an error message that names the services whose proxies have no control socket, or None if there are none.
 
     A service creates the directory of its proxy's socket before the proxy starts. The directory remains afterwards.
     """
     names = []
     for place in runtime_directories():
         for path in sorted(place.glob("*/")):
-            with contextlib.suppress(OSError):  # This user may not read it, or it has been removed.
+            with contextlib.suppress(OSError):  # This user cannot read the directory, or it was removed.
                 if not any(path.iterdir()):
                     names.append(path.name)
     if not names:
@@ -95,6 +98,14 @@ def is_live(path: Path) -> bool:
         except BlockingIOError:
             pass  # The backlog of the listening process is full.
     return True
+
+
+def is_stale(path: Path) -> bool:
+    """Return whether `path` is the socket of a process that ended without removing it, for example after SIGKILL."""
+    try:
+        return not is_live(path)
+    except OSError:
+        return False
 
 
 def bind(path: Path) -> socket.socket:

@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROTOCOL = 1
-"""The protocol version. It is increased by each change that breaks clients."""
+"""The protocol version. Each change that breaks clients increments it."""
 LINE_MAX = 65_536
 """Maximum length of a line from a client, in bytes."""
 REPLY_MAX = 1 << 25
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 
 class MessageError(ValueError):
-    """A line that the protocol does not allow. The text of the exception says why."""
+    """A line that the protocol does not allow. The message of the exception gives the reason."""
 
 
 class RequestError(Exception):
@@ -106,7 +106,7 @@ class MonitorRequest:
 
 @attrs.frozen(slots=False)
 class FlushRequest:
-    """A request for an event `flushed`, which the proxy sends after all earlier events."""
+    """A request for a `flushed` event, which the proxy sends after all earlier events."""
 
 
 @attrs.frozen(slots=False)
@@ -115,7 +115,7 @@ class FollowRequest:
 
     boards: Collection[str] | None = None
     batches: bool = False
-    """Whether to report several notifications in one event `notifications`."""
+    """Whether to report several notifications in one `notifications` event."""
 
 
 @attrs.frozen(slots=False)
@@ -147,7 +147,7 @@ class HistoryRequest:
 
     board: str | None = None
     after: int | None = None
-    """A time of CLOCK_MONOTONIC in nanoseconds."""
+    """A CLOCK_MONOTONIC time in nanoseconds."""
 
 
 @attrs.frozen(slots=False)
@@ -180,7 +180,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "history": (HistoryRequest, "history"),
     "reload": (ReloadRequest, "refused"),
 }
-"""The class of each request and the key of the value in its response, by request name."""
+"""The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _POSITIONS = Rule(
@@ -341,9 +341,9 @@ def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
 
 
 def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events into the response to a HistoryRequest, as `encode_status` does."""
+    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
     head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(event.rstrip() for event in events)}]}}}}\n'.encode()
+    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
@@ -420,6 +420,8 @@ class Event:
     delay: Annotated[float, _DURATION] = 0.0
     """How long a notification had been pending before its delivery (seconds), or 0."""
     running: bool = False
+    duration: Annotated[float, _DURATION] = 0.0
+    """For a `link` event: how long the link was in the previous state (seconds), or 0 if that is unknown."""
     count: int = 0
     level: str = ""
     message: str = ""
@@ -427,7 +429,7 @@ class Event:
     """The line from which the event was decoded, or an empty string."""
 
     def json(self) -> str:
-        """Return the event as a line of a command's output, with `version`. Keep the keys of a received line."""
+        """Return the event as a line for a command's output, with `version`. Keep all keys of a received line."""
         line = self.text.strip() or encode_event(self, frames=True).rstrip("\n")
         return f'{{"version": {PROTOCOL}, {line[1:]}'
 
@@ -443,7 +445,7 @@ class Notifications:
     """The sequence number of the first notification."""
     signals: tuple[tuple[Direction, str], ...]
     items: Sequence[tuple[int, float, int]]
-    """For each notification: its index in `signals`, its time in seconds since 1970, and in CLOCK_MONOTONIC ns."""
+    """For each notification: index in `signals`, time in seconds since 1970, and CLOCK_MONOTONIC time in ns."""
 
 
 Reply = Event | Response | Notifications
@@ -478,7 +480,7 @@ def _around_alone(board: str, boot: str, signal: tuple[Direction, str]) -> tuple
 
 @functools.lru_cache(maxsize=1024)
 def _encode_history(board: str, boot: str) -> str:
-    """Return the beginning of the event `notifications`."""
+    """Return the beginning of a `notifications` event."""
     return json.dumps({"event": "notifications", "board": board, "boot": boot})[:-1]
 
 
@@ -503,7 +505,7 @@ def _alone() -> Callable[[str], re.Match[str] | None]:
 
 
 def _notifications(message: dict[str, Any]) -> Notifications:
-    """Decode the event `notifications` without cattrs, which would take most of a client's CPU time."""
+    """Decode a `notifications` event without cattrs, which would take most of a client's CPU time."""
     try:
         board, boot = RULES[str](message.get("board")), RULES[str](message.get("boot"))
         signals = _decode_signals(tuple(map(tuple, message["signals"])))
@@ -535,7 +537,7 @@ _REQUIRED = {
     "link": ("running", "time"),
     "lost": ("count",),
 }
-"""The keys that an event must have, by kind of event."""
+"""The keys that an event must have, for each kind of event."""
 
 
 def encode_event(event: Event, *, frames: bool = False) -> str:

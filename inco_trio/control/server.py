@@ -121,7 +121,7 @@ class Control:
         peer = client.peer
         if self._limits.said((peer.user, what)) is None:
             text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
-            # One person may have many user IDs (subuid(5)), and may use another process for each connection.
+            # One person can have many user IDs (subuid(5)), and can use a different process for each connection.
             self._limits.failed((peer.user, what), text, "control", cause=what)
 
     def _refusal(self, client: Connection) -> str | None:

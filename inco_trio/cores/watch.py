@@ -93,7 +93,7 @@ class Watch:
         return self._inotify.fd
 
     def follow(self, signals: Iterable[Signal], report: Report, *, missing_ok: bool = False) -> None:
-        """Report new notifications of `signals`. Directories must exist, unless `missing_ok`. Raises IncoError."""
+        """Report new notifications of `signals`. Directories must exist unless `missing_ok`. Raises IncoError."""
         directories: dict[Path, _Directory] = {}
         for signal in signals:
             directory = directories.setdefault(signal.directory, _Directory(signal.directory, report))

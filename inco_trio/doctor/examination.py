@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from inco_trio.config import Config
@@ -13,6 +14,7 @@ from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
 from inco_trio.doctor.result import Result, fail
+from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
@@ -45,8 +47,8 @@ def examine(
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
-    `configuration` is a configuration file with its current content, see `proxies.configuration`. `trust` applies if no
-    proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
+    `configuration` is a configuration file with its current content (see `proxies.configuration`). `trust` applies if
+    no proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
     the proxy of the link (default: the only process with a socket of the link). Pass it if the interface may be
     missing, because the sockets of a missing interface cannot be found.
     """
@@ -110,6 +112,9 @@ def _unix(
     boards_of: Callable[[Users], list[BoardStatus]],
 ) -> tuple[list[Result], Users]:
     users = users_of_socket(address, processes)
+    for check, path in (("socket", address.local), ("peer", address.peer)):
+        if silence := silent(check, Path(path), partial(links.bound, path)):
+            return [silence], users
     results = [
         *links.socket_path(address),
         *links.peer(address),
@@ -149,9 +154,10 @@ def _interface(
 def _registers(
     signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust, proxy: Process | None
 ) -> Iterator[Result]:
-    # A proxy of another user may have other rights and capabilities. It reports the files that it cannot use.
+    # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
-    for directory in dict.fromkeys(signal.directory for signal in signals):
+
+    def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory, access=access)
         yield from register_files.trusted(directory, trust)
@@ -162,11 +168,17 @@ def _registers(
         if users.proxy is not None:
             yield from register_files.watched(own, users.proxy)
 
+    for directory in dict.fromkeys(signal.directory for signal in signals):
+        if silence := silent("directory", directory, partial(list, checks(directory))):
+            yield silence
+        else:
+            yield from checks(directory)
+
 
 def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
-    """Return whom the next proxy will trust.
+    """Return the users and the group that the next proxy will trust.
 
-    If root runs the doctor, assume that a service will run the proxy, as the user of the services if this user exists.
+    If root runs the doctor and the user of the services exists, assume that a service will run the proxy as this user.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
@@ -175,7 +187,7 @@ def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:
 
 
 def trust_of(proxy: Process, status: Status | None) -> Trust:
-    """Return whom a proxy trusts: its own user, and the owner that it reports or that its command line names."""
+    """Return the users and group that a proxy trusts: its own user, and the owner from its status or command line."""
     if status is not None:
         return Trust(status.owner, status.group, proxy.uid)
     named = proxies.value_of("--irq-owner", proxy.command)

@@ -27,7 +27,7 @@ MTU = 1500
 def interface(name: str, netns: Path | None = None) -> tuple[Interface | None, list[Result]]:
     """Return the interface `name` in this thread's network namespace, and the results of its checks.
 
-    `netns` is the path of the namespace. It only appears in the results.
+    `netns` is the path of the namespace. The path appears only in the results.
     """
     try:
         rtnetlink = Rtnetlink()

@@ -58,8 +58,8 @@ def receive_buffer(
 ) -> Iterator[Result]:
     """Check that packet sockets of `proxy` (default: of this process) get a receive buffer of `wanted` bytes.
 
-    `granted` is the size of the buffer of the running proxy. A proxy keeps its buffer after it has dropped the
-    capability CAP_NET_ADMIN.
+    `granted` is the buffer size of the running proxy. A proxy keeps its buffer after it has dropped the capability
+    CAP_NET_ADMIN.
     """
     who = f"process {proxy.pid}" if proxy else "this user"
     place = root / "proc" / (str(proxy.pid) if proxy else "self")

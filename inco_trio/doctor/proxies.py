@@ -61,7 +61,7 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that only one process uses `subject`. `does` and `harm` are the texts for one proxy and for several."""
+    """Check that only one process uses `subject`. `does` and `harm` describe the effect of one proxy and of several."""
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
@@ -103,7 +103,7 @@ def _service_of(link: str, command: Sequence[str]) -> str:
     if (boards := value_of("--boards", command)) is not None:
         return shlex.join([*words, "--boards", boards])
     config, owner = value_of("--config", command), value_of("--irq-owner", command)
-    # A service reads a udrv.json. The placeholder stands for one if the command line does not name it.
+    # A service reads a udrv.json. Use a placeholder if the command line does not contain the path.
     options = ["--config", "udrv.json" if config is None else config]
     return shlex.join([*words, link, *options, *([] if owner is None else ["--irq-owner", owner])])
 
@@ -121,7 +121,7 @@ def configuration(path: Path, wanted: Config | Sequence[Signal], proxy: Process,
     """Check that a proxy uses the current content of its configuration file.
 
     `wanted` is the content: the signals of a udrv.json, or the whole configuration that a board file describes. The
-    check compares contents, because the times of files and processes are misleading after the clock was set.
+    check compares contents, because the times of files and processes are misleading after the clock has been changed.
     """
     signals = wanted.signals if isinstance(wanted, Config) else wanted
     used = {(each.signal, each.direction, each.register) for each in status.signals}

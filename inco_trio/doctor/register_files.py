@@ -24,7 +24,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
-"""Filesystems where stat(2) and the watches in /proc show different device numbers."""
+"""Filesystems on which stat(2) and the watches in /proc show different device numbers."""
 
 
 def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
@@ -54,7 +54,7 @@ def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
 def _creation(quoted: str) -> str:
     """Return the command that creates a directory.
 
-    If root runs the doctor, the command makes the user of the services the owner, if this user exists.
+    If root runs the doctor and the user of the services exists, the command makes this user the owner.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):

@@ -24,7 +24,7 @@ class Level(enum.IntEnum):
 
     OK = 0
     WARN = 1
-    """Notifications may be late, duplicated or lost, or the check could not be made."""
+    """Notifications may be late, duplicated or lost, or the check could not be performed."""
     FAIL = 2
     """Notifications do not arrive, or a proxy could not start."""
 
@@ -67,7 +67,7 @@ def fail(check: str, subject: object, found: str, fix: str | None = None) -> Res
 
 
 def hidden(what: str) -> Result:
-    """Return the result of a check that this user is not permitted to make. `summarize` merges such results."""
+    """Return the result of a check that this user is not permitted to perform. `summarize` merges such results."""
     return warn(_HIDDEN, "", what)
 
 

@@ -14,6 +14,7 @@ from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
 from inco_trio.doctor.proxies import board_files, counters, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
+from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
@@ -30,7 +31,7 @@ from inco_trio.signals import Signal, builtin_signals
 __all__ = ["survey"]
 
 _Content = tuple[Path, Config | Sequence[Signal]]
-"""A configuration file and its current content, see `proxies.configuration`."""
+"""A configuration file and its current content (see `proxies.configuration`)."""
 
 
 def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
@@ -100,10 +101,13 @@ def _examine(
 ) -> Iterator[Result]:
     if not is_same_mount_namespace(process):
         text = f"process {process.pid} runs in another mount namespace: its registers are not examined"
-        if is_same_system(process):
+        root = Path(f"/proc/{process.pid}/root")
+        if silence := silent("registers", root, lambda: is_same_system(process), elsewhere=True):
+            yield silence
+        elif is_same_system(process):
             yield warn("registers", link, text, f"nsenter --target {process.pid} --mount --pid -- inco-trio doctor")
         else:
-            # Do not suggest nsenter(1): it would run a program of the container, with the rights of this user.
+            # Do not suggest nsenter(1): it would run a program from the container with this user's privileges.
             yield warn("registers", link, f"{text}: run `inco-trio doctor` in its container")
         signals, configuration = (), None
     netns = _network(process) if netns is None else netns
@@ -117,12 +121,15 @@ def _network(process: Process) -> Path | None:
 
 
 def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[str, _Content]]:
-    """Return the configuration file of each board of a process, by board name. Yield a result for each invalid file."""
+    """Return the configuration file of each board of a process, keyed by name. Yield a result for each invalid file."""
     if value_of("--boards", process.command) is None:
         if (file := _configuration(process)) is None:
             return {}
         from inco_trio.config import read_board
 
+        if silence := silent("configuration", file, lambda: read_board(file)):
+            yield silence
+            return {}
         try:
             return {answer.name: (file, read_board(file).signals)}
         except IncoError as error:
@@ -131,6 +138,9 @@ def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[
     from inco_trio.board_files import read_boards
 
     directory = Path(answer.name)
+    if silence := silent("configuration", directory, lambda: read_boards(directory)):
+        yield silence
+        return {}
     try:
         boards = read_boards(directory)
     except IncoError as error:
@@ -143,15 +153,15 @@ def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[
 
 
 def _registers(process: Process) -> tuple[Signal, ...]:
-    """Return the signals that a process's command line specifies, or none if they cannot be read."""
+    """Return the signals that a process's command line specifies, or () if the configuration cannot be read."""
     directory = value_of("--irq-dir", process.command)
     if directory is not None:
         return builtin_signals(_path(process, directory))
     file = _configuration(process)
-    if file is None:
-        return ()
     from inco_trio.config import read_board
 
+    if file is None or silent("configuration", file, lambda: read_board(file)) is not None:
+        return ()
     try:
         return read_board(file).signals
     except IncoError:

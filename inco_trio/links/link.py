@@ -39,6 +39,10 @@ class Link(Protocol):
         """Whether the link is up and has a carrier or a peer."""
 
     @property
+    def down_reason(self) -> str:
+        """Why the link is not running, or "" if it is running."""
+
+    @property
     def downs(self) -> int:
         """How many times the carrier of the link has gone down. `refresh` updates this number."""
 

@@ -13,7 +13,7 @@ __all__ = ["DEPTHS", "SAMPLE", "accepts", "name_filter"]
 DEPTHS = (64, 8, 4, 2, 1, 0)
 """How many bytes of a name a filter may compare, in order of preference. Fewer bytes make the filter shorter."""
 SAMPLE = 256
-"""The filter also accepts one out of SAMPLE other frames, selected at random. SAMPLE must be a power of two."""
+"""The filter also accepts one in SAMPLE other frames, selected at random. SAMPLE must be a power of two."""
 
 _LOADS = {4: bpf.LOAD_WORD, 2: bpf.LOAD_HALF, 1: bpf.LOAD_BYTE}
 

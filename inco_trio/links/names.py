@@ -1,4 +1,4 @@
-"""Watch the paths of all links with one inotify descriptor, because the kernel limits their number per user."""
+"""Watch the paths of all links with one inotify descriptor, because the kernel limits descriptors per user."""
 
 from __future__ import annotations
 

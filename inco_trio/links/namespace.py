@@ -71,6 +71,10 @@ class NamespaceLink:
         return self._inner is not None and self._inner.running
 
     @property
+    def down_reason(self) -> str:
+        return self.absence if self._inner is None else self._inner.down_reason
+
+    @property
     def downs(self) -> int:
         return self._downs_before + (0 if self._inner is None else self._inner.downs - self._downs_at_start)
 

@@ -42,8 +42,8 @@ HEAD: tuple[Instruction, ...] = (
     (bpf.LOAD_HALF, 0, 0, bpf.PACKET_TYPE),
     (bpf.JUMP_IF_GREATER, 0, 1, 2),
     bpf.REJECT,
-    # Accept only frames of the interface itself. The socket also sees the frames that the kernel passes to a VLAN, bond
-    # or team above the interface. `_from_interface` adds the comparison with the interface's index.
+    # Accept only frames that belong to the interface itself. The socket also sees the frames that the kernel passes to
+    # a VLAN, bond or team above the interface. `_from_interface` adds the comparison with the interface's index.
     (bpf.LOAD_WORD, 0, 0, bpf.INTERFACE),
 )
 """The instructions at the start of every filter. Their binary form, HEAD_CODE, identifies our filters."""
@@ -67,13 +67,13 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
 
 
 DOWN = GONE | {errno.ENETDOWN}
-"""Error numbers that mean that the interface is down or gone. A later change to the interface may fix this."""
+"""Error numbers for an interface that is down or gone. A later change to the interface may fix this."""
 
 
 class PacketLink:
     """The `Link` of the interface `name`. Raises ResourceError.
 
-    If the interface is deleted and recreated, `refresh` binds the same socket again, which keeps its queue.
+    If the interface is deleted and recreated, `refresh` binds the same socket again, so its queue is kept.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -108,7 +108,7 @@ class PacketLink:
 
     @classmethod
     def open(cls, name: str) -> PacketLink:
-        """Open a socket; `refresh` binds it. Raises PermissionDeniedError without CAP_NET_RAW, and ResourceError."""
+        """Open a socket; `refresh` binds it. Raises PermissionDeniedError (CAP_NET_RAW is missing), ResourceError."""
         try:
             # With protocol 0, the kernel queues nothing until bind(2); by then, the options and filter are set.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
@@ -161,6 +161,12 @@ class PacketLink:
     def absence(self) -> str:
         return "the interface is gone or was renamed" if self.mac else "no such interface yet"
 
+    @property
+    def down_reason(self) -> str:
+        if self.running:
+            return ""
+        return self.absence if self._interface is None else self._interface.down_reason or self.absence
+
     def missing(self) -> LinkNotFoundError:
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
         return LinkNotFoundError(self.name, f"no such interface (available: {names})", "--wait-link waits for it")
@@ -168,7 +174,7 @@ class PacketLink:
     def refresh(self) -> bool:
         """Update the address and the state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
-        interface = self._rtnetlink.interface(self.name)
+        interface = self._interface = self._rtnetlink.interface(self.name)
         # If the interface was renamed, the socket is still bound to it. With index 0, the filter rejects its frames.
         index = 0 if interface is None else interface.index
         if index != self._index:
@@ -192,7 +198,6 @@ class PacketLink:
         self.running, self.downs = interface.running, interface.downs
         master = self._rtnetlink.interface(index=interface.master) if interface.is_taken else None
         self._log_master("" if master is None else f"{interface.master_kind} {master.name}")
-        self._interface = interface
         self._warn_of_short_names()
         return True
 

@@ -94,6 +94,8 @@ class UnixLink:
         sock.setblocking(False)
         link = cls(sock, address, note, names)
         link._bound = True
+        if link.fits and not link._is_ours():
+            link._recognize()
         return link
 
     @property
@@ -114,14 +116,24 @@ class UnixLink:
     @property
     def running(self) -> bool:
         """Whether our socket is bound and a process has bound a socket at the peer's path."""
-        if self._closed or not self._ours:
-            return False
+        return not self._closed and not self.down_reason
+
+    @property
+    def down_reason(self) -> str:
+        if not self._ours:
+            return self.absence
         try:
             with _new_socket() as probe:
                 probe.connect(self._address.peer)
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return self._why_not(error)
+        return ""
+
+    def _why_not(self, error: OSError) -> str:
+        """Describe why no frame reaches the peer."""
+        peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+        why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
+        return f"{why} ({error.strerror})"
 
     @property
     def absence(self) -> str:
@@ -154,6 +166,22 @@ class UnixLink:
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == tuple(self._note)
+
+    def _recognize(self) -> None:
+        """Fill `note` again if our inherited socket is the only socket that is bound to its path.
+
+        The fd store may have lost the memory that contains the note, or another version of inco-trio has written it.
+        """
+        from inco_trio.linux.processes import unix_sockets  # Import lazily: this is rarely needed.
+
+        try:
+            found = os.lstat(self.name)
+            with _new_socket() as probe:
+                probe.connect(self.name)
+        except OSError:
+            return  # The file is missing, or left over from a process that has ended.
+        if set(unix_sockets(self.name)) <= {os.fstat(self.fd).st_ino}:
+            self._note[0], self._note[1] = found.st_dev, found.st_ino
 
     def _bind(self) -> None:
         """Bind the socket. If it was bound before, bind a new socket instead. Raises IncoError."""
@@ -340,9 +368,7 @@ class UnixLink:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
             if error.errno in NO_PEER:
-                peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
-                raise LinkDownError(error.errno, f"{why} ({error.strerror})") from None
+                raise LinkDownError(error.errno, self._why_not(error)) from None
             raise
 
     async def wait_for_room(self) -> None:

@@ -63,9 +63,9 @@ def fuse_user(fd: int) -> int | None:
 def open_output(path: Path) -> int:
     """Open a file for writing; create it if it is missing. Do not truncate it, and do not wait for readers of a FIFO.
 
-    If the last component is a symlink, follow it only if root or this user owns it: another user could make root
-    overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the open
-    use the same parent directory. The parent directories are not checked: their owners decide where they lead.
+    If the last component is a symlink, follow it only if root or this user owns it. Otherwise, another user could make
+    root overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the
+    open use the same parent directory. The parent directories are not checked: their owners decide where they lead.
     Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -85,7 +85,7 @@ def open_output(path: Path) -> int:
             finally:
                 os.close(found)
             if _OF_PROCESS.match(os.path.realpath(f"/proc/self/fd/{parent}")):
-                # The links of open descriptors, such as /dev/stdout, name no path.
+                # A link to an open descriptor, such as /dev/stdout, does not contain a path.
                 return os.open(name, flags, dir_fd=parent)
             before, parent, name = parent, os.open(target.parent, _PARENT, dir_fd=parent), target.name or "."
             os.close(before)

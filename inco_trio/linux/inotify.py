@@ -151,7 +151,7 @@ class Inotify:
             number = ctypes.get_errno()
             reason = os.strerror(number)
             if number == errno.ENOSPC:
-                # Replace the kernel's misleading text, "No space left on device".
+                # Replace the kernel's misleading message, "No space left on device".
                 reason = "the limit of inotify watches is reached: raise fs.inotify.max_user_watches"
             raise OSError(number, reason, path) from None
         return int(wd)
@@ -159,7 +159,7 @@ class Inotify:
     def unwatch(self, wd: int) -> None:
         """Remove a watch, or forget it if the kernel has already removed it."""
         if self._watches.get_watch(wd) is None:
-            # WatchManager does not know the watches of an inherited descriptor.
+            # WatchManager has no record of the watches of an inherited descriptor.
             self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
         else:
             try:

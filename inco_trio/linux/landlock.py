@@ -1,4 +1,4 @@
-"""Landlock, with which a thread restricts its own access to files (landlock(7), <linux/landlock.h>)."""
+"""Landlock, which lets a thread restrict its own access to files (landlock(7), <linux/landlock.h>)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inco_trio.linux.libc import check, libc
 __all__ = ["abi", "restrict_files"]
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-"""The system call numbers, which are the same on all machines."""
+"""The system call numbers, which are the same on all architectures."""
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
 
@@ -21,17 +21,17 @@ EXECUTE, WRITE_FILE, TRUNCATE, IOCTL_DEV = 1 << 0, 1 << 1, 1 << 14, 1 << 15
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, MAKE_SOCK = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 9
 READ = 1 << 2 | 1 << 3
 _FILE = EXECUTE | WRITE_FILE | TRUNCATE
-"""The access rights that a Landlock rule for a single file may have. Rules for directories may have more."""
+"""The access rights that a Landlock rule for a single file can grant. Rules for directories can grant more."""
 _ALL = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
-"""For each Landlock ABI version that added rights: the lowest bit above all rights that this version knows."""
+"""For each Landlock ABI version that added rights: the lowest bit above all rights that this version supports."""
 _TCP = 0b11
-"""The rights to bind and to connect TCP sockets, since ABI 4."""
+"""The rights to bind and to connect TCP sockets (since ABI 4)."""
 _SCOPE_SIGNAL = 0b10
 """LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can only send signals to processes in its sandbox (since ABI 6)."""
 
 
 def abi() -> int:
-    """Return the version of the Landlock interface (ABI) in the kernel, or 0 if the kernel has no Landlock."""
+    """Return the version of the Landlock interface (ABI) in the kernel, or 0 if the kernel lacks Landlock."""
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(_CREATE_RULESET_VERSION))))
 
 

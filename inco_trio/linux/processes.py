@@ -37,7 +37,7 @@ _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
-"""The command that stops a service, by the supervisor's process name. Its argument is the service's directory."""
+"""The command that stops a service, for each supervisor's process name. Its argument is the service's directory."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 NS_GET_USERNS = 0xB701
@@ -83,9 +83,9 @@ class Process:
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
     hidden: bool = False
-    """Whether this user may not inspect the descriptors of the process. `sockets` and `watches` are then empty."""
+    """Whether this user is not permitted to inspect the descriptors. `sockets` and `watches` are then empty."""
     supervised: str = ""
-    """The command with which a supervisor stops the process, or an empty string if no supervisor restarts it."""
+    """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
 
     @property
     def is_proxy(self) -> bool:
@@ -120,7 +120,7 @@ class Processes:
 
     all: tuple[Process, ...]
     unseen: bool
-    """Whether there are processes whose descriptors root may inspect, but this user may not."""
+    """Whether there are processes whose descriptors root can inspect, but this user cannot."""
     mounted: bool
     """Whether /proc is mounted."""
 
@@ -136,7 +136,7 @@ class Processes:
 def look(
     root: Path = Path("/"), booted: float | None = None, wanted: Callable[[Sequence[str]], bool] = lambda _: True
 ) -> Processes:
-    """Return the processes below `root`/proc whose command is `wanted`, except those that exit during the scan.
+    """Return the processes below `root`/proc whose command line `wanted` accepts, unless they exit during the scan.
 
     `booted` is the boot time in seconds since 1970 (default: the boot time of this machine).
     """
@@ -184,13 +184,13 @@ def look(
 
 
 def _supervisor(place: Path, parent: str) -> str:
-    """Return the command with which a process's supervisor stops it, or an empty string if it has no supervisor."""
+    """Return the supervisor's command that stops a process, or an empty string if the process has no supervisor."""
     above = place.parent / parent
     name = read(above / "comm") or ""
     if stop := _S6_STYLE.get(name):
         try:
             service = str((above / "cwd").readlink())  # The service directory is the supervisor's cwd.
-        except OSError:  # This user may not read the supervisor's cwd: use its last argument, the service's name.
+        except OSError:  # This user cannot read the cwd: use the supervisor's last argument, the service's name.
             service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
         return f"{stop} {shlex.quote(service)}"
     # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit's name.

@@ -93,6 +93,15 @@ class Interface:
         return bool(self.master) and self.port_of not in PASSIVE_MASTERS
 
     @property
+    def down_reason(self) -> str:
+        """Why the interface is not running, or "" if it is running."""
+        if self.running:
+            return ""
+        if not self.up:
+            return "the interface was set down"
+        return f"the interface is not RUNNING, but {self.state}" if self.carrier else "no carrier"
+
+    @property
     def state(self) -> str:
         """The operational state in words."""
         return OPERSTATES[self.operstate] if self.operstate < len(OPERSTATES) else str(self.operstate)
@@ -179,7 +188,8 @@ class Rtnetlink:
             except BlockingIOError:
                 return
             except OSError as error:
-                # ENOBUFS: the queue overflowed. Lost messages do not matter: they only say that something has changed.
+                # ENOBUFS: the queue overflowed. Lost messages do not matter: they only report that something has
+                # changed.
                 if error.errno != errno.ENOBUFS:
                     raise
 

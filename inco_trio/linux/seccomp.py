@@ -44,7 +44,7 @@ def machine() -> str | None:
 
 
 def numbers(name: str) -> dict[str, int]:
-    """Return the system call numbers of a machine type, by name."""
+    """Return the system call numbers of a machine type, keyed by name."""
     text = resources.files(__package__).joinpath("system_calls.txt").read_text()
     columns, *rows = (line.split() for line in text.splitlines()[1:])
     place = columns.index(name)
@@ -108,7 +108,7 @@ def _error(number: int) -> Instruction:
 
 
 def install(code: bytes) -> None:
-    """Filter the system calls of this thread and of threads that it creates. Raises OSError without no_new_privs."""
+    """Filter the system calls of this thread and of threads that it creates. Requires no_new_privs. Raises OSError."""
     kept = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog contains the number of instructions and their address.
     fprog = struct.pack("HP", len(code) // 8, ctypes.addressof(kept))

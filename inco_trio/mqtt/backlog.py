@@ -51,16 +51,16 @@ class Board:
     """How many of the `published` notifications the proxy had merged."""
     changed: trio.Event = attrs.Factory(trio.Event)
     waiting: deque[Entry] = attrs.Factory(deque)
-    """The queue."""
+    """The queued events, oldest first."""
     generation: int = 0
-    """How often the queue was cleared because another proxy repeats the notifications."""
+    """How many times the queue has been cleared because another proxy repeats the notifications."""
     push: Callable[[], None] = do_nothing
     """A function that publishes the queue without waiting; see `Publisher.push`."""
     _last: tuple[str, int] = ("", 0)
     """The history (`Event.boot`) and sequence number of the last published notification."""
 
     def follow(self, source: Conversation) -> None:
-        """Take events from a new connection. The proxy repeats all unacknowledged events on it."""
+        """Take events from a new connection. The proxy repeats all unacknowledged events on this connection."""
         self.source, self.is_open = source, True
         self.waiting.clear()
         self.generation += 1

@@ -51,7 +51,7 @@ from inco_trio.mqtt.session import (
 )
 from inco_trio.mqtt.topics import client_id
 from inco_trio.nurseries import plain_nursery
-from inco_trio.persist.fdstore import FdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, inherited_fd, report_missing
 from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
@@ -104,7 +104,7 @@ class Bridge:
         self._suspected = (-math.inf, "", 0)
         """The last status of another process on this side: the time of its arrival, the instance and the connection."""
         self._announced = False
-        """Whether this process has received its own status `online`. Messages that arrive before are older."""
+        """Whether this process has received its own `online` status. Messages that arrive before it are older."""
         self._other_is_online: bool | None = None
         self._is_open = False
         self._link: UnixLink
@@ -113,6 +113,7 @@ class Bridge:
     def _open(self) -> None:
         """Bind the socket of the link. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
         inherited, around = self._fd_store.inherited, Surroundings()
+        report_missing(inherited, ("memory", "link"))
         self._resources.callback(around.close)
         try:
             memory = Memory.open(inherited_fd(inherited, "memory"))

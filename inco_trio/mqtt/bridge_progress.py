@@ -66,7 +66,7 @@ class Memory:
 
 
 class Progress:
-    """The numbers of the last frames that were finished in each direction."""
+    """The number of the last frame processed in each direction."""
 
     _SENT, _WRITTEN, _LIMIT = b"sent:", b"written:", b"limit"
 
@@ -89,7 +89,7 @@ class Progress:
 
     @property
     def has_room(self) -> bool:
-        """Whether frames may be published. With a new numbering, this side first waits for a report from the other."""
+        """Whether frames may be published. With a new numbering, this side first waits for the other side's report."""
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:

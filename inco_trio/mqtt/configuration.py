@@ -80,7 +80,7 @@ class GatewayConfig:
     boards: Annotated[list[str] | None, NAMES] = None
     """The boards to serve (default: all)."""
     send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
-    """The signals that MQTT clients may send, by board; `*` stands for every board or every signal."""
+    """The signals that MQTT clients may send, for each board; `*` stands for every board or every signal."""
     response_prefix: str | None = None
     """The gateway publishes responses to topics below this prefix, and to no other topics (default: no responses)."""
     status_seconds: Annotated[float, SECONDS] = 10.0

@@ -104,7 +104,7 @@ class Connection:
         """Whether a packet may have been sent only partially."""
         self._is_pinging = False
         self._progress = self._last_sent = trio.current_time()
-        """The start of the time limit for the broker's answer, and when the client last sent data."""
+        """When the time limit for the broker's answer started, and when the client last sent data."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
         """The received messages. `Session` limits their number."""
 
@@ -123,7 +123,7 @@ class Connection:
         """Publish the messages in order at QoS 1, and wait until the broker has acknowledged all of them.
 
         Return for each message why it was not published, or None. With `heard`, a message without subscribers counts as
-        refused, if the broker reports that (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
+        refused, if the broker reports this (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
         """
         self._check()
         session, receipts = self._session, Receipts(len(messages), [None] * len(messages), heard)
@@ -149,7 +149,7 @@ class Connection:
 
     @property
     def room(self) -> int:
-        """How many messages `send` may send now. It is 0 while a call of `publish` waits for room."""
+        """How many messages `send` may send now. It is 0 while a call to `publish` waits for room."""
         return 0 if self._waiting_for_room else self._session.room
 
     def send(self, receipts: Answered, messages: Sequence[tuple[int, Message]]) -> None:
@@ -213,7 +213,7 @@ class Connection:
         self.room_changed()  # Acknowledgements may have arrived together with the broker's DISCONNECT.
 
     def _send_now(self) -> None:
-        """Send packets without waiting, or let a task send those that the socket does not accept now."""
+        """Send packets without waiting. A task sends the packets that the socket does not accept now."""
         session = self._session
         if self._flushing or not session.out:
             return
@@ -248,8 +248,9 @@ class Connection:
                 self._is_cut = False
                 self._last_sent = trio.current_time()
                 if session.out:
-                    # A large message takes time to send, so each part counts as progress. The last part does not: the
-                    # kernel may accept it although the broker is lost, and frequent messages would hide that.
+                    # A large message takes time to send, so each part sent counts as progress. The last part does not:
+                    # the kernel may accept it even if the connection is already lost, and frequent messages would then
+                    # hide the loss.
                     self._progress = self._last_sent
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another
@@ -457,7 +458,7 @@ async def _cancel_once(event: trio.Event, scope: trio.CancelScope) -> None:
 
 
 async def _open_stream(broker: Broker, credentials: Credentials, patience: float) -> trio.abc.Stream:
-    """Connect to the broker, with TLS if its URL asks for it. Raises BrokerLostError, BrokerRefusedError."""
+    """Connect to the broker, with TLS if its URL requires it. Raises BrokerLostError, BrokerRefusedError."""
     context = _context(broker, credentials) if broker.tls else None
     tcp: trio.SocketStream | None = None
     try:

@@ -1,8 +1,8 @@
 """The gateway publishes the notifications of the proxies on this host to an MQTT broker.
 
 The gateway is a follower of each proxy (docs/control.md) and keeps no notifications itself. A proxy keeps each
-notification until the gateway acknowledges it, which happens after the broker has acknowledged it to the gateway. The
-gateway may therefore be killed at any time, and writes no file.
+notification until the gateway acknowledges it. The gateway does so once the broker has acknowledged the notification.
+The gateway may therefore be killed at any time, and writes no file.
 
 One task for each proxy reads the events. One task for each board has its own connection to the broker, with its own
 last will, so that boards do not wait for one another.
@@ -57,13 +57,13 @@ REQUESTS_MAX = 100
 REQUEST_MAX = 16 << 10
 """Maximum size of a request in bytes."""
 SHORT = 3.0
-"""A connection that lasts less than this (in seconds) is short: another gateway may have taken over the session."""
+"""A connection that ends within this time (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
 """Number of consecutive short connections after which the log mentions another gateway."""
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 TWO_PROXIES = 1.0
-"""Seconds for which two proxies must have the same board before the gateway logs it. One may be shutting down."""
+"""Seconds for which two proxies must have the same board before the gateway logs it. One of them may be ending."""
 
 
 class Gateway:
@@ -217,7 +217,7 @@ class Gateway:
             names = [board.name for board in mine if board.is_open]
             if not names:
                 await trio.sleep(self._config.status_seconds)
-            # Ask for one board after the other: many boards at once would delay notifications.
+            # Query one board at a time: querying many boards at once would delay notifications.
             for name in names:
                 await trio.sleep(self._config.status_seconds / len(names))
                 await source.write(protocol.StatusRequest(name))
@@ -273,7 +273,7 @@ class Gateway:
         async with plain_nursery() as nursery:
             nursery.start_soon(Publisher(board, topics, connection, self._problems).run)
             nursery.start_soon(self._send_all, board, topics, connection)
-            # Subscribe before the status says `online`: the broker drops requests without a subscription.
+            # Subscribe before publishing `online`: the broker drops requests while there is no subscription.
             is_subscribed = await self._subscribe(board, topics, connection)
             nursery.start_soon(self._publish_status, board, topics, connection)
             backoff = BrokerBackoff()
@@ -308,7 +308,7 @@ class Gateway:
                 await changed.wait()
 
     def _sendable(self, board: Board) -> frozenset[str]:
-        """Return which of a board's signals MQTT clients may send."""
+        """Return the signals of a board that MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
@@ -361,7 +361,7 @@ class Gateway:
                             if isinstance(response, Response) and response.error:
                                 return _error(response.error, response.message)
                         return {"sent": 1}
-                except ResourceError:  # Too many clients are connected to the proxy. It has not read the request.
+                except ResourceError:  # The proxy has too many clients and has not read the request.
                     await trio.sleep(backoff.next())
                 except IncoError as error:
                     return _error("closed", str(error))

@@ -53,7 +53,7 @@ class Publisher:
         """The notifications at the head of the queue that were sent, numbered from `_first`."""
         self._first = self._unanswered = 0
         self._refused: dict[int, Refusal] = {}
-        """The reason of each refusal, by the notification's number, even if the notification was sent again."""
+        """The reason for each refusal, keyed by the notification's number, even if the notification was sent again."""
         self._again: deque[int] = deque()
         """The numbers of the refused notifications to send again."""
         self._stuck = trio.Event()

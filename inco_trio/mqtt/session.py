@@ -1,7 +1,8 @@
-"""One connection to an MQTT 5 broker without I/O: packets, acknowledgements, and the limits that the broker announces.
+"""The protocol state of a connection to an MQTT 5 broker: packets, acknowledgements, and the broker's limits.
 
-The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the caller sends them. The caller
-passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as far as the broker allows them.
+This module does no I/O. The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the
+caller sends them. The caller passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as
+far as the broker allows them.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ __all__ = [
 RECEIVE_MAX = 500
 """Maximum number of unacknowledged messages from the broker (default). A bridge can have 400 of them."""
 PACKET_MAX = 128 << 10
-"""Maximum size of a packet from the broker, in bytes (default). Messages of a bridge have up to 102,549 bytes."""
+"""Maximum size of a packet from the broker, in bytes (default). Messages from a bridge have up to 102,549 bytes."""
 EXCESS = 1024
-"""Maximum memory of the unacknowledged messages from the broker, in packets of maximum size.
+"""Maximum memory for the unacknowledged messages from the broker, in packets of maximum size.
 
 RECEIVE_MAX is lower, but mosquitto 2.0.11 exceeds it: it sends all queued messages (by default, up to 1,000) at once.
 """
 OVERHEAD = 1024
-"""Memory of a message in bytes, without its texts and payload."""
+"""Memory that a message needs in addition to its strings and payload, in bytes."""
 INFLIGHT_MAX = 1000
 """Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
 PUBLISH_OVERHEAD = 13
@@ -218,13 +219,13 @@ class Session:
         self._known_aliases: set[str] = set()
         """The topics whose alias the broker has acknowledged."""
         self._unacknowledged: dict[int, int] = {}
-        """The memory of each unacknowledged message from the broker in bytes, by its packet identifier."""
+        """The memory that each unacknowledged message from the broker uses, in bytes, keyed by packet identifier."""
         self._memory = 0
-        """The memory of all unacknowledged messages in bytes."""
+        """The memory that all unacknowledged messages use, in bytes."""
 
     @property
     def room(self) -> int:
-        """How many messages the broker accepts before it acknowledges one."""
+        """How many more messages the broker accepts before it acknowledges another one."""
         return self.window - len(self._awaited)
 
     @property
@@ -240,7 +241,7 @@ class Session:
             subscription.abandon()
 
     def publish(self, message: Message, receipts: Answered, number: int) -> None:
-        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. There must be `room`."""
+        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. `room` must be positive."""
         assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
         topic, alias = message.topic, None
         if self.limits.topic_alias_maximum and not message.is_response:
@@ -405,7 +406,8 @@ class Session:
             self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
             raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
         elif packet_id in self._unacknowledged:
-            # MQTT 5 allows a broker to repeat messages only on a new connection. Others could fill the memory.
+            # MQTT 5 allows a broker to repeat messages only on a new connection. Other repetitions could fill the
+            # memory.
             self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
             raise BrokerLostError(self._subject, f"sent another message with the packet identifier {packet_id}")
         else:

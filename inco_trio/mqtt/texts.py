@@ -1,6 +1,7 @@
-"""Check that the texts in an MQTT 5 packet from a broker are UTF-8.
+"""Check that the strings in an MQTT 5 packet from a broker are UTF-8.
 
-The codec mqtt5 (0.8) prints a traceback of several lines if a text is not UTF-8. A broker could fill the log with them.
+The codec mqtt5 (0.8) prints a traceback of several lines if a string is not UTF-8. A broker could fill the log with
+such tracebacks.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SIZES = {
 
 
 def check_texts(packet: bytes) -> None:
-    """Raise ValueError if a text in a complete packet is not UTF-8. Ignore other errors, which the codec reports."""
+    """Raise ValueError if a string in a complete packet is not UTF-8. Ignore other errors, which the codec reports."""
     if packet.isascii():
         return
     kind, (_, place) = packet[0] >> 4, _number(packet, 1)
@@ -70,7 +71,7 @@ def _number(packet: bytes, place: int) -> tuple[int, int]:
 
 
 def _text(packet: bytes, place: int) -> int:
-    """Check the text at `place`, and return where it ends. Raises ValueError."""
+    """Check the string at `place`, and return where it ends. Raises ValueError."""
     start = place + 2
     end = start + int.from_bytes(packet[place:start])
     packet[start:end].decode()

@@ -27,7 +27,7 @@ NAME = "bundle"
 MESSAGE_FDS = 250
 """Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
 READ_SIZE = 1 << 18
-"""Bytes per read: more than any message has. The kernel returns the descriptors again with each part of a message."""
+"""Bytes per read; every message is shorter. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 """Errors that occur if the process cannot receive the descriptors now, although the bundle may be valid."""
@@ -132,7 +132,7 @@ class Bundle:
 
 
 def _peek(queue: socket.socket, fds: list[int]) -> bytes:
-    """Return the queued text, and add copies of the queued descriptors to `fds`. Raises OSError (recvmsg(2)).
+    """Return the queued data, and add copies of the queued descriptors to `fds`. Raises OSError (recvmsg(2)).
 
     `socket.recv_fds` cannot be used: it ignores its flags, so it would remove the messages (python/cpython#128881).
     """

@@ -1,8 +1,8 @@
 """The history: delivered and sent notifications that a client, such as the gateway, has not acknowledged yet.
 
 The history is part of the in-flight buffer (`inflight`), so it survives when the client or the proxy process ends. It
-is empty until a client asks for it. A ring stores the newest `KEPT` notifications. Older notifications are merged: for
-each signal, only the number of them remains.
+is empty until a client asks for it. A ring stores the newest `KEPT` notifications. Older notifications are merged: only
+their number remains for each signal.
 
 Layout: a page of numbers, a table of merged notifications for each direction, and the ring. Each number is updated
 after the data that it counts. If the process dies in between, one notification is missing or is counted twice.

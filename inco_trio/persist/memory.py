@@ -26,7 +26,7 @@ _FAILED = ctypes.c_void_p(-1).value
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _F_SEAL_FUTURE_WRITE = 0x10
 _READ_ONLY = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
-"""The seals with which mmap(2) refuses a writable mapping."""
+"""The seals that make mmap(2) refuse a writable mapping."""
 
 
 def new_memory(name: str, size: int, head: bytes) -> int:

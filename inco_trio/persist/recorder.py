@@ -10,8 +10,11 @@ never read. One record contains all notifications of a signal in one batch.
 
 from __future__ import annotations
 
+import bisect
+import copy
 import itertools
 import logging
+import math
 import os
 import struct
 from collections import Counter, deque
@@ -26,7 +29,7 @@ from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
 from inco_trio.wall_clock import WallClock, step_text
 
-__all__ = ["AREA", "EVENTS_SHARE", "KEPT", "KEPT_MAX", "KINDS", "Note", "Recorded", "Recorder"]
+__all__ = ["AREA", "EVENTS_SHARE", "KEPT", "KEPT_MAX", "KINDS", "Note", "Recorded", "Recorder", "events_kept"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +37,20 @@ KEPT = 4096
 """Default number of notifications that the recorder of a single board keeps."""
 KEPT_MAX = 65_536
 EVENTS_SHARE = 8
-"""Ratio of the sizes of the two rings: room for one event per EVENTS_SHARE notifications."""
+"""Ratio of the sizes of the two rings: the recorder has room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
-"""Number of recent events that a new event is compared with. If one is equal, only its count is increased."""
+"""Number of recent events that a new event is compared with. If one is equal, only its count is incremented."""
 FROM_OUTSIDE = ("ignored", "link")
-"""The kinds of events that the link peer can cause at any rate. Each may fill at most a quarter of the ring."""
+"""The kinds of events that the link peer can cause without limit. Each kind may fill at most a quarter of the ring."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
 """A notification record: wall-clock and monotonic time in ns, last sequence number, count, signal, delay in s."""
-_TEXT = 160
-_EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
+_TEXT = 156
+_EVENT = struct.Struct(f"=QQQIHBB{_TEXT}sf")
 """An event record: wall-clock and monotonic time of the first occurrence in ns, monotonic time of the last occurrence,
-count, signal, kind, level or state, and text."""
+count, signal, kind, level or state, text, and a duration in s."""
 _MAGIC = int.from_bytes(b"recorder", "little")
 _MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
 """Indexes of the 64-bit numbers at the beginning of the memory."""
@@ -59,6 +62,8 @@ AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 40
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
 """The bit that marks the number of an outbound signal."""
+_BITS = {Direction.INBOUND: 0, Direction.OUTBOUND: _OUTBOUND}
+"""The bits to set in the number of a signal. In Python 3.11, a lookup here is faster than `Direction.OUTBOUND`."""
 _NO_SIGNAL = 0xFFFF
 KINDS = (
     "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
@@ -66,6 +71,11 @@ KINDS = (
 )  # fmt: skip
 """The kinds of events. Records store an index into this tuple, so append new kinds at the end."""
 LEVELS = ("info", "warning", "error")
+
+
+def events_kept(kept: int) -> int:
+    """Return the maximum number of events that a recorder for `kept` notifications keeps."""
+    return max(EVENTS_MIN, kept // EVENTS_SHARE)
 
 
 @attrs.frozen
@@ -98,6 +108,8 @@ class Note:
     state: int
     """For the kind `link`, whether the link is running. For other kinds, the index of the level in `LEVELS`."""
     text: str
+    seconds: float = 0.0
+    """For the kind `link`: how long the link was in the previous state, or 0 if that is unknown."""
 
 
 class Recorder:
@@ -114,14 +126,15 @@ class Recorder:
         self._names: list[str] = []
         self._ids: dict[str, int] = {}
         self._unused: list[int] = []
-        """The indexes of names that no record contains. `_ids` does not have these names."""
+        """The indexes of names that no record contains. `_ids` does not contain these names."""
         self._recent: dict[tuple[object, ...], int] = {}
         self._outside: dict[str, deque[int]] = {}
-        """For each kind of `FROM_OUTSIDE`, the numbers of its last events, at most a quarter of the ring."""
+        """For each kind in `FROM_OUTSIDE`, the numbers of its latest events, up to a quarter of the ring."""
         self._clock = WallClock()
         self._written = self._noted = 0
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
+        self._damaged = False
         before: list[Recorded] = []
         notes: list[Note] = []
         if self._numbers[_MAGIC_AT] == _MAGIC:
@@ -129,6 +142,7 @@ class Recorder:
                 before, notes = self._load()
                 self.inherited = True
             except ValueError as error:
+                self._damaged = True
                 logger.warning("the recorded history is damaged (%s): starting with an empty history", error)
         if not self.inherited or (kept is not None and kept != self._numbers[_KEPT]):
             self._reset(default if kept is None else kept, before, notes)
@@ -150,15 +164,14 @@ class Recorder:
         numbers, boot = self._numbers, self._numbers[_BOOT]
         numbers[_MAGIC_AT] = 0
         numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
-        numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, max(EVENTS_MIN, kept // EVENTS_SHARE)
+        numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, events_kept(kept)
         numbers[_WRITTEN] = numbers[_NOTED] = numbers[_NAMES] = 0
         self._names, self._ids, self._unused, self._recent, self._outside = [], {}, [], {}, {}
         self._written = self._noted = 0
         self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
         for each in before[-kept:]:
-            self._put(
-                each.time_ns, each.monotonic_ns, each.sequence, each.count, each.signal, each.direction, each.delay
-            )
+            bits = _BITS[each.direction]
+            self._put(each.time_ns, each.monotonic_ns, each.sequence, each.count, each.signal, bits, each.delay)
         for note in notes[-self._events_kept :]:
             self._write_note(note)
         numbers[_MAGIC_AT] = _MAGIC
@@ -167,11 +180,7 @@ class Recorder:
         """Return the recorded notifications and events. Raises ValueError if the memory is invalid."""
         numbers = self._numbers
         self._kept, self._events_kept, number = numbers[_KEPT], numbers[_EVENTS_KEPT], numbers[_NAMES]
-        if not (
-            0 < self._kept <= KEPT_MAX
-            and 0 < self._events_kept <= max(EVENTS_MIN, KEPT_MAX // EVENTS_SHARE)
-            and number <= NAMES_MAX
-        ):
+        if not (0 < self._kept <= KEPT_MAX and 0 < self._events_kept <= events_kept(KEPT_MAX) and number <= NAMES_MAX):
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
@@ -206,36 +215,33 @@ class Recorder:
     def append(self, signals: Sequence[Signal], since: int = 0, at: tuple[int, int] | None = None) -> tuple[int, int]:
         """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        `since` is the monotonic time when the notifications became pending, or 0 if they never were pending. `at` is
+        `since` is the monotonic time when the notifications became pending, or 0 if they were never pending. `at` is
         the time of the record (default: now).
         """
         wall, monotonic = at or (real_clock.time_ns(), real_clock.monotonic_ns())
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
-        direction = signals[0].direction
+        bits = _BITS[signals[0].direction]
         if len(signals) == 1:
             self._sequence += 1
-            self._put(wall, monotonic, self._sequence, 1, signals[0].name, direction, delay)
+            self._put(wall, monotonic, self._sequence, 1, signals[0].name, bits, delay)
             return wall, monotonic
         for name, number in Counter([signal.name for signal in signals]).items():
             while number:
                 count = min(number, COUNT_MAX)
                 number -= count
                 self._sequence += count
-                self._put(wall, monotonic, self._sequence, count, name, direction, delay)
+                self._put(wall, monotonic, self._sequence, count, name, bits, delay)
         return wall, monotonic
 
-    def _put(
-        self, wall: int, monotonic: int, sequence: int, count: int, name: str, direction: Direction, delay: float
-    ) -> None:
+    def _put(self, wall: int, monotonic: int, sequence: int, count: int, name: str, bits: int, delay: float) -> None:
         number = self._ids.get(name)
         if number is None:
             number = self._new_name(name)
-        if direction is Direction.OUTBOUND:
-            number |= _OUTBOUND
         written = self._written
-        _RECORD.pack_into(self._ring, written % (self._kept + 1) * 32, wall, monotonic, sequence, count, number, delay)
+        place = written % (self._kept + 1) * _RECORD.size
+        _RECORD.pack_into(self._ring, place, wall, monotonic, sequence, count, number | bits, delay)
         self._written = self._numbers[_WRITTEN] = written + 1
 
     def _new_name(self, name: str) -> int:
@@ -251,13 +257,13 @@ class Recorder:
         return index
 
     def _find_unused_names(self) -> None:
-        """Make room in the table of names, which is full after many reloads. Keep the records."""
+        """Make room in the table of names, which can be full after many reloads. Keep the records."""
         records = itertools.chain(self._raw_notifications(), self._raw_notes())
         used = {record[4] & ~_OUTBOUND for record in records}
         self._unused = [index for index in range(NAMES_MAX) if index not in used]
         self._ids = {name: index for index, name in enumerate(self._names) if index in used}
         if not self._unused:
-            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than fit.
+            newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than the table can hold.
             self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 
     def _add(self, name: str) -> None:
@@ -281,10 +287,11 @@ class Recorder:
         *,
         count: int = 1,
         state: int = 0,
+        seconds: float = 0.0,
     ) -> None:
-        """Record an event. If it equals one of the last RECENT events, increase the count of that event instead.
+        """Record an event. If it equals one of the last RECENT events, increment the count of that event instead.
 
-        If the link peer has filled its share of the ring, its further events count as equal, whatever their names.
+        Once the link peer has filled its share of the ring, treat its further events as equal, whatever their names.
         Ignored frames are still counted separately for each reason.
         """
         monotonic = real_clock.monotonic_ns()
@@ -302,7 +309,8 @@ class Recorder:
         self._recent[key] = self._noted
         if len(self._recent) > 2 * RECENT:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
-        self._write_note(Note(kind, real_clock.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
+        wall = real_clock.time_ns()
+        self._write_note(Note(kind, wall, monotonic, monotonic, count, direction, signal, state, text, seconds))
 
     def _is_crowded(self, kind: str) -> bool:
         """Return whether a quarter of the events in the ring are of this kind."""
@@ -337,17 +345,30 @@ class Recorder:
             KINDS.index(note.kind) if note.kind in KINDS else 0,
             note.state,
             text,
+            note.seconds,
         )
         self._count_outside(note.kind, self._noted)
         self._noted = self._numbers[_NOTED] = self._noted + 1
 
-    def note_start(self) -> None:
-        """Record that this process started, and whether the previous process had stopped cleanly."""
-        text = "started again" if self.inherited else "started"
-        kinds = [note.kind for note in self.notes()]
-        if self.inherited and kinds[-1:] != ["stopped"]:
+    def note_start(self, supervisor: str | None = None, *, after_crash: bool = False) -> None:
+        """Record that this process started, and whether the previous process had stopped cleanly.
+
+        If the recorder was not inherited, also record why. `supervisor` is the name of the fd store, or None if there
+        is no fd store. `after_crash` is true if the previous process is known to have ended without a clean stop.
+        """
+        text, rest = "started", ""
+        if self.inherited:
+            text += " again"
+            after_crash = [note.kind for note in self.notes()][-1:] != ["stopped"]
+        elif self._damaged:
+            rest = "; earlier history is lost: the stored memory was damaged"
+        elif supervisor is None:
+            rest = "; earlier history is unknown: no fd store keeps it"
+        else:
+            rest = f"; earlier history is unknown: {supervisor} has none"
+        if after_crash:
             text += " after the previous process had ended without a stop"
-        self.note("started", f"{text} (PID {os.getpid()})")
+        self.note("started", f"{text} (PID {os.getpid()}){rest}")
 
     def status(self) -> RecorderStatus:
         notifications, events = min(self._written, self._kept), min(self._noted, self._events_kept)
@@ -357,24 +378,47 @@ class Recorder:
         since = self._clock.seconds(min(oldest)) if oldest else None
         return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
 
-    def notifications(self) -> Iterator[Recorded]:
-        """Yield the recorded notifications, oldest first. Raises ValueError if the memory is invalid."""
-        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications():
+    def snapshot(self) -> Recorder:
+        """Return a copy to read from, which does not change when the proxy records more.
+
+        Copying the memory is fast. Decoding all records takes much longer, so other tasks must run in between.
+        """
+        found = copy.copy(self)
+        found._ring = memoryview(bytes(self._ring[: min(self._written, self._kept + 1) * _RECORD.size]))
+        found._events = memoryview(bytes(self._events[: min(self._noted, self._events_kept + 1) * _EVENT.size]))
+        found._names = self._names.copy()
+        return found
+
+    def notifications(self, after: int = 0) -> Iterator[Recorded]:
+        """Yield the notifications that are newer than the monotonic time `after`, oldest first.
+
+        Raises ValueError if the memory is invalid.
+        """
+        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications(after):
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
             yield Recorded(wall, monotonic, sequence, count, direction, self._name(signal & ~_OUTBOUND), delay)
 
-    def _raw_notifications(self) -> Iterator[tuple[Any, ...]]:
-        for number in range(max(0, self._written - self._kept), self._written):
-            yield _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
+    def _raw_notifications(self, after: int = 0) -> Iterator[tuple[Any, ...]]:
+        numbers = range(max(0, self._written - self._kept), self._written)
+        start = bisect.bisect(numbers, after, key=lambda number: self._raw_notification(number)[1]) if after else 0
+        return map(self._raw_notification, numbers[start:])
+
+    def _raw_notification(self, number: int) -> tuple[Any, ...]:
+        return _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
 
     def _name(self, number: int) -> str:
         if number >= len(self._names) or not self._names[number]:
             raise ValueError("unknown signal number")
         return self._names[number]
 
-    def notes(self) -> Iterator[Note]:
-        """Yield the recorded events, oldest first. Raises ValueError if the memory is invalid."""
-        for wall, first, last, count, signal, kind, state, text in self._raw_notes():
+    def notes(self, after: int = 0) -> Iterator[Note]:
+        """Yield the events whose last occurrence is newer than the monotonic time `after`, oldest first.
+
+        Raises ValueError if the memory is invalid.
+        """
+        for wall, first, last, count, signal, kind, state, text, seconds in self._raw_notes():
+            if last <= after:
+                continue
             if kind >= len(KINDS):
                 raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
@@ -384,7 +428,10 @@ class Recorder:
             elif KINDS[kind] == "ignored" and " " in words:
                 words, _, name = words.partition(" ")
                 direction = Direction.INBOUND
-            yield Note(KINDS[kind], wall, first, last, count, None if name is None else direction, name, state, words)
+            way = None if name is None else direction
+            # Damaged memory may contain a number that JSON does not allow.
+            lasted = seconds if KINDS[kind] == "link" and 0 <= seconds < math.inf else 0.0
+            yield Note(KINDS[kind], wall, first, last, count, way, name, state, words, lasted)
 
     def _raw_notes(self) -> Iterator[tuple[Any, ...]]:
         for number in range(max(0, self._noted - self._events_kept), self._noted):

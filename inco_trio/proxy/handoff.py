@@ -39,10 +39,11 @@ class Batch(Generic[Item]):
 
 
 class Handoff(Generic[Item]):
-    """An unbuffered channel from a reading task to an acting task that writes or sends, and its unfinished batches.
+    """An unbuffered channel from a reading task to a consumer, a task that writes or sends.
 
-    The reading task waits until the acting task takes a batch. Meanwhile, the backlog stays in the kernel's queue,
-    which survives the process. `report` receives `items`, `frames` and `pending_since` of each finished batch.
+    It also keeps the unfinished batches. The reading task waits until the consumer takes a batch. Meanwhile, the
+    backlog stays in the kernel's queue, which survives the process. `report` receives `items`, `frames` and
+    `pending_since` of each finished batch.
     """
 
     def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes], int], None]) -> None:
@@ -73,9 +74,9 @@ class Handoff(Generic[Item]):
         self.unfinished.discard(batch)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
-        """Hand a batch to the acting task, shielded from cancellation because the kernel no longer has the data.
+        """Hand a batch to the consumer, shielded from cancellation because the kernel no longer has the data.
 
-        When the call returns, all earlier batches are finished, because the acting task takes one batch at a time.
+        When the call returns, all earlier batches are finished, because the consumer takes one batch at a time.
         """
         try:
             self._entry.send_nowait(batch)
@@ -87,7 +88,7 @@ class Handoff(Generic[Item]):
             if scope.cancelled_caught:
                 await self._refuse()
         except trio.ClosedResourceError:
-            # The channel is closed: `abort` and `close` ran after the acting task had taken the previous batch.
+            # The channel is closed: `abort` and `close` ran after the consumer had taken the previous batch.
             await self._refuse()
 
     async def _refuse(self) -> NoReturn:
@@ -128,7 +129,7 @@ class Handoff(Generic[Item]):
             self._reading.cancel()
 
     def close(self) -> None:
-        """Let the acting task return once it has finished its current batch."""
+        """Let the consumer return once it has finished its current batch."""
         self._entry.close()
 
     def abort(self) -> None:

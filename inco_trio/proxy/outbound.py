@@ -52,7 +52,7 @@ class Outbound:
         self._counters = counters
         self._events = events or Deaf()
         self.failures: Counter[str] = Counter()
-        """Number of failed attempts to send a frame, by signal name."""
+        """Number of failed attempts to send a frame, keyed by signal name."""
         # The pauses grow slowly, so that even a device that queues only one frame soon gets its next frame.
         self._room = Backoff(first=0.0005, factor=1.4)
         self._changed = trio.Event()

@@ -26,7 +26,7 @@ from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
@@ -51,7 +51,8 @@ SHORTLY = 0.2
 """Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
-@attrs.define
+# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.define(slots=False, repr=False, eq=False)
 class _Parts:
     counters: Counters
     fd_store: FdStore
@@ -107,13 +108,14 @@ class Proxy:
         parts = self._parts
         self._clock.refresh()
         recorder = parts.events.recorder
+        running = self._link.running and not self._closed
         unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
             since=self._clock.seconds(self._since),
             table_since=self._clock.seconds(self._table_since),
             uptime=(real_clock.monotonic_ns() - self._since) / 1e9,
-            running=self._link.running and not self._closed,
+            running=running,
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
             last_down=self._clock.seconds(self._down_at) if self._down_at else None,
@@ -128,6 +130,7 @@ class Proxy:
             mac=self._link.mac.hex(":") or None,
             receive_buffer=self._link.granted,
             peer=address.peer if isinstance(address := self.config.address, UnixAddress) else None,
+            down_reason=None if running or self._closed else self._link.down_reason or None,
             netns=None if self.config.netns is None else str(self.config.netns),
             owner=self.config.owner,
             group=self.config.group,
@@ -349,11 +352,13 @@ class Proxy:
             text = f"the link is {'up' if running else 'down'}"
         else:
             text = f"the link came up after {seconds:.1f} s"
+        if reason := "" if running else self._link.down_reason:
+            text += f": {reason}"
         if before is not None:
             # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
             logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link", "cause": ("link", running)})
-        self._parts.events.link_changed(running, text)
+        self._parts.events.link_changed(running, text, 0.0 if before is None or before == running else seconds)
 
     async def _restore(self, health: Health) -> None:
         """Run the task that retries failed operations on the registers."""
@@ -371,7 +376,7 @@ class Proxy:
                 health.well()
 
 
-@attrs.define
+@attrs.define(slots=False, repr=False, eq=False)
 class Ground:
     """The resources that a proxy uses and that the board's next proxy inherits."""
 
@@ -394,7 +399,8 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
     When the block starts, the link and the watches are active. Raises LinkNotFoundError, PermissionDeniedError,
     ResourceError or ConfigError. Exceptions from the block propagate unchanged. If a task of the proxy fails and cannot
-    be restarted, it cancels the block. An ExceptionGroup then contains its exception and any exception from the block.
+    be restarted, the block is cancelled. An ExceptionGroup then contains the task's exception and any exception from
+    the block.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy
@@ -428,6 +434,7 @@ async def _following(mounts: Mounts) -> AsyncIterator[None]:
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
+    report_missing(inherited, ("inflight", "inotify", "link"))
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
@@ -452,7 +459,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     with noted_by(events.note):
         proxy = _build(config, fd_store, ground, resources, counters, events)
     if recorder is not None:
-        recorder.note_start()
+        recorder.note_start(fd_store.supervisor, after_crash=events.listener.after_crash)
     return proxy
 
 

@@ -23,7 +23,7 @@ UNREPORTED = {
 
 
 def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
-    """Yield a line for each filesystem that inotify cannot watch, and each process that holds a register open."""
+    """Yield a line for each filesystem that inotify cannot watch, and for each process that holds a register open."""
     signals = tuple(signals)
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if problem := unreported(directory):

@@ -109,8 +109,7 @@ class Directories:
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
-        directory.checked.clear()
-        directory.shared, directory.trust = self.trust.shares(found), self.trust
+        directory.found_trusted(self.trust, found)
         self._by_wd[wd] = directory
         if former not in (0, wd):
             self._by_wd.setdefault(former, directory)
@@ -132,7 +131,7 @@ class Directories:
     def _watch_above(self, directory: Directory, *, waiting: bool, refused: bool = False) -> None:
         """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries.
 
-        With `refused`, the directory or one of its ancestors was refused. Watch only the ancestors that are trusted.
+        If `refused`, the directory or one of its ancestors was refused, so watch only the trusted ancestors.
         """
         watch = self._watch_trusted if refused or self.trust.delegated else self._inotify.watch
         before, directory.above = directory.above, set()
@@ -156,7 +155,7 @@ class Directories:
             self._await_no_more(directory)
 
     def _watch_trusted(self, path: str, mask: int) -> int:
-        """Watch an ancestor. Do not wait for a FUSE filesystem of another user. Raises OSError."""
+        """Watch an ancestor without blocking on another user's FUSE filesystem. Raises OSError."""
         fd, _ = open_trusted(Path(path), self.trust, ancestor=True)
         try:
             return self._inotify.watch(f"/proc/self/fd/{fd}/." if proc_is_mounted() else path, mask)
@@ -273,7 +272,7 @@ class Directories:
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
         if mask & APPEARED and directory is not None:
-            directory.checked.clear()  # A state file may have been replaced, or have a second name.
+            directory.checked.clear()  # A state file may have been replaced, or may have a second name.
         if mask & VANISHED and directory is not None and directory.wd == wd:
             directory.vanished_at = real_clock.monotonic()
             if os.fsdecode(name) in directory.states:
@@ -320,7 +319,7 @@ class Directories:
         except OSError:
             return False
         os.close(fd)
-        directory.shared, directory.trust = self.trust.shares(found), self.trust
+        directory.found_trusted(self.trust, found)
         return (found.st_dev, found.st_ino) == directory.identity
 
     def look_at_all(self) -> None:
@@ -331,7 +330,7 @@ class Directories:
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:
-        """Return whether the table contains this Directory object, not only one with the same path."""
+        """Return whether the table contains this Directory object itself, not just another one with the same path."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:
@@ -346,7 +345,7 @@ class Directories:
         self.trouble(directory)
 
     def missing_state(self, directory: Directory, register: str) -> str | None:
-        """Return why a state file is missing. Return None if it exists, or if its removal was not noticed yet."""
+        """Return why a state file is missing. Return None if it exists, or if its removal has not been noticed yet."""
         if directory.states_missing_since is None or register not in directory.states:
             return None
         with contextlib.suppress(OSError):  # The next write reports other errors.

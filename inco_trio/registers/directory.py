@@ -28,7 +28,7 @@ EMPTIED = 1.0
 """Seconds to wait before recreating a deleted file in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 TEMPORARY = ".inco-trio."
-"""The start of the temporary names of all proxies."""
+"""The prefix of the temporary file names that all proxies use."""
 KIND = stat.S_IFMT(0xFFFF)
 """The bits of `st_mode` that contain the type of the file."""
 OTHER_FILESYSTEM = "not on the same filesystem as its directory"
@@ -62,16 +62,17 @@ class Directory:
     """The watch descriptor of the directory, or 0 if the directory is not watched."""
     identity: tuple[int, int] = (0, 0)
     shared: bool = False
-    """Whether a user other than root and the proxy's own user may change the names in the directory."""
+    """Whether a user other than root and the proxy's own user may change the file names in the directory."""
     trust: Trust = attrs.Factory(Trust)
     """The users whom the proxy trusted when it last opened or checked the directory."""
     checked: set[bytes] = attrs.Factory(set)
     """The names of state files that passed `check` and that no event has reported as changed since.
 
-    Not used for a `shared` directory, where another user could replace a file before the proxy reads its event.
+    This set is empty while the directory is not open or is `shared`. In a shared directory, another user could replace
+    a file before the proxy reads the event.
     """
     devices: set[int] = attrs.Factory(set)
-    """The device numbers of files on the directory's filesystem. An overlayfs may have several."""
+    """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
     above: set[int] = attrs.Factory(set)
     """The watch descriptors of the ancestor directories."""
     opened: bool = False
@@ -100,7 +101,7 @@ class Directory:
             return False
         try:
             if self.shared:
-                # A plain stat(2) would wait for a FUSE filesystem that another user has mounted on the path.
+                # A plain stat(2) could block on a FUSE filesystem that another user has mounted over the path.
                 fd, found = open_trusted(self.path, self.trust)
                 os.close(fd)
             else:
@@ -118,6 +119,12 @@ class Directory:
         except OSError:
             return PATIENCE
 
+    def found_trusted(self, trust: Trust, found: os.stat_result) -> None:
+        """Store the users whom the proxy trusted when it opened or checked the directory. `found` is its status."""
+        self.shared, self.trust = trust.shares(found), trust
+        if self.shared:
+            self.checked.clear()
+
     def name(self, register: str) -> str:
         """Return a path to a file in the open directory that stays valid if the directory is moved."""
         # Without /proc, the path may refer to a different directory by now. The caller checks for this afterwards.
@@ -125,6 +132,7 @@ class Directory:
 
     def release(self) -> None:
         """Close the descriptor. The watch remains for the next process."""
+        self.checked.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -149,13 +157,14 @@ class Directory:
 
     @contextlib.contextmanager
     def _pinned(self, register: str | bytes) -> Iterator[int]:
-        """Open a register with O_PATH while the block runs. Raise UnfitFileError if a FUSE filesystem covers it.
+        """Open a register with O_PATH while the block runs. Raise UnfitFileError if a FUSE filesystem is mounted over
+        it.
 
         The descriptor refers to the same file even if another user mounts a filesystem over its name afterwards.
         """
         fd = os.open(register, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
-            # Check this before fstat(2), which waits for the process that serves a FUSE filesystem.
+            # Check this before fstat(2), which can block on a FUSE filesystem.
             if proc_is_mounted() and mount_id(fd) != mount_id(self.fd) and fuse_user(fd) is not None:
                 raise UnfitFileError(self.path / os.fsdecode(register), OTHER_FILESYSTEM, "unmount it")
             yield fd
@@ -165,13 +174,13 @@ class Directory:
     def open_shared(self, register: str | bytes) -> int:
         """Check a state file in a `shared` directory and open it for writing, without waiting for another user."""
         with self._pinned(register) as pinned:
-            self.check(register, pinned)  # Check before open(2), which has effects on some devices.
+            self.check(register, pinned)  # Check before open(2), which has side effects on some devices.
             if proc_is_mounted():
                 fd = os.open(f"/proc/self/fd/{pinned}", WRITE_FLAGS & ~os.O_NOFOLLOW)
             else:
                 fd = os.open(register, WRITE_FLAGS, dir_fd=self.fd)
         try:
-            self.check(register, fd)  # Another user may have replaced the file or added a name before open(2).
+            self.check(register, fd)  # Another user may have replaced or hard-linked the file before open(2).
             if not os.fstat(fd).st_nlink:
                 raise FileNotFoundError(errno.ENOENT, "the file has been removed")
         except OSError:

@@ -31,7 +31,7 @@ def refusal(error: OSError, what: object, *, is_directory: bool = False) -> Inco
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
         return ConfigError(subject, f"{error.strerror} ({error.remedy})")
-    # For other errors, do not look at the path: a FUSE filesystem at it could block lstat(2).
+    # For other errors, do not inspect the path: lstat(2) could block on a FUSE filesystem.
     needed = _needed(what, is_directory) if error.errno in (errno.EACCES, errno.EPERM) else ""
     denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed}")
     misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")

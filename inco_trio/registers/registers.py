@@ -82,7 +82,8 @@ class Registers:
                     self.directories.drop(directory)
             if not isinstance(error, OSError):
                 raise
-            # If a component is not trusted or not a directory, a FUSE filesystem at it could block stat(2).
+            # If a component is not trusted or not a directory, do not inspect the path: stat(2) could block on a FUSE
+            # filesystem.
             unsafe = isinstance(error, UnfitFileError | NotADirectoryError)
             if not unsafe and (problem := unreported(new.path)):
                 raise ConfigError(problem) from error
@@ -139,7 +140,7 @@ class Registers:
             self.directories.look(directory, make=True)
 
     def problem(self, signal: Signal) -> str | None:
-        """Return why the proxy cannot write or watch the register of a signal now, or None."""
+        """Return why the proxy cannot write or watch the register of a signal at the moment, or None if it can."""
         directory = self.directories.by_path[signal.directory]
         if directory.fd < 0:
             return self._problems.said(signal.directory) or "its directory is missing"

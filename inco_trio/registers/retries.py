@@ -44,7 +44,7 @@ class Retries:
         return min((directory.retry_at for directory in self._troubled), default=math.inf)
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
-        """Schedule the next retry. The last one took `spent` seconds; `earliest` is None if all work is done."""
+        """Schedule the next retry. The last retry took `spent` seconds; `earliest` is None if all work is done."""
         if directory.troubled_again:
             directory.retry_at = real_clock.monotonic() + directory.backoff.next()
         elif earliest is None:

@@ -79,7 +79,7 @@ class Triggered:
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """Entries to store in `Inflight.watches` after sending. If stored earlier, a crash could lose notifications."""
+    """Entries to store in `Inflight.watches` after sending: otherwise, a crash could lose notifications."""
 
     def extend(self, other: Triggered) -> None:
         self.signals += other.signals
@@ -181,7 +181,7 @@ class Triggers:
             self._replaced.add(trigger)
 
     def look_again(self, trigger: Trigger) -> None:
-        """Watch the file that is now at a trigger's path, because a mount may hide the old file or reveal another."""
+        """Watch the file that is now at a trigger's path, because a mount may hide or reveal files."""
         if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
             self._try_look(trigger, make=False)
 
@@ -247,7 +247,7 @@ class Triggers:
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """Return the signal if the first `length` bytes of `view` only report the close of one trigger, else None."""
+        """Return the signal if the first `length` bytes of `view` report only the close of one trigger, else None."""
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
         elif length == ino.EVENT.size:
@@ -285,7 +285,7 @@ class Triggers:
                 self._miss(trigger)
 
     def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Handle an event of an IRQ directory or of one of its ancestors."""
+        """Handle an event on an IRQ directory or on one of its ancestors."""
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:
@@ -403,7 +403,7 @@ class Triggers:
             is_missing = trigger is not None and trigger.missing_since is not None and path not in unwatched
             if reason in refused or is_missing:  # The proxy waits before it recreates a missing file.
                 continue
-            if trigger is None or path in unwatched:  # It was removed from the table, or has another problem.
+            if trigger is None or path in unwatched:  # The trigger was removed, or it has another problem.
                 self._problems.forget((directory, reason))
             else:
                 self._problems.well((directory, reason), path)

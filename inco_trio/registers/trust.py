@@ -45,18 +45,18 @@ class Trust:
 
     @property
     def delegated(self) -> bool:
-        """Whether another user is trusted, who could mount a FUSE filesystem over a directory or a register."""
+        """Whether another user is trusted. This user could mount a FUSE filesystem over a directory or a register."""
         return self.group is not None or self.owner not in (None, 0, self.user)
 
     def shares(self, found: os.stat_result) -> bool:
-        """Return whether a user other than root and the user of this process may change the names in a directory."""
+        """Return whether a user other than root and this process's user may change the file names in a directory."""
         return found.st_uid not in (0, self.user) or bool(found.st_mode & stat.S_IWGRP)
 
 
 def open_trusted(path: Path, trust: Trust, *, make: bool = False, ancestor: bool = False) -> tuple[int, os.stat_result]:
     """Return a descriptor (O_PATH) of the directory at `path`, and its status. With `make`, create it if it is missing.
 
-    With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write if it is sticky.
+    With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write to a sticky directory.
     Raises OSError, or UnfitFileError if an untrusted user could replace the directory or change its files.
     """
     walk = _Walk(path, trust)
@@ -113,7 +113,7 @@ class _Walk:
     def _follow_symlink(self, name: str) -> None:
         fd = os.open(name, _ANYTHING, dir_fd=self.fd)
         try:
-            # Call this before fstat(2), which waits if a FUSE filesystem covers a file. ENOENT means: not a symlink.
+            # Call this before fstat(2), which can block on a FUSE filesystem. ENOENT means that `fd` is not a symlink.
             target = os.readlink("", dir_fd=fd)
             found = os.fstat(fd)
         except FileNotFoundError:
@@ -172,7 +172,7 @@ class _Walk:
             raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
 
     def _check_fuse(self) -> None:
-        """Check that no user serves this directory by FUSE: the files could have any owner, and block this process."""
+        """Check that no user serves this directory by FUSE: files could have any owner, and block this process."""
         try:
             number = mount_id(self.fd)
         except FileNotFoundError:

@@ -122,6 +122,8 @@ class Daemon:
         self._fd_store = fd_store
         self._restrict = restrict
         self._control_path: Path | None = None
+        self._after_crash = False
+        """Whether this process replaced the control socket of a process that had ended without a clean stop."""
 
     async def run(self, runner: Runner) -> None:
         raise_descriptor_limit()
@@ -150,6 +152,7 @@ class Daemon:
                 return
             self._control_path = Path(listener.getsockname())
             control = Control(self._boards, listener, runner.reload)
+            control.feed.after_crash = self._after_crash
             runner.background.start_soon(control.serve)
             try:
                 yield control.feed
@@ -163,9 +166,11 @@ class Daemon:
         if self._control == "none":
             return None
         if self._control is not None:
+            self._after_crash = place.is_stale(Path(self._control))
             return resources.enter_context(place.listening(Path(self._control)))
         path = place.default_path(self._label)
         place.make_directory(path.parent)
+        self._after_crash = place.is_stale(path)
         try:
             return resources.enter_context(place.listening(path))
         except OSError as error:

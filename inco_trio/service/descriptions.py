@@ -99,7 +99,7 @@ class Service:
     reads: tuple[Path, ...] = ()
     """The configuration files and directories that the user of the service must be able to read."""
     irq_directories: tuple[Path, ...] = ()
-    """The IRQ directories, which the user of the service must be able to write, or to create."""
+    """The IRQ directories, which the user of the service must be able to write to or create."""
 
     @property
     def is_client(self) -> bool:
@@ -202,7 +202,7 @@ def account_of(user: str) -> pwd.struct_passwd:
 def access_warnings(
     service: Service, user: str | None, program: str, *, check_directories: bool = True
 ) -> Iterator[str]:
-    """Yield a warning for each path for which `user` lacks the permission that the service needs. Requires root.
+    """Yield a warning for each path that the service needs but `user` is not permitted to use. Requires root.
 
     Do not check the IRQ directories if `check_directories` is false, because another user owns them.
     """

@@ -26,7 +26,7 @@ def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str 
     written = 0
     try:
         while written < len(data):
-            # Do not use poll(2), which fails if the limit of open descriptors is 0.
+            # Do not use poll(2), which fails if the limit on open descriptors is 0.
             if not select.select((), (fd,), (), patience_ms / 1000)[1]:
                 return written, "the reader is too slow"
             written += os.write(fd, data[written : written + PIECE])

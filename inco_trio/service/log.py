@@ -148,7 +148,7 @@ class _Lines(logging.Handler):
 
 
 def _is_journal(fd: int) -> bool:
-    """Return whether `fd` is the stream to systemd's journal that $JOURNAL_STREAM names (systemd.exec(5))."""
+    """Return whether `fd` is the stream to systemd's journal that $JOURNAL_STREAM identifies (systemd.exec(5))."""
     try:
         found = os.fstat(fd)
     except OSError:
@@ -159,7 +159,7 @@ def _is_journal(fd: int) -> bool:
 def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool:
     """Return whether text lines need timestamps if `--log-timestamps` is `when` (auto, always or never).
 
-    With `auto`, lines on a terminal, in a file or in a pipe have timestamps. Lines to systemd's journal or to an s6
+    With `auto`, lines on a terminal, in a file or in a pipe have timestamps. Lines for systemd's journal or for an s6
     service's logger do not, because these add their own timestamps.
     """
     if when != "auto":

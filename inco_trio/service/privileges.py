@@ -1,4 +1,4 @@
-"""The privileges of a running daemon: its capabilities, its locked memory and its limit of descriptors."""
+"""The privileges of a running daemon: its capabilities, its locked memory and its limit on open descriptors."""
 
 from __future__ import annotations
 
@@ -85,12 +85,14 @@ def keep_in_memory() -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open descriptors to the hard limit.
+    """Raise the soft limit on open descriptors to the hard limit.
 
-    Each board uses four or five descriptors. The limit also applies to the descriptors in transit in Unix sockets, of
-    all processes of a user together (unix(7), ETOOMANYREFS). The stored descriptors of many boards are in transit.
+    Each board uses four or five descriptors. The limit also applies to the total number of descriptors that a user's
+    processes have in transit in Unix sockets (unix(7), ETOOMANYREFS). With many boards, the stored descriptors are in
+    transit.
 
-    If the kernel refuses, the soft limit stays. In a container, the hard limit may exceed fs.nr_open (setrlimit(2)).
+    If the kernel refuses the change, the soft limit stays the same. In a container, the hard limit may exceed
+    fs.nr_open (setrlimit(2)).
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):

@@ -47,7 +47,7 @@ class Users:
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     unseen: int
-    """Number of sockets whose processes this user may not inspect."""
+    """Number of sockets whose processes this user is not permitted to inspect."""
 
     @property
     def proxy(self) -> Process | None:
@@ -75,7 +75,7 @@ def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Pat
 
 
 def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> Users:
-    """Return the processes that use a link of this thread's network namespace. Return none if the link is missing."""
+    """Return the processes that use a link in this thread's network namespace. A missing link has no users."""
     if isinstance(address, UnixAddress):
         return users_of_socket(address, processes)
     try:
@@ -111,7 +111,7 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
 
 
 def superfluous(proxies: Iterable[Process]) -> Process:
-    """Return the proxy to stop if several run: one without a supervisor, otherwise the oldest one."""
+    """Return the proxy to stop if several are running: one without a supervisor, otherwise the oldest one."""
     return min(proxies, key=lambda process: (bool(process.supervised), process.started, process.pid))
 
 
@@ -130,7 +130,7 @@ def rivals(
             with inside(netns, address.name):
                 users = users_of(address, processes)
         except IncoError:
-            continue  # The network namespace no longer exists, or this user may not enter it.
+            continue  # The network namespace no longer exists, or this user cannot enter it.
         yield from _line(
             address.name,
             _serving(address, users, processes),
@@ -144,15 +144,15 @@ def rivals(
 
 
 def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
-    """Return the proxies that serve a link of this thread's network namespace."""
+    """Return the proxies that serve a link in this thread's network namespace."""
     processes = look(wanted=is_proxy_command)
     return _serving(address, users_of(address, processes), processes)
 
 
 def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
     found = list(users.proxies)
-    # This user may not inspect these processes, but every user may read their command lines. They may serve a link
-    # of the same name in another network namespace. Therefore, require a socket that belongs to no other process.
+    # This user cannot inspect these processes, but every user can read their command lines. They may serve a link with
+    # the same name in another network namespace. Therefore, require a socket that belongs to no other process.
     hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
     if hidden and users.unseen and users_of(address, look()).unseen:
         found += hidden

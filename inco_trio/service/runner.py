@@ -55,7 +55,7 @@ def run_service(
     fd: int = STANDARD_ERROR,
     timestamps: str = "auto",
 ) -> int:
-    """Run the service that `make` returns until a stop signal arrives; return the exit code. Raises IncoError.
+    """Run the service from `make` until a stop signal arrives; return the exit code. Raises IncoError.
 
     Call this while `process_signals` records the signals.
     """

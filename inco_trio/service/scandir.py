@@ -187,7 +187,7 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     wanted = {path.split("/")[3] for path in rules}
     lines = []
     for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
-        # Only a directory, or a symlink to a directory, may grant rights. inco-trio does not write files here.
+        # Only a directory, or a symlink to a directory, can grant rights. inco-trio does not write files here.
         if path.name in wanted or not (path.is_symlink() or path.is_dir()):
             continue
         if path.is_symlink():

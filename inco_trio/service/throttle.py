@@ -20,7 +20,7 @@ PERIOD = 1.0
 LINES_MAX = 20
 """Maximum number of log lines per board and period."""
 CAUSES_MAX = 1000
-"""Maximum number of causes per board whose lines wait. Lines of further causes are only counted."""
+"""Maximum number of causes with waiting lines, per board. Lines of further causes are only counted."""
 
 
 @attrs.define
@@ -41,7 +41,7 @@ class Throttle:
 
     @property
     def is_holding(self) -> bool:
-        """Whether any record waits to be written."""
+        """Whether any record is waiting to be written."""
         return any(each.held for causes in self._boards.values() for each in causes.values())
 
     def admit(self, board: str, cause: object, record: logging.LogRecord) -> bool:
@@ -67,7 +67,8 @@ class Throttle:
     def release(self, write: Callable[[logging.LogRecord], None], *, everything: bool = False) -> None:
         """Write held records, each in its context. Set `record.left_out` to the number of omitted records.
 
-        Write the records that were held first, at most LINES_MAX of each board. With `everything`, write all records.
+        Write the records that have been held longest, at most LINES_MAX per board. With `everything`, write all
+        records.
         """
         now = self._now()
         for causes in self._boards.values():

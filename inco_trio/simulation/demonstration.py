@@ -38,7 +38,7 @@ _ANSWERS = {
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""For each outbound signal, the inbound signal with which a QEMU guest answers. Together, they cover every signal."""
+"""For each outbound signal, the inbound signal that a QEMU guest answers with. Together, they cover every signal."""
 _READY_DEADLINE = 60.0
 """Timeout for waiting on a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
@@ -160,9 +160,9 @@ def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, r
     Record the notifications to the file `record`, if given. Return the exit code: 0 if all notifications arrived, 1 if
     not, and 128 + n after the process signal n.
 
-    A process that may not create network namespaces moves into a new user namespace and stays there. It must have only
-    one thread. If the system forbids user namespaces too, the link is a Unix socket. With `with_qemu`, core 1
-    is a QEMU guest behind a Unix socket.
+    A process that cannot create network namespaces moves into a new user namespace and stays there. It must have only
+    one thread. If the system forbids user namespaces too, the link is a Unix socket. With `with_qemu`, core 1 is a QEMU
+    guest behind a Unix socket.
 
     Raises InvalidArgumentError, GuestError, ProxyError, ResourceError, and BrokenPipeError if `out` is a closed pipe.
     """

@@ -32,7 +32,7 @@ class Stage:
     """Core 1, or None if `guest` is core 1."""
     guest: Guest | None = None
     answers: Mapping[str, str] = attrs.Factory(dict)
-    """For each outbound signal, the inbound signal with which `guest` answers it."""
+    """For each outbound signal, the inbound signal that `guest` sends as the answer."""
 
 
 @contextlib.contextmanager

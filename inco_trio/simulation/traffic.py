@@ -81,7 +81,7 @@ class Traffic:
 
 
 class Applications:
-    """The programs on both cores (except a guest) that send and receive the notifications."""
+    """The programs on both cores that send and receive the notifications. A QEMU guest is not included."""
 
     def __init__(self, waiter: Waiter, peer: Peer | None, watch: Watch, traffic: Sequence[Traffic]) -> None:
         self._peer = peer

@@ -38,7 +38,7 @@ class Waiter:
             key.data()
 
     def readable(self, fds: Sequence[int], timeout: float) -> list[int]:
-        """Wait until a descriptor is readable, for at most `timeout` seconds. Return the readable ones of `fds`."""
+        """Wait at most `timeout` seconds until a descriptor is readable. Return those of `fds` that are readable."""
         found: list[int] = []
         for fd in fds:
             self.on(fd, functools.partial(found.append, fd))

@@ -68,8 +68,8 @@ def new_user_namespace() -> None:
     """Move this process, which must have only one thread, into a new user namespace as root.
 
     The process gets all capabilities over namespaces that it creates. Outside them, it keeps its user's permissions.
-    Call this function before any other function of this module: they start threads, and the kernel may still count a
-    thread that has just been joined. Raises NamespaceRefusedError.
+    Call this function before any other function of this module: the others start threads, and the kernel may still
+    count a thread that has just been joined. Raises NamespaceRefusedError.
     """
     user, group = os.geteuid(), os.getegid()
     try:

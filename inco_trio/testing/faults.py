@@ -13,7 +13,7 @@ __all__ = ["Fate", "FrameFaults"]
 LATE = 0.05
 """Additional delay of a reordered frame, in seconds."""
 Fate = tuple[float, bytes, str]
-"""Seconds until a frame arrives, the frame, and a description of its faults (empty if it has none)."""
+"""The delay of a frame in seconds, the frame, and a description of its faults (empty if it has none)."""
 RATES = ("drop", "double", "reorder", "corrupt")
 
 

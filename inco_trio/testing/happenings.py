@@ -16,9 +16,9 @@ from inco_trio.signals import Direction
 __all__ = ["Happening", "History", "NotificationMissingError", "runs", "summary"]
 
 SINGLE = 3
-"""Maximum number of equal events that are shown one by one."""
+"""Maximum number of consecutive identical events that are shown one by one."""
 LISTED = 20
-"""Maximum number of events, or of runs of equal events, in an error message."""
+"""Maximum number of events, or of runs of identical events, in an error message."""
 
 
 class NotificationMissingError(AssertionError):
@@ -43,7 +43,7 @@ class Happening:
 
 
 def runs(happenings: Iterable[Happening]) -> list[Sequence[Happening]]:
-    """Group consecutive equal events if there are more than `SINGLE`. Each other event is its own group."""
+    """Group consecutive identical events if there are more than `SINGLE`. Every other event is a group by itself."""
     found: list[Sequence[Happening]] = []
     for _, group in itertools.groupby(happenings, key=lambda each: (each.core, each.what, each.name)):
         equal = list(group)
@@ -52,7 +52,7 @@ def runs(happenings: Iterable[Happening]) -> list[Sequence[Happening]]:
 
 
 def summary(run: Sequence[Happening], within: str = "") -> str:
-    """Describe a group of equal events. `within` is added to their number."""
+    """Describe a group of identical events. `within` follows their number."""
     text = f"{run[0].what} {run[0].name}".rstrip()
     return text if len(run) == 1 else f"{text} ({len(run)} times{within})"
 

@@ -105,7 +105,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
-    """Fail the test with the error's text only, or skip it if `inco_trio_missing` is set to skip."""
+    """Fail the test with only the error message, or skip it if `inco_trio_missing` is set to skip."""
     if not _is_missing(error):
         pytest.fail(str(error), pytrace=False)
     if config.getini(MISSING) == "skip":

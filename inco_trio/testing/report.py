@@ -18,7 +18,7 @@ WIDTH = 36
 def side_by_side(happenings: Sequence[Happening]) -> str:
     """Return a table of the events at core 0 and core 1, with the seconds since the first event.
 
-    If more than `SINGLE` equal events follow one another, they share one line.
+    More than `SINGLE` consecutive identical events share one line.
     """
     if not happenings:
         return "nothing happened at either core"

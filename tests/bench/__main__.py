@@ -35,7 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help=f"pairs per figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
     parser.add_argument("--beside", type=Path, metavar="PATH", help="also measure the inco-trio of another checkout")
     parser.add_argument("--pin", choices=["none", "split", "together"], default="none", help="CPUs of load and program")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="directory of the results (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="directory for the results (%(default)s)")
     parser.add_argument("--replot", action="store_true", help="only redraw the plots from the results in --out")
     arguments = parser.parse_args()
     arguments.only = arguments.only.split(",") if arguments.only else list(MEASURES)

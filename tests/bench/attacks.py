@@ -23,7 +23,7 @@ from inco_trio.linux.libc import libc
 __all__ = ["ATTACKS", "FROM_CORE1"]
 
 RATE = 50_000
-"""Frames per second of a flood."""
+"""Rate of a flood in frames per second."""
 BLOCK = 100
 """Number of frames that a flood sends at once."""
 LISTENERS = 32
@@ -80,10 +80,10 @@ def lines(control: str) -> Iterator[None]:
 
 
 def log_lines(control: str) -> Iterator[None]:
-    """Send lines that are too long, each as another user, because the proxy logs this limit once for each user."""
+    """Send lines that are too long, each as a different user, because the proxy logs this limit once per user."""
     for user in itertools.cycle(range(1, USERS)):
         os.seteuid(user)
-        libc.setfsuid(0)  # Let root open the socket, although another user connects (credentials(7)).
+        libc.setfsuid(0)  # Access the socket file as root, although another user connects (credentials(7)).
         with connected(control) as sock, contextlib.suppress(OSError):
             os.seteuid(0)
             sock.sendall(bytes(LINE_MAX + 1))

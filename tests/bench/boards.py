@@ -28,7 +28,7 @@ __all__ = ["Place", "boards_figures"]
 
 FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 GAP = 0.0005
-"""Seconds from an arrival to the next notification in a closed loop."""
+"""Pause in seconds between an arrival and the next notification in a closed loop."""
 FLOOD_RATE = 50_000
 IMPORTS = "import inco_trio.service.daemon, inco_trio.service.many_boards"
 PROCESSES = 10
@@ -55,7 +55,7 @@ class Place:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[tuple[int, float]]:
-        """Run the process; yield its PID and the seconds from its exec to readiness."""
+        """Run the process; yield its PID and the time in seconds from exec to readiness."""
         reader, writer = os.pipe()
         command = [
             *PYTHON,
@@ -90,7 +90,7 @@ class Place:
                     process.kill()
 
     def inbound(self) -> float:
-        """Return the microseconds from sending a frame to the close of board 0's state file."""
+        """Return the time in microseconds from sending a frame to the close of board 0's state file."""
         begin = time.monotonic_ns()
         self.peer.sendto(FRAME, f"{self.home}/s/0.0")
         if not select.select([self._consumer.fd], [], [], HANG)[0]:
@@ -100,7 +100,7 @@ class Place:
         return (end - begin) / 1000
 
     def outbound(self) -> float:
-        """Return the microseconds from the close of board 0's trigger to the arrival of its frame."""
+        """Return the time in microseconds from the close of board 0's trigger file to the arrival of its frame."""
         trigger = os.open(f"{self.home}/irq/0/message_6_trig", os.O_WRONLY)
         os.write(trigger, b"1")
         begin = time.monotonic_ns()
@@ -194,7 +194,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
 
 
 def _of_processes(lab: Lab) -> str:
-    """Estimate the memory of 1,000 one-board processes from the PSS (proportional set size) of PROCESSES."""
+    """Estimate the memory of 1,000 one-board processes from the proportional set size (PSS) of `PROCESSES` of them."""
     said = []
     for program in (C, INCO):
         with ExitStack() as stack:

@@ -62,7 +62,7 @@ class Figure:
 
     @property
     def values(self) -> list[float]:
-        """Return the ratios of paired runs, or without `ratio` the first program's values."""
+        """Return the ratios of paired runs or, without `ratio`, the first program's values."""
         if self.ratio is None:
             return list(next(iter(self.samples.values())))
         above, below = (self.samples[key] for key in self.ratio)
@@ -83,7 +83,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Return whether the goal is met, or None without a goal."""
+        """Return whether the goal is met, or None if there is no goal."""
         return None if self.goal is None else self.goal.met(self.result)
 
     @property

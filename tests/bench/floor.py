@@ -1,4 +1,4 @@
-"""The floor: the shortest Trio program with the same system calls. It shows the best performance of this design.
+"""The floor: the shortest Trio program with inco-trio's system calls. It shows the best performance of this design.
 
 usage: floor.py TABLE DIR IFACE NOTIFICATION_FD
 

@@ -56,7 +56,7 @@ class Subscriber:
                 return packet
 
     def receive(self, count: int) -> tuple[float, list[float]]:
-        """Receive `count` messages; return the seconds from the first to the last message, and each latency in us."""
+        """Receive `count` messages; return the time in seconds from the first to the last, and each latency in us."""
         latencies: list[float] = []
         numbers: set[int] = set()
         begin = 0.0
@@ -131,7 +131,7 @@ class _Rig:
             return (count - 1) / seconds, 1e6 * float(process.stdout.read()) / count, latencies
 
     def mosquitto_pub(self, count: int) -> float:
-        """Return the rate of mosquitto_pub."""
+        """Return the rate at which mosquitto_pub publishes messages."""
         words = ["mosquitto_pub", "-V", "5", "-q", "1", "-l", "-t", "lab/pub/inbound/x", "-p", str(self.broker.port)]
         lines = "".join(
             json.dumps({"sequence": number, "boot": "0" * 16, "time": time.time(), "monotonic_ns": time.monotonic_ns()})

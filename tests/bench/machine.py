@@ -20,7 +20,7 @@ NEEDED = ("matplotlib", "scapy", "watchdog")
 
 
 def describe() -> dict[str, Any]:
-    """Return CPU, kernel, Python, libraries and date. Raise `BenchError` if a needed library is missing."""
+    """Describe the CPU, kernel, software versions and date. Raise `BenchError` if a needed library is missing."""
     try:
         versions = {name: importlib.metadata.version(name) for name in ("trio", *NEEDED)}
     except importlib.metadata.PackageNotFoundError as error:

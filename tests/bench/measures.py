@@ -54,7 +54,7 @@ BUILTIN_TABLE = 3
 """Number of built-in signals, one of them outbound."""
 
 GAP_US = 500
-"""Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
+"""Pause in microseconds between an arrival and the next notification in a closed loop. All processes then sleep."""
 
 BURSTS = 3
 """Number of bursts per run when the benchmark compares two configurations of inco-trio."""
@@ -65,7 +65,7 @@ _BEHIND = 0.03
 
 @attrs.frozen
 class Size:
-    """The size of the benchmark: numbers of runs and notifications, and lengths in seconds."""
+    """The size of the benchmark: how many runs and notifications it has, and how many seconds the runs take."""
 
     pairs: int
     script_pairs: int
@@ -79,14 +79,14 @@ class Size:
     million: int
     """Number of notifications in the memory measurement."""
     steady: float
-    """Length in seconds of a run with 1,000 notifications per second in each direction."""
+    """Duration in seconds of a run with 1,000 notifications per second in each direction."""
     point: float
-    """Length in seconds of the run for one point of the load curve."""
+    """Duration in seconds of the run for one point of the load curve."""
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
     boards: int = 1000
     rounds: int = 10
-    """Number of turns that each program gets in each pair of a closed loop."""
+    """Number of turns for each program in each pair of closed-loop runs."""
     loads: tuple[int, ...] = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 150_000, 200_000, 300_000)
 
 
@@ -104,7 +104,7 @@ class Measured:
 
 @attrs.frozen
 class Bench:
-    """What a measurement needs: its processes and files, the numbers of samples, and other checkouts to compare."""
+    """Everything that a measurement needs: processes and files, the sample sizes, and other checkouts to compare."""
 
     lab: Lab
     size: Size
@@ -118,7 +118,7 @@ class Bench:
     def turns(self, *programs: Program, script_pairs: int | None = None) -> Iterator[Program]:
         """Yield each program once per pair (A, B, A, B, ...), with the other checkouts directly after inco-trio.
 
-        The script is part of the first `script_pairs` pairs only.
+        The script runs only in the first `script_pairs` pairs.
         """
         scripts = self.size.script_pairs if script_pairs is None else script_pairs
         for pair in range(self.size.pairs):
@@ -140,7 +140,7 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return a row with the goal that compares inco-trio with the floor, and rows without a goal for its rivals."""
+        """Return a row that compares inco-trio with the floor and has a goal, and rows without goals for its rivals."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
@@ -173,7 +173,7 @@ class _Losses:
         self.faults: list[str] = []
 
     def add(self, program: Program, flow: Flow, run: Running) -> None:
-        """Record one run. Any loss of the C programs or inco-trio, or a wrong count, is a fault."""
+        """Record one run. Any loss by the C programs or inco-trio, and any wrong count, is a fault."""
         self.lost[program.name].append(flow.lost)
         if run.dropped is not None:
             self.dropped[program.name].append(run.dropped)
@@ -207,7 +207,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
 def _closed_loops(
     bench: Bench, direction: Direction, compared: Sequence[Program], *scripts: Program
 ) -> tuple[Mapping[str, Sequence[Flow]], _Losses]:
-    """Return the flows of each program, one flow for each pair of runs. The scripts only run in the first pairs."""
+    """Return the flows of each program, one flow for each pair of runs. The scripts run only in the first pairs."""
     count, losses = bench.size.lone // bench.size.rounds, _Losses()
     pairs: dict[str, list[Flow]] = defaultdict(list)
     for pair in range(bench.size.pairs):
@@ -263,7 +263,7 @@ def inbound_closed_loop(bench: Bench) -> Measured:
 
 
 def outbound_closed_loop(bench: Bench) -> Measured:
-    """Measure the time from closing a trigger until its frame is at core 1. Write the next trigger 500 us later."""
+    """Measure the time from closing a trigger until its frame reaches core 1. Write the next trigger 500 us later."""
     return _closed_loop(bench, "outbound")
 
 
@@ -273,7 +273,7 @@ def inbound_latency(bench: Bench) -> Measured:
 
 
 def outbound_latency(bench: Bench) -> Measured:
-    """Measure the time from closing a trigger until its frame is at core 1, with triggers 1 ms apart."""
+    """Measure the time from closing a trigger until its frame reaches core 1, with triggers 1 ms apart."""
     return _latency(bench, "outbound")
 
 
@@ -407,7 +407,7 @@ def _attack(bench: Bench, run: Running, name: str) -> Iterator[None]:
 
 
 def burst(bench: Bench) -> Measured:
-    """Measure losses and rate of 20,000 frames that a C program sends as fast as it can."""
+    """Measure the losses and the rate for 20,000 frames that a C program sends as fast as it can."""
     rates, losses = _samples(), _Losses()
     for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
@@ -426,7 +426,10 @@ def burst(bench: Bench) -> Measured:
 
 
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
-    """Send at `rate` for `seconds`. The rate is kept if no frame is lost and the last one is at most `behind` late."""
+    """Send frames at `rate` for `seconds` seconds.
+
+    The rate is kept if no frame is lost and the last frame is at most `behind` seconds late.
+    """
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
     except UncountedError:
@@ -467,7 +470,7 @@ def sustained(bench: Bench) -> Measured:
 
 
 def one_trigger(bench: Bench) -> Measured:
-    """Count the frames for 50,000 triggers/s on one file, where the kernel merges identical unread inotify events."""
+    """Count the frames for 50,000 triggers/s on one file. The kernel merges identical unread inotify events."""
     frames, faults = _samples(), []
     for program in bench.turns(INCO, C, C_MODIFY, SCRIPT):
         with bench.lab.running(program, BUILTIN_TABLE) as run:
@@ -575,7 +578,7 @@ def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator
 
 
 def boards(bench: Bench) -> Measured:
-    """Measure one process that serves many boards of a directory (see boards.py)."""
+    """Measure one process that serves many boards from a directory (see boards.py)."""
     size = bench.size
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 
@@ -613,7 +616,7 @@ IMPORT = "import trio"
 
 
 def start(bench: Bench) -> Measured:
-    """Measure the time from exec to readiness, and compare it with the import and exit of `python -c "import trio"`."""
+    """Measure the time from exec to readiness, and compare it with the run time of `python -c "import trio"`."""
     times = _samples()
     for pair in range(bench.size.pairs + 1):
         bench.say(f"pair {pair}/{bench.size.pairs}")

@@ -1,4 +1,4 @@
-"""The floor of the gateway: the shortest Trio program that publishes the same messages with the codec mqtt5.
+"""The floor of the gateway: the shortest Trio program that publishes the same messages with the mqtt5 codec.
 
 usage: mqtt_floor.py PORT COUNT PAUSE
 

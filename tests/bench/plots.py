@@ -79,7 +79,7 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
 
 
 def _shown(programs: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Return `programs` without the floor and other checkouts, whose lines would hide the line of inco-trio."""
+    """Return `programs` without the floor and other checkouts: their lines would hide inco-trio's line."""
     return {program: quantiles for program, quantiles in programs.items() if program in _STYLES}
 
 

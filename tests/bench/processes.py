@@ -23,7 +23,7 @@ def memory_kib(pid: int, field: str) -> int:
 
 
 def switches(pid: int) -> dict[int, int]:
-    """Return the voluntary context switches of each thread so far, by thread id."""
+    """Return the voluntary context switches of each thread so far, keyed by thread ID."""
     statuses = {int(path.name): (path / "status").read_text() for path in Path(f"/proc/{pid}/task").iterdir()}
     return {
         thread: int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, status in statuses.items()
@@ -36,7 +36,7 @@ def wake_ups(before: Mapping[int, int], after: Mapping[int, int]) -> int:
 
 
 def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
-    """Count system calls of all threads for `seconds`; return None without strace or the permission to use it."""
+    """Count the system calls of all threads for `seconds`. Return None if strace is missing or not permitted."""
     if shutil.which("strace") is None:
         return None
     command = ["strace", "-f", "-ttt", "-p", str(pid), "-o", str(trace)]

@@ -42,7 +42,7 @@ def as_text(figures: Sequence[Figure]) -> str:
 
 
 def as_markdown(figures: Sequence[Figure], origins: Sequence[str]) -> str:
-    """Return the table, followed by lines that say where and when it was measured."""
+    """Return the table, followed by lines that state where and when the figures were measured."""
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, figures)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     what = "Result: the median of the ratios of the pairs; spread: the least and the greatest."

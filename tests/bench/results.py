@@ -1,4 +1,4 @@
-"""The results of one or several benchmark runs, stored as JSON, from which the table and the plots are drawn."""
+"""The results of one or more benchmark runs, stored as JSON. The table and the plots are generated from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Results:
         return cls(**json.loads((directory / "results.json").read_text()))
 
     def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:
-        """Add the results of a measurement in the last run. They replace earlier results of the same measurement."""
+        """Add the results of a measurement from the last run. They replace earlier results of the same measurement."""
         self.measures[name] = {
             "run": len(self.runs) - 1,
             "seconds": round(seconds, 1),
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def origins(self) -> list[str]:
-        """Return, for each run that provided figures, a line that says where and when it took place."""
+        """Return, for each run that provided figures, a line that states where and when it took place."""
         lines = []
         for index, run in enumerate(self.runs):
             names = [name for name, measure in self.measures.items() if measure["run"] == index]

@@ -53,7 +53,7 @@ _QUIET_MS = 1000
 """A run ends after this many milliseconds without an arrival. Notifications that are still missing count as lost."""
 
 _REPEATS = 3
-"""Maximum number of times that a run is started if the load generator cannot count all arrivals."""
+"""Maximum number of attempts at a run if the load generator cannot count all arrivals."""
 
 
 class BenchError(Exception):
@@ -133,11 +133,11 @@ def another(checkout: Path) -> Program:
 
 @attrs.frozen
 class Flow:
-    """The notifications of one direction.
+    """The notifications in one direction.
 
-    `lost` and `extra` are counted per signal. `send_s` and `total_s` are the seconds from the first send to the last
-    send and to the last arrival. `latencies` contains the latency of each arrived notification in nanoseconds, if
-    requested.
+    `lost` and `extra` are counted per signal. `send_s` is the time in seconds from the first send to the last send, and
+    `total_s` is the time to the last arrival. If requested, `latencies` contains the latency of each notification that
+    arrived, in nanoseconds.
     """
 
     sent: int
@@ -185,7 +185,7 @@ class Running:
     directory: Path
     table: Path
     ready_s: float
-    """Seconds from exec to readiness."""
+    """Time in seconds from exec to readiness."""
     dropped: int | None = None
 
     def load(
@@ -200,10 +200,10 @@ class Running:
     ) -> Load:
         """Send `inbound` and `outbound` notifications at the given rates per second (0: as fast as possible).
 
-        With `gap_us` the loop is closed: each notification is sent `gap_us` after the previous one has arrived. If the
+        With `gap_us`, the loop is closed: each notification is sent `gap_us` after the previous one has arrived. If the
         load generator cannot count all arrivals, print a message and repeat the run.
 
-        Raise `BenchError` if the load generator fails, and `UncountedError` if it cannot count in any of the runs.
+        Raise `BenchError` if the load generator fails, and `UncountedError` if it cannot count all arrivals in any run.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
@@ -265,7 +265,7 @@ class Lab:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], fd: int, log: Path
     ) -> tuple[subprocess.Popen[bytes], float]:
-        """Start a program in core 0's namespace; return the process and the monotonic time of its exec in seconds."""
+        """Start a program in core 0's namespace; return the process and its start time (monotonic, in seconds)."""
 
         def inside() -> tuple[subprocess.Popen[bytes], float]:
             with log.open("wb") as errors:
@@ -292,7 +292,7 @@ class Lab:
             if program.reports_drops:
                 found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())
                 if not found:
-                    raise BenchError(f"{program.name} did not report at its end how many frames were dropped")
+                    raise BenchError(f"{program.name} ended without reporting how many frames were dropped")
                 run.dropped = int(found[-1])
 
     @contextlib.contextmanager
@@ -309,7 +309,7 @@ class Lab:
     def place(self, count: int) -> Iterator[tuple[Path, Path]]:
         """Yield an empty directory and the path of a table with `count` signals.
 
-        A .json file next to the table has the same signals for inco-trio.
+        A .json file next to the table contains the same signals for inco-trio.
         """
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             directory, table = Path(place, "irq"), Path(place, "table.txt")
@@ -323,7 +323,7 @@ class Lab:
     def started(
         self, command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
     ) -> Iterator[tuple[int, float]]:
-        """Run `command(notification_fd)`; yield its PID and the seconds from exec to readiness."""
+        """Run `command(notification_fd)`; yield its PID and the time in seconds from exec to readiness."""
         reader, writer = os.pipe()
         argv = command(writer)
         process, start = self.spawn(argv, environment, writer, log)

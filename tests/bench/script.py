@@ -1,4 +1,4 @@
-"""A good script such as a Python user might write today, with scapy's AsyncSniffer, watchdog and one socket.
+"""A good script that a Python user might write today, with scapy's AsyncSniffer, watchdog and one socket.
 
 usage: script.py TABLE DIR IFACE NOTIFICATION_FD
 """

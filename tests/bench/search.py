@@ -38,7 +38,7 @@ class Outcome(enum.Enum):
 
 @attrs.frozen
 class Tried:
-    """One attempt: its outcome, the rate the generator actually sent at, and the rate the program handled."""
+    """One attempt: its outcome, the rate at which the generator sent, and the rate that the program handled."""
 
     outcome: Outcome
     offered: float

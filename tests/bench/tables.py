@@ -31,7 +31,7 @@ def signals(count: int) -> list[Entry]:
 
 
 def write_table(path: Path, entries: list[Entry]) -> None:
-    """Write a table for the C programs, with lines of "name direction register"."""
+    """Write a table for the C programs, with a line "name direction register" for each signal."""
     path.write_text("".join(f"{entry.name} {entry.direction.value} {entry.register}\n" for entry in entries))
 
 

@@ -1,4 +1,4 @@
-"""Tests of those parts of the benchmark whose errors would go unnoticed: statistics and process figures."""
+"""Tests of the parts of the benchmark in which errors would go unnoticed: statistics and process figures."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
     before = [switches(process.pid) for process in (waits, ticks)]
     calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
     assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-    # Without strace, this process gets here before the first tick. So wait for ten ticks; one read may return several.
+    # Without strace, the test gets here before the first tick. So wait for ten ticks; one read can return several.
     assert ticks.stdout is not None
     for _ in range(10):
         os.read(ticks.stdout.fileno(), 65536)

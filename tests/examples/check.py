@@ -33,7 +33,7 @@ class Fault:
     missing: str
     """The signal that does not arrive because of the fault."""
     wait: str
-    """The code with which the test waits for this signal."""
+    """The code in the test that waits for this signal."""
     short: str
     """The same code with a short deadline. The deadline always expires, because the signal never arrives."""
 
@@ -59,7 +59,7 @@ FAULTS = {
 }
 COMMANDS = {"shell": ("./test.sh",)}
 MISSING = ("did not arrive", "did not appear", "0 of 1 arrived")
-"""Texts with which the examples' tests report a missing signal."""
+"""Messages that the examples' tests print if a signal is missing."""
 
 
 @pytest.fixture(scope="session", params=sorted(FAULTS))

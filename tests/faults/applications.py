@@ -1,6 +1,6 @@
-"""The applications of core 0: they write triggers, read state registers, and replace, move or remove the files.
+"""The applications on core 0: they write trigger files, read state files, and replace, move or remove them.
 
-Because directories and files are replaced, a state register's path may refer to several files in turn. A notification
+Because directories and files are replaced, the path of a state file can refer to several files in turn. A notification
 counts as delivered only if an application could find it: in a file that was at the path when the notification was sent,
 or later.
 """
@@ -37,7 +37,7 @@ RENAME_EXCHANGE = 2
 
 
 def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
-    """Write a udrv.json with the signals `inbound` and `outbound`, each with a register of its name."""
+    """Write a udrv.json with the signals `inbound` and `outbound`, each with a register named after it."""
     signals = {name: {"direction": "inbound", "reg": f"ihub-irq-dev.{name}_state"} for name in inbound}
     signals |= {name: {"direction": "outbound", "reg": f"ihub-irq-dev.{name}_trig"} for name in outbound}
     board = {
@@ -97,12 +97,12 @@ class Recorder(threading.Thread):
 
 @attrs.define(eq=False)
 class _Place:
-    """A directory or a single state register that was at its original path until the time `ended`."""
+    """A directory or a single state file that stayed at its original path until the time `ended`."""
 
     fd: int
     ended: float = float("inf")
     renamed: set[str] = attrs.Factory(set)
-    """Triggers that an application has replaced in this directory."""
+    """Trigger files that an application has replaced in this directory."""
 
 
 def _reads_one(fd: int) -> bool:
@@ -110,7 +110,7 @@ def _reads_one(fd: int) -> bool:
 
 
 class Applications(Recorder):
-    """All applications of one IRQ directory; `closes` counts the writes to each state register since `reset`."""
+    """All applications that use one IRQ directory; `closes` counts the writes to each state file since `reset`."""
 
     def __init__(self, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
         self.directory = directory
@@ -141,7 +141,7 @@ class Applications(Recorder):
         self._inotify.close()
 
     def trigger(self, name: str) -> None:
-        """Write a trigger, as a shell's `echo 1 >` does."""
+        """Write to a trigger file, as a shell's `echo 1 >` does."""
         with self._paths:
             (self.directory / f"{name}_trig").write_bytes(b"1\n")
 
@@ -154,7 +154,7 @@ class Applications(Recorder):
             self._directories[-1].renamed.add(f"{name}_trig")
 
     def delivered(self, name: str, sent: float) -> bool:
-        """Return whether an application finds a 1 in the state register for a notification sent at the time `sent`."""
+        """Return whether an application finds a 1 in the state file for a notification sent at the time `sent`."""
         if any(place.ended >= sent and _reads_one(place.fd) for place in self._files.get(name, ())):
             return True
         return any(place.ended >= sent and self._reads_one(place.fd, name) for place in self._directories)
@@ -167,7 +167,7 @@ class Applications(Recorder):
                 return False
             fd = os.open(register, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         except OSError:
-            # The register is missing, or it is being replaced.
+            # The file is missing, or it is being replaced.
             return False
         try:
             return stat.S_ISREG(os.fstat(fd).st_mode) and _reads_one(fd)
@@ -180,7 +180,7 @@ class Applications(Recorder):
         return time.monotonic()
 
     def reset(self, names: Iterable[str] = ()) -> None:
-        """Empty the state registers `names` (default: all), as an application does after handling notifications.
+        """Empty the state files `names` (default: all), as an application does after handling notifications.
 
         truncate(2) neither opens nor closes the file, so it causes no close event.
         """
@@ -215,7 +215,7 @@ class Applications(Recorder):
         return path.with_name(f"{path.name}.{self._aside}")
 
     def is_watched(self, inodes: set[int]) -> bool:
-        """Return whether `inodes` includes the IRQ directory and all its triggers that no application has replaced."""
+        """Return whether `inodes` includes the IRQ directory and each trigger file that no application has replaced."""
         place = self._directories[-1]
         missing = self.triggers - place.renamed
         with os.scandir(self.directory) as files:
@@ -252,14 +252,14 @@ class Applications(Recorder):
             self._adopt()
 
     def replace_state(self, name: str) -> None:
-        """Replace a state register by renaming a new file to its path."""
+        """Replace a state file by renaming a new file to its path."""
         with self._paths:
             new = self.directory / f".{name}.new"
             new.touch()
             self._retire(name, lambda path: new.rename(path))
 
     def block_state(self, name: str, kind: str) -> Path:
-        """Replace a state register with a directory, FIFO or symlink, and return the path."""
+        """Replace a state file with a directory, FIFO or symlink, and return the path."""
 
         def block(path: Path) -> None:
             blocker = self._beside(path)
@@ -286,7 +286,7 @@ class Applications(Recorder):
                 path.unlink()
 
     def remove_state(self, name: str) -> None:
-        """Remove a state register."""
+        """Remove a state file."""
         with self._paths:
             self._retire(name, lambda path: path.unlink())
 
@@ -324,6 +324,6 @@ class Wire(Recorder):
                 self.order.append(name)
                 self.sources.add(frame[6:12])
         except OSError as error:
-            # No frame is left (TimeoutError), or the link went down: the kernel reports this once (ENETDOWN).
+            # Either no frame is left (TimeoutError), or the link went down, which the kernel reports once (ENETDOWN).
             if not isinstance(error, TimeoutError) and error.errno != errno.ENETDOWN:
                 raise

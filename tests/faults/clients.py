@@ -31,7 +31,7 @@ LIFE = 2.0
 
 
 class Clients:
-    """Clients of the proxy at `control`. While the block runs, threads start them one after another."""
+    """Clients of the control socket `control`. While the block runs, threads start them one after another."""
 
     def __init__(self, control: Path, work: Path, seed: int) -> None:
         self.started: Counter[str] = Counter()
@@ -75,7 +75,7 @@ class Clients:
                 if end == "interrupted":
                     process.send_signal(signal.SIGINT)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(LIFE)  # The client may not handle SIGINT yet, or may be blocked on its full pipe.
+                        process.wait(LIFE)  # The client might not handle SIGINT yet, or might block on its full pipe.
                 process.kill()
                 process.wait()
                 said.seek(0)

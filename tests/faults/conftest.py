@@ -1,4 +1,4 @@
-"""Fixtures for a board and an unprivileged Python, and the markers of all tests in this directory."""
+"""Fixtures for a board and for Python without privileges, and the markers of all tests in this directory."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ class Storm:
         return True
 
     def _wait_witnessed(self) -> None:
-        """Wait until the kernel of core 0 has queued every frame sent so far."""
+        """Wait until core 0's kernel has queued every frame sent so far."""
         self.witness.wait(
             lambda: all(self.witness.seen[name] for name in self.inbound if name in self._sent),
             "the network lost frames on their way to core 0",
@@ -410,4 +410,4 @@ FAULTS: dict[str, Callable[[Storm], bool]] = {
     "registers removed": Storm._remove_registers,
     "registers blocked": Storm._block_registers,
 }
-"""All faults by name. Each function injects its fault and returns whether this was possible."""
+"""All faults, keyed by name. Each function injects its fault and returns whether the injection was possible."""

@@ -31,14 +31,14 @@ __all__ = [
 
 
 def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
-    """Write the scan directory for a proxy on `link` with `inco-trio s6`."""
+    """Use `inco-trio s6` to write the scan directory for a proxy on `link`."""
     user = [] if "--user" in options else ["--user", "root"]
     command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
     subprocess.run([*command, *user, *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
-    """Wait until `path` exists, or until `ready()` is true. Check again after each change to it or its parents."""
+    """Wait until `path` exists, or until `ready()` is true. Check again after each change to the path or a parent."""
     ready = ready or path.exists
     changes = Inotify()
     deadline = time.monotonic() + HANG
@@ -79,7 +79,10 @@ class Service:
         subprocess.run(["s6-svc", *options, str(self.directory)], check=True)
 
     def wait(self, state: str) -> None:
-        """Wait with s6-svwait for U (ready), u (started), d (ended) or D (ended, and its finish script too)."""
+        """Wait with s6-svwait until the service reaches `state`.
+
+        The states are ready (U), up (u), down (d), and down with its finish script ended (D).
+        """
         # s6-svwait needs the directories that s6-svscan creates when it starts the service.
         wait_path(self.directory / "supervise/status")
         command = ["s6-svwait", f"-{state}", "-t", str(int(HANG * 1000)), str(self.directory)]
@@ -145,7 +148,7 @@ def resident_kib(pid: int, what: str = "VmRSS") -> int:
 
 
 def is_proxy(pid: int) -> bool:
-    """Return whether the process is already inco-trio, not the shell or s6 tool that becomes inco-trio by exec."""
+    """Return whether the process is already inco-trio, and not the shell or s6 tool that will execute it."""
     try:
         return b"inco_trio\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Tests in which the IRQ directory or its files are removed, replaced, moved, unwritable or of a wrong type."""
+"""Tests in which the IRQ directory or its files are removed, replaced, moved, unwritable or of the wrong type."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_proxy_does_not_hinder_removing_the_directory(board: Board, above: b
     try:
         for _ in range(5):
             shutil.rmtree(gone)
-            # Wait longer than the 0.03 s for which the proxy lets an application replace a file.
+            # Wait longer than 0.03 s, the time that the proxy gives an application to replace a file.
             stop.wait(0.3)
             board.directory.mkdir(parents=above)
             wait_content(board.directory / "in_a_state")

@@ -67,7 +67,7 @@ class World:
         self.gateway = self._gateway()
 
     def _find_control(self) -> Path:
-        """Return the path of the control socket of the service's process."""
+        """Return the path of the control socket that the service's process uses."""
         pid = main_process(self.service.directory)
         for path in Path("/run/inco-trio").glob("*.sock"):
             with contextlib.suppress(OSError), ExitStack() as stack:
@@ -101,7 +101,7 @@ class World:
         return True
 
     def _trigger(self) -> None:
-        """Write about 100 triggers per second. Use the files in turn, because the kernel merges identical events."""
+        """Write to the trigger files in turn, about 100 times per second: the kernel would merge identical events."""
         for number in range(sys.maxsize):
             name = TRIGGERS[number % len(TRIGGERS)]
             if self._calm.wait(0.01):
@@ -199,7 +199,7 @@ class World:
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
         """Read from the broker until the last notification arrives.
 
-        Return the sequence numbers, the counts by signal, and the numbers of merged and of duplicate notifications.
+        Return the sequence numbers, the counts by signal, and the numbers of merged and duplicate notifications.
         """
         numbers: set[int] = set()
         counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Tests in which a mount covers the IRQ directory, a directory above it, or a register, and is removed again."""
+"""Tests in which a filesystem is mounted over the IRQ directory, its parent or a register, and then unmounted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unmount(mounted: list[Path]) -> None:
 
 
 def uncover(board: Board, mounted: list[Path]) -> None:
-    """Unmount, and wait for one frame per uncovered trigger: the proxy treats uncovered triggers as written."""
+    """Unmount, and wait for one frame per trigger file that reappears: the proxy treats these files as written."""
     seen = len(board.wire.order)
     unmount(mounted)
     board.wire.wait(lambda: len(board.wire.order) >= seen + 3, "the uncovered directory has not been noticed")

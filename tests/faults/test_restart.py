@@ -45,7 +45,7 @@ class Supervised:
         self.service.wait("U")
 
     def arrived(self, inbound: list[str], outbound: list[str], since: float) -> None:
-        """Assert that all signals of both lists arrive."""
+        """Assert that all signals in both lists arrive."""
         for name in inbound:
             delivered = functools.partial(self._is_delivered, name, since)
             self.applications.wait(delivered, f"{name} has not been delivered")
@@ -108,7 +108,7 @@ def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Super
 
 def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
-    # The proxy may not have read the events of the files that it created.
+    # At this point, the proxy might not have read the events for the files that it created.
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
     directory = world.applications.directory

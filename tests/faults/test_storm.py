@@ -1,4 +1,4 @@
-"""Tests that send every signal exactly once while faults hit the proxy; no notification may be lost."""
+"""Tests that send every signal exactly once while faults hit the proxy, which must not lose any notification."""
 
 from __future__ import annotations
 

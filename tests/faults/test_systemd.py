@@ -179,7 +179,7 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
     assert len(set(pids)) == 3
     unit.wait_log("reloaded")
 
-    # `inco-trio check` accepts this configuration, but a directory is in the place of a register.
+    # `inco-trio check` accepts this configuration, but a directory exists at the path of a register.
     directory = tmp_path / "irq"
     (directory / "late_trig").mkdir()
     write_config(tmp_path / "udrv.json", directory, INBOUND, [*OUTBOUND, "late"])

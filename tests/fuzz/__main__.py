@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--minutes", type=float, default=10, help="total time (default: 10)")
     parser.add_argument("--runs", type=int, help="run each target with this number of inputs instead")
-    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="directory of the kept inputs")
+    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="directory for the kept inputs")
     args = parser.parse_args()
     chosen = args.targets or list(TARGETS)
     if unknown := set(chosen) - TARGETS.keys():

@@ -58,12 +58,12 @@ def frames(data: bytes) -> None:
         assert decode(encode(name, MAC)) == name
         assert len(data) <= FRAME_MAX
     if len(data) >= 14 and data[12:14] == b"\x88\x00" and len(data) <= FRAME_MAX:
-        # During a flood, the kernel must not drop frames of known signals.
+        # During a flood, the kernel's filter must not drop frames that carry known signals.
         assert name not in NAMES or accepted(EXACT, data)
 
 
 def events(data: bytes) -> None:
-    """Parse the events of an inotify descriptor."""
+    """Parse events that were read from an inotify descriptor."""
     for event in parse_events(data):
         assert -(1 << 31) <= event.wd < 1 << 31
 
