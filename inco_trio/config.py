@@ -127,7 +127,8 @@ def parse_board(text: bytes, source: str) -> Board:
     return Board(tuple(places), tuple(notes))
 
 
-@attrs.frozen
+# attrs builds these classes at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.frozen(slots=False, repr=False, eq=False)
 class _Address:
     """A register in the form that udrv.json uses: "<device>.<register>"."""
 
@@ -145,7 +146,7 @@ def _to_address(text: str) -> _Address:
 ADDRESS = Rule((str,), "<device>.<register>", lambda text: "." in text, _to_address)
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class _Device:
     """An entry of the table `file` in a udrv.json."""
 
@@ -153,7 +154,7 @@ class _Device:
     """The absolute path of the directory. Devices that share it must use the same path. The proxy creates it."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class _Reg:
     """An entry of the table `misc.ihub_config_dev.regs` in a udrv.json."""
 
@@ -161,7 +162,7 @@ class _Reg:
     """`"<device>.<register>"`: the text after the first dot is the name of a file in the device's directory."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class _Entry:
     """An entry of `misc.inco_proxy.signals`, whose key is the wire name. Unknown keys in the entry are an error."""
 
@@ -171,7 +172,7 @@ class _Entry:
     """`"<device>.<register>"`, in the same form as for the built-in signals."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class _Found:
     """A signal whose device has not been looked up yet. `where` is the key path of its entry."""
 

@@ -93,7 +93,8 @@ class InvalidValueError(ValueError):
     """A value breaks its rule. The exception's message gives the reason."""
 
 
-@attrs.frozen
+# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.frozen(slots=False, repr=False, eq=False)
 class Rule:
     """A rule for a JSON value. `convert` returns the Python value, or raises InvalidValueError."""
 
@@ -199,7 +200,7 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class Table:
     """A JSON object at the key path `where`. Its methods record errors in `problems`."""
 

@@ -546,6 +546,23 @@ def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pyte
     assert refusal(Path("/usr/bin")) == "/usr belongs to uid 0, which stands for all unmapped users"
 
 
+def test_a_checked_file_is_checked_again_once_the_group_may_change_the_directory(
+    world: World, state: Signal, home: Path
+) -> None:
+    world.open()
+    world.write(state)
+    state.directory.chmod(0o775)
+    world.triggered()
+    world.restore()
+    victim = home / "victim"
+    victim.write_text("untouched")
+    state.path.unlink()
+    state.path.hardlink_to(victim)
+    world.write(state)  # The proxy has not read the events of the replacement yet.
+    assert victim.read_text() == "untouched"
+    assert world.pending == {state.name: 1}
+
+
 def attack_parent(irq: Path) -> Path:
     """Replace the IRQ directory with a symlink to another directory that root owns."""
     victim = give(irq.parent.parent / "victim", 0)
@@ -581,6 +598,7 @@ def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
     world: World, state: Signal, trigger: Signal, caplog: pytest.LogCaptureFixture, attack: Callable[[Path], Path]
 ) -> None:
     world.open()
+    world.write(state)
     victim = attack(state.directory)
     world.triggered()
     assert world.troubled  # An event has reported the change, but triggered no notification.

@@ -58,6 +58,7 @@ class Inbound:
         """The task that reports a flood of ignored frames and lifts the kernel's filter afterwards."""
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
+        self._lone_key = self._lone_room[ADDRESSES:FRAME_STEP]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     @functools.cached_property
@@ -182,9 +183,10 @@ class Inbound:
         length = self._link.receive_one(room)
         if length < 0:
             return False
-        file = self._file_of(room, length)
+        states = self._states
+        file = states.by_frame.get(self._lone_key.tobytes()) or self._decode(room, length)
         if file is not None:
-            outcomes = self._states.write((file,))
+            outcomes = states.write_alone(file)
             frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
             if outcomes is None:
                 self._handoff.report((file,), frames, 0)

@@ -26,7 +26,7 @@ from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
@@ -51,7 +51,8 @@ SHORTLY = 0.2
 """Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
-@attrs.define
+# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+@attrs.define(slots=False, repr=False, eq=False)
 class _Parts:
     counters: Counters
     fd_store: FdStore
@@ -375,7 +376,7 @@ class Proxy:
                 health.well()
 
 
-@attrs.define
+@attrs.define(slots=False, repr=False, eq=False)
 class Ground:
     """The resources that a proxy uses and that the board's next proxy inherits."""
 
@@ -433,6 +434,7 @@ async def _following(mounts: Mounts) -> AsyncIterator[None]:
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
+    report_missing(inherited, ("inflight", "inotify", "link"))
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)

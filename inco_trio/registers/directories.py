@@ -109,8 +109,7 @@ class Directories:
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
-        directory.checked.clear()
-        directory.shared, directory.trust = self.trust.shares(found), self.trust
+        directory.found_trusted(self.trust, found)
         self._by_wd[wd] = directory
         if former not in (0, wd):
             self._by_wd.setdefault(former, directory)
@@ -320,7 +319,7 @@ class Directories:
         except OSError:
             return False
         os.close(fd)
-        directory.shared, directory.trust = self.trust.shares(found), self.trust
+        directory.found_trusted(self.trust, found)
         return (found.st_dev, found.st_ino) == directory.identity
 
     def look_at_all(self) -> None:

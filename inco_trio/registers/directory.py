@@ -68,7 +68,8 @@ class Directory:
     checked: set[bytes] = attrs.Factory(set)
     """The names of state files that passed `check` and that no event has reported as changed since.
 
-    Not used for a `shared` directory, where another user could replace a file before the proxy reads its event.
+    This set is empty while the directory is not open or is `shared`. In a shared directory, another user could replace
+    a file before the proxy reads the event.
     """
     devices: set[int] = attrs.Factory(set)
     """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
@@ -118,6 +119,12 @@ class Directory:
         except OSError:
             return PATIENCE
 
+    def found_trusted(self, trust: Trust, found: os.stat_result) -> None:
+        """Store the users whom the proxy trusted when it opened or checked the directory. `found` is its status."""
+        self.shared, self.trust = trust.shares(found), trust
+        if self.shared:
+            self.checked.clear()
+
     def name(self, register: str) -> str:
         """Return a path to a file in the open directory that stays valid if the directory is moved."""
         # Without /proc, the path may refer to a different directory by now. The caller checks for this afterwards.
@@ -125,6 +132,7 @@ class Directory:
 
     def release(self) -> None:
         """Close the descriptor. The watch remains for the next process."""
+        self.checked.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

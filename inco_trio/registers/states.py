@@ -63,7 +63,17 @@ class StateFile:
             self._check_still_there()
             fd, self.fd = self.fd, -1
         if fd < 0:
-            fd = self._open()
+            directory, register = self.directory, self._register
+            try:
+                if register in directory.checked:  # In the usual case, avoid the cost of another call.
+                    fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
+                else:
+                    fd = self._check_and_open()
+            except OSError:
+                if register in directory.checked:
+                    directory.checked.discard(register)
+                    directory.check(register)  # This raises an error that names the cause, such as a FIFO.
+                raise
         try:
             os.write(fd, b"1")
         except OSError:
@@ -71,21 +81,15 @@ class StateFile:
             raise
         os.close(fd)
 
-    def _open(self) -> int:
+    def _check_and_open(self) -> int:
         directory, register = self.directory, self._register
         if directory.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing")
         if directory.shared:
             return directory.open_shared(register)
-        if register not in directory.checked:
-            directory.check(register)  # Check before open(2), which has side effects on some devices.
-            directory.checked.add(register)
-        try:
-            return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
-        except OSError:
-            directory.checked.discard(register)
-            directory.check(register)  # This raises an error that names the cause, such as a FIFO.
-            raise
+        directory.check(register)  # Check before open(2), which has side effects on some devices.
+        directory.checked.add(register)
+        return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
 
     def pend(self) -> None:
         """Record that a notification becomes pending now."""
@@ -197,14 +201,13 @@ class StateFiles:
         Return None if all were written. Otherwise, return one outcome per file: "" if the file was written, the reason
         if the notification is pending, or None if the table no longer contains the signal.
         """
-        if not self._current.issuperset(files):
+        written = Counter(files)
+        if not written.keys() <= self._current:
             return self._write_renewed(files)
         pending, unwritten = self._pending, []
+        any_pending = bool(pending.places)
         reopened: dict[Directory, int] = {}
         """For each directory that was reopened after a failed write, the index of that write in `files`."""
-        any_pending = bool(pending.places)
-        if len(files) == 1 and not any_pending:
-            return self._write_alone(files[0])
         for number, file in enumerate(files):
             # Do not write while older notifications of the same signal are pending.
             if not (any_pending and pending[file.signal.name.encode()]):
@@ -222,7 +225,6 @@ class StateFiles:
         if len(unwritten) == len(files):
             return [file.reason for file in files]
         self._counters.delivered += len(files) - len(unwritten)
-        written = Counter(files)
         for number in unwritten:
             written[files[number]] -= 1
         for file, number in written.items():
@@ -243,8 +245,10 @@ class StateFiles:
             self._directories.look(directory)
         return outcomes
 
-    def _write_alone(self, file: StateFile) -> list[str | None] | None:
-        """Write one notification faster than `write` can. No other notification may be pending."""
+    def write_alone(self, file: StateFile) -> list[str | None] | None:
+        """Do the same as `write` for one notification, but faster."""
+        if self._pending.places or file not in self._current:
+            return self.write((file,))
         try:
             file.write()
         except OSError as error:

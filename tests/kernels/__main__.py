@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import select
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 
+from netns.hang import HANG
 from tests.fresh import find_mirror
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/kernels"
 COPIED = ("tests", "netns", "pyproject.toml")
-NO_LOGIN = "systemd.mask=serial-getty@ttyS0.service"
-"""Kernel parameter that disables the login prompt, which would hang up the terminal of the checks (vhangup(2))."""
+PARAMETERS = (
+    *("root=/dev/vda", "rw", "console=ttyS0", "panic=-1"),
+    # A login prompt would hang up the terminal of the checks (vhangup(2)).
+    "systemd.mask=serial-getty@ttyS0.service",
+    # If the host is busy, the emulated timer is so late that the kernel's check of it panics.
+    "no_timer_check",
+    # The defaults of initramfs-tools (30 s) and systemd (90 s) are too short on a busy host.
+    *(f"rootdelay={HANG}", f"systemd.default_timeout_start_sec={HANG}", f"systemd.default_device_timeout_sec={HANG}"),
+)
+"""Kernel command-line parameters of all boots."""
+
+SILENCE = 2 * HANG
+"""Time in seconds without a report after which a machine counts as hung. pytest ends a hanging check earlier."""
 
 TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
 
@@ -32,6 +47,13 @@ PACKAGES = (
     *("s6", "execline", "tcpdump", "bindfs", "fuse3", "acl", "e2fsprogs", "nfs-kernel-server", "nfs-common"),
     "qemu-system-misc",
 )
+
+# An initramfs with all of Debian's modules does not fit in 128 MiB of memory.
+SMALL_INITRAMFS = """
+mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
+echo MODULES=list > "$1/etc/initramfs-tools/conf.d/machine"
+printf '%s\\n' virtio_pci virtio_blk ext4 > "$1/usr/share/initramfs-tools/modules.d/machine"
+"""
 
 
 @attrs.frozen
@@ -59,14 +81,14 @@ class Boot:
     checks: tuple[str, ...]
     memory: int = 1024
     """Size of the memory in MiB."""
-    append: str = ""
+    append: tuple[str, ...] = ()
     """Additional kernel command-line parameters."""
 
 
 CHECKS = "tests/kernels/checks"
 BOOTS = (
     Boot("systemd", ("check_link.py", "check_files.py", "check_clock.py", "check_systemd.py")),
-    Boot("s6", ("check_s6.py",), append="init=/opt/project/tests/kernels/s6_init"),
+    Boot("s6", ("check_s6.py",), append=("init=/opt/project/tests/kernels/s6_init",)),
     Boot("small", ("check_memory.py",), memory=128),
 )
 
@@ -76,10 +98,11 @@ def build_tree(name: str, system: System) -> Path:
     tree = WORK / f"{name}.tree"
     if tree.exists():
         return tree
+    WORK.mkdir(parents=True, exist_ok=True)
     mirror = find_mirror()
     include = ",".join(PACKAGES)
     sources = [f"deb {mirror} {system.suite} main"]
-    hooks = []
+    hooks = [f"--setup-hook={SMALL_INITRAMFS}"]
     if system.kernel_suite is None:
         include += f",{system.kernel}"
     else:
@@ -88,7 +111,8 @@ def build_tree(name: str, system: System) -> Path:
         hooks.append(f"--customize-hook=chroot $1 apt-get install --yes {system.kernel}/{system.kernel_suite}")
     partial = tree.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={include}", *hooks]
+    # mmdebstrap mounts /proc, /sys and /dev in the directory. If it is killed, its mounts disappear with the namespace.
+    command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=minbase", f"--include={include}", *hooks]
     excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
     subprocess.run([*command, *excluded, system.suite, partial, *sources], check=True)
     return partial.rename(tree)
@@ -129,9 +153,9 @@ def console_of(name: str, start: Boot) -> Path:
     return WORK / f"{name}-{start.name}.console"
 
 
-def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator[dict[str, str]]:
-    """Boot the system, run the checks in it, and yield the result of each check."""
-    image, report = WORK / f"{name}.ext4", WORK / f"{name}-{start.name}.report"
+def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator[dict[str, Any]]:
+    """Boot the system, run the checks in it, and yield each report when it arrives."""
+    image = WORK / f"{name}.ext4"
     arguments = [f"{CHECKS}/{check}" for check in start.checks]
     (tree / "opt/checks").write_text("\n".join(arguments if expression is None else [*arguments, f"-k={expression}"]))
     image.unlink(missing_ok=True)
@@ -141,14 +165,32 @@ def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator
         *("qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-accel", "tcg", "-smp", "1", "-monitor", "none"),
         *("-m", str(start.memory), "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", kernel, "-initrd", initrd),
-        *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 {NO_LOGIN} {start.append}"),
+        *("-append", " ".join((*PARAMETERS, *start.append))),
         *("-drive", f"file={image},if=virtio,format=raw,cache=unsafe"),
-        *("-serial", f"file:{console_of(name, start)}", "-serial", f"file:{report}"),
+        *("-serial", f"file:{console_of(name, start)}", "-serial", "stdio"),
     ]
-    report.unlink(missing_ok=True)
-    subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL)
-    for line in report.read_text().splitlines():
-        yield json.loads(line)
+    words = list(map(str, command))
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as machine:
+        try:
+            for line in reports_of(machine):
+                yield json.loads(line)
+        finally:
+            machine.kill()
+
+
+def reports_of(machine: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """Yield each line that the machine writes to its second serial port.
+
+    Raises TimeoutError if the machine writes nothing for too long.
+    """
+    assert machine.stdout is not None
+    while True:
+        if not select.select([machine.stdout], [], [], SILENCE)[0]:
+            raise TimeoutError(f"the machine has reported nothing for {SILENCE} s")
+        line = machine.stdout.readline()
+        if not line:
+            return
+        yield line
 
 
 def main() -> int:
@@ -168,23 +210,41 @@ def main() -> int:
     return failed
 
 
-def report_boot(name: str, start: Boot, results: Iterator[dict[str, str]]) -> bool:
+def report_boot(name: str, start: Boot, results: Iterator[dict[str, Any]]) -> bool:
     """Print the results of one boot. Return whether all checks have passed."""
+    began = time.monotonic()
     counts = Counter[str]()
-    complete = False
-    for result in results:
-        if "exit" in result:
-            complete = True
-            continue
-        counts[result["outcome"]] += 1
-        sys.stdout.write(f"{name} {start.name} {result['outcome']:7} {result['check'].removeprefix(CHECKS)}\n")
-        if result["outcome"] != "passed":
-            sys.stdout.write(result["text"] + "\n")
+    running, ended, complete = "none", "the machine ended before the checks", False
+    try:
+        for result in results:
+            if "exit" in result:
+                complete = True
+            elif result["outcome"] == "started":
+                running = result["check"]
+            else:
+                counts[result["outcome"]] += 1
+                print_result(name, start, result)
+    except TimeoutError as error:
+        ended = str(error)
     if not complete:
-        sys.stdout.write(f"{name} {start.name}: the machine ended before the checks (see {console_of(name, start)})\n")
-    sys.stdout.write(f"{name} {start.name}: {dict(counts)}\n")
-    sys.stdout.flush()
+        write(f"{name} {start.name}: {ended} (last check: {running}): see {console_of(name, start)}")
+    write(f"{name} {start.name}: {dict(counts)} in {time.monotonic() - began:.0f} s")
     return complete and set(counts) == {"passed"}
+
+
+def print_result(name: str, start: Boot, result: dict[str, Any]) -> None:
+    """Print the outcome of one check, what it has measured, and why it has failed."""
+    figures = "".join(f", {what} {value}" for what, value in result["figures"])
+    check = result["check"].removeprefix(f"{CHECKS}/")
+    write(f"{name} {start.name} {result['outcome']:7} {check}{figures}")
+    if result["outcome"] != "passed":
+        write(result["text"])
+
+
+def write(text: str) -> None:
+    """Print the text immediately, also to a pipe or a file."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

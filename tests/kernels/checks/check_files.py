@@ -11,6 +11,7 @@ import pytest
 
 from inco_trio.simulation.world import Peer
 from netns.fixtures import Proxy, StartProxy
+from tests.faults.supervised import wait_path
 from tests.kernels.checks.conftest import Applications, Board
 from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
 
@@ -105,19 +106,20 @@ def test_a_lazily_unmounted_directory_is_recreated(
 ) -> None:
     board, running = start_in(mount(MOUNTS["tmpfs"]))
     shell(f"umount -l {tmp_path}/mounted")
-    running.wait_log("recreated")
+    running.wait_log("works again")
     with Applications(board.directory, list(INBOUND)) as applications:
         Board(board.core1, board.directory, applications).exchange()
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_a_mount_over_the_directory_is_noticed(kind: str, start_in: StartBoard, irq_dir: Path, tmp_path: Path) -> None:
-    board, running = start_in(irq_dir)
+    board, _ = start_in(irq_dir)
     (tmp_path / "other").mkdir()
-    source = "-t tmpfs tmpfs" if kind == "tmpfs" else f"--bind {tmp_path}/other"
+    source = "-t tmpfs -o mode=755 tmpfs" if kind == "tmpfs" else f"--bind {tmp_path}/other"
     shell(f"mount {source} {irq_dir}")
     try:
-        running.wait_log("recreated")
+        # The proxy must notice the mount even without an inbound notification.
+        wait_path(irq_dir / OUTBOUND["redun_notify_irq"])
         trigger(irq_dir / OUTBOUND["redun_notify_irq"])
         assert board.next_frame() == "redun_notify_irq"
     finally:

@@ -27,13 +27,21 @@ REPORT = "INCO_TRIO_REPORT"
 """Environment variable with the path of the file or serial port that receives the results as JSON lines."""
 
 
+def write_report(**report: object) -> None:
+    """Report to the host immediately, so that nothing is lost if the machine crashes."""
+    with Path(os.environ[REPORT]).open("a") as port:
+        port.write(json.dumps(report) + "\n")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Report which check runs, so that the host can name it if the machine hangs."""
+    write_report(check=nodeid, outcome="started")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Report each result to the host immediately, so that it is not lost if the machine crashes."""
     if report.when == "call" or report.outcome != "passed":
         text = "" if report.passed else report.longreprtext
-        line = json.dumps({"check": report.nodeid, "when": report.when, "outcome": report.outcome, "text": text})
-        with Path(os.environ[REPORT]).open("a") as port:
-            port.write(line + "\n")
+        write_report(check=report.nodeid, outcome=report.outcome, text=text, figures=report.user_properties)
 
 
 def ip(namespace: Namespace, *commands: str) -> None:
