@@ -130,11 +130,12 @@ class Events:
 
     def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> Times:
         """Report notifications that were delivered or sent. Return the reported time."""
-        recorder = self.recorder
-        at = (real_clock.time_ns(), real_clock.monotonic_ns()) if recorder is None else recorder.append(signals, since)
+        at = real_clock.time_ns(), real_clock.monotonic_ns()
         if self.history.keeping:
             self.history.append(signals, at)
         self.listener.carried(signals, self._sequence + 1, frames, at, since)
+        if self.recorder is not None:
+            self.recorder.append(signals, since, at)  # Record last, because followers wait for the listener.
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from inco_trio.frame import encode
 from netns.fixtures import Proxy
 from netns.hang import HANG
 
-__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running"]
+__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running", "no_descriptors"]
 
 COMMAND = [sys.executable, "-m", "inco_trio"]
 
@@ -31,6 +32,17 @@ def block(register: Path) -> None:
         register.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError):
             return register.mkdir()
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open no descriptors while the block runs."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class Client:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import os
 import re
+import select
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from inco_trio.cli import main
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, parser
 from inco_trio.service import process_signals
+from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 ODD = ("", "-1", "0", "nan", "1e400", "9" * 30, "a\nb", "\udcff", "nowhere/a", "empty", "nothing", "bytes", "/dev/null")
 """Values for each option and argument. `empty` is a directory, `nothing` an empty file, `bytes` a binary one."""
-SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "demo"}
-"""Commands that run for a long time if their arguments are valid."""
+ODD_FOR_SERVICES = ("", "-", "-1", "1x", "9" * 30, "a\nb", "a\0b", "\udcff", "empty", "bytes")
+"""Fewer values, because each needs a process."""
 LINK = "unix:/nowhere/a,peer=/nowhere/b"
+SERVICES: dict[str, tuple[str, ...]] = {
+    "run": (LINK, "--irq-dir", "irq", "--control", "none"),
+    "mqtt": ("mqtt://127.0.0.1:1",),
+    "mqtt-link": ("mqtt://127.0.0.1:1", LINK, "--end", "core0"),
+    "exporter": ("--listen", "192.0.2.1:1"),
+    "demo": ("--count", "1"),
+}
+"""Commands that run for long if the arguments are valid, with arguments that are valid until the command runs."""
 BASES: dict[str, tuple[str, ...]] = {
     "check": ("--config", "u.json"),
     "replay": ("nothing", "--irq-dir", "irq", "--wait", "0"),
@@ -32,12 +46,12 @@ BASES: dict[str, tuple[str, ...]] = {
     "s6": ("--systemd", "--iface", LINK, "--config", "u.json"),
     "doctor": (LINK,),
 }
-"""Arguments that make a command end at once, keyed by command."""
+"""Arguments with which a command ends at once."""
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Change to a directory with the files that ODD names. The runtime directory is empty, because no proxy runs."""
+    """Enter a directory with the files that ODD names. Without a proxy, the runtime directory is empty."""
     for name in ("empty", "irq", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "nothing").touch()
@@ -57,20 +71,51 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         signal.signal(number, handler)
 
 
+def run_in_child(words: list[str], out: Path) -> int:
+    """Run a command in a child process that ends where a service would begin its work. Return the exit code.
+
+    The child changes its capabilities, its limits and its log, which must not change this process.
+    """
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            for fd, name in ((0, os.devnull), (1, out), (2, out.with_suffix(".err"))):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - open until the child ends
+            sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115 - as above
+            mock.patch("trio.run", return_value=None).start()
+            mock.patch("inco_trio.simulation.demonstration.run_demo", return_value=0).start()
+            code = main(words)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 98
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    pidfd = os.pidfd_open(child)
+    try:
+        if not select.select([pidfd], [], [], HANG)[0]:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def options_of(command: str) -> Iterator[argparse.Action]:
     (commands,) = (each for each in parser(command)._actions if isinstance(each, argparse._SubParsersAction))
     yield from (each for each in commands.choices[command]._actions if "--help" not in each.option_strings)
 
 
-def lines_of(command: str) -> Iterator[list[str]]:
-    """Yield command lines that combine each option and argument of a command with each odd value."""
-    base = BASES.get(command, ())
+def lines_of(command: str, odd: Sequence[str]) -> Iterator[list[str]]:
+    """Return command lines: each option and argument of a command with each odd value."""
+    base = BASES.get(command, SERVICES.get(command, ()))
     for action in options_of(command):
         name = next(iter(action.option_strings), None)
         if action.nargs == 0:
             yield [command, *base, str(name)]
             continue
-        for value in ODD:
+        for value in odd:
             number = action.nargs if isinstance(action.nargs, int) else 1
             if name is not None:
                 # Give the value in the same word, because it may begin with a dash.
@@ -85,7 +130,7 @@ def faults_of(code: object, out: str, err: str) -> list[str]:
     if "Traceback" in out + err:
         faults.append("a traceback")
     errors = [line for line in err.splitlines() if re.match("inco-trio( [a-z0-9-]+)?: error: ", line)]
-    # A usage error prints the usage and one line. `doctor` and commands that only wait or find nothing print no error.
+    # A usage error shows the usage and one line. `doctor` and commands that only wait or find nothing print no error.
     if code not in (0, 1, 3) and len(errors) != 1:
         faults.append(f"{len(errors)} error lines")
     if not err.startswith("usage: ") and any(not line.startswith("inco-trio: ") for line in err.splitlines()):
@@ -96,12 +141,24 @@ def faults_of(code: object, out: str, err: str) -> list[str]:
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SERVICES])
 def test_odd_values_are_one_error_line(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     wrong = []
-    for words in lines_of(command):
+    for words in lines_of(command, ODD):
         code: object
         try:
             code = main(words)
         except SystemExit as end:
             code = end.code
         out, err = capfd.readouterr()
+        wrong += [f"{words}: {fault}: {err}" for fault in faults_of(code, out, err)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("command", SERVICES)
+def test_odd_values_for_services_are_one_error_line(command: str, home: Path) -> None:
+    for module in ("service.daemon", "mqtt.gateway", "mqtt.bridge", "metrics.http_server"):
+        importlib.import_module(f"inco_trio.{module}")  # Import it once, instead of in each child process.
+    wrong = []
+    for words in lines_of(command, ODD_FOR_SERVICES):
+        code = run_in_child(words, home / "out")
+        out, err = (home / "out").read_text(), (home / "out.err").read_text()
         wrong += [f"{words}: {fault}: {err}" for fault in faults_of(code, out, err)]
     assert wrong == []

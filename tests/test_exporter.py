@@ -26,7 +26,7 @@ from inco_trio.metrics.http_server import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.mosquitto import Gateway, free_port
-from tests.support_control import COMMAND, Board
+from tests.support_control import COMMAND, Board, no_descriptors
 
 pytestmark = pytest.mark.tools
 
@@ -240,6 +240,93 @@ def test_concurrent_scrapes_share_one_query(tmp_path: Path) -> None:
     assert connections == 1
 
 
+BUSY = b'{"error": "busy", "message": "256 clients are connected already"}\n'
+
+
+@pytest.mark.parametrize("attempts", [3, 0])
+def test_a_proxy_with_too_many_clients_is_not_reported_as_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, attempts: int
+) -> None:
+    path, connections = tmp_path / "x.sock", 0
+    monkeypatch.setattr(http_server, "BUSY", HANG if attempts else 0)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        if connections < attempts or not attempts:
+            await stream.send_all(BUSY)
+        else:
+            await stream.send_all(GREETING)
+            await stream.receive_some(4096)
+            await stream.send_all(b'{"status": []}\n')
+
+    async def main() -> str:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+            sock.listen()
+            async with trio.open_nursery() as server:
+                listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+                server.start_soon(trio.serve_listeners, answer, [listener])
+                metrics = await Boards([path]).metrics()
+                server.cancel_scope.cancel()
+                return metrics
+        raise AssertionError
+
+    assert f'inco_trio_proxy_up{{proxy="{"x" if attempts else path}"}} 1' in trio.run(main)
+    assert caplog.messages == ([] if attempts else [f"{path}: 256 clients are connected already"])
+
+
+def test_a_lack_of_descriptors_is_no_failure_of_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.sock"
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    monkeypatch.setattr(http_server, "BUSY", 0)
+
+    async def main() -> str:
+        boards = Boards()
+        with answering(path, GREETING + b'{"status": []}\n'):
+            await boards.metrics()
+            with no_descriptors():
+                return await boards.metrics()
+
+    assert 'inco_trio_proxy_up{proxy="x"} 1' in trio.run(main)
+    assert caplog.messages == [
+        f"control: {tmp_path}: cannot search for control sockets: Too many open files; querying the known proxies",
+        f"{path}: cannot connect: Too many open files",
+    ]
+
+
+def test_more_scrapes_at_once_than_connections_get_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 20)
+    answers = []
+
+    async def read(client: socket.socket) -> None:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+            answers.append(b"".join([chunk async for chunk in stream]))
+
+    async def main() -> None:
+        port = free_port()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_started, port, [tmp_path / "nowhere"])
+            async with trio.open_nursery() as scrapes:
+                # Trio runs no other task during this loop, so all requests arrive before the exporter accepts one.
+                for _ in range(100):
+                    client = socket.create_connection(("127.0.0.1", port), timeout=HANG)
+                    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                    scrapes.start_soon(read, client)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert len(answers) == 100
+    assert set(answers) == {answers[0]}
+    assert answers[0].startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def serve_started(port: int, paths: list[Path], *, task_status: trio.TaskStatus[None]) -> None:
+    await http_server.serve("127.0.0.1", port, paths, task_status.started)
+
+
 def test_idle_connections_are_limited_and_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,7 +351,12 @@ def test_idle_connections_are_limited_and_closed(
             # The exporter closed the oldest connection because of its limit, and closes the rest at their deadline.
             assert await idle[0].receive_some() == b""
             clock.jump(http_server.REQUEST_PATIENCE)
-            assert caplog.messages.count("connections: more than 20 are open: closing the oldest ones") == 1
+            assert (
+                caplog.messages.count(
+                    "connections: 20 are open: new ones wait, and replace old ones that send no request"
+                )
+                == 1
+            )
             for stream in (*idle, *half):
                 assert await stream.receive_some() == b""
                 await stream.aclose()

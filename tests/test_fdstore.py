@@ -319,6 +319,47 @@ def test_the_descriptors_of_another_process_are_ignored(pid: str, monkeypatch: p
     assert fd_store_from_environment(None, "a").inherited == {}
 
 
+@pytest.mark.parametrize("second", ["5", "0", "2"])
+def test_a_descriptor_that_cannot_be_stored_is_one_error_line(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two entries with the same descriptor, or a standard stream, would make the proxy close a descriptor in use."""
+    fd = memfd("one")
+    variables = {"S6_FD#": "2", "S6_FD_0": str(fd), "S6_FDID_0": "inco-trio/a/link.1"}
+    variables |= {"S6_FD_1": str(fd) if second == "5" else second, "S6_FDID_1": "inco-trio/a/inotify.1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor [0-9]+: listed in the environment twice[^\n]*$"):
+        fd_store_from_environment("/run/s", "a")
+    os.close(fd)
+
+
+@pytest.mark.parametrize("fdstore", ["8", "0"])
+@pytest.mark.parametrize("names", ["link.1", "http:inflight.2", "bundle.1"])
+def test_stored_descriptors_of_another_process_are_not_replaced(
+    names: str, fdstore: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start without them would store new descriptors under the same names, so that the old queues were never read."""
+    variables = {
+        "NOTIFY_SOCKET": "/n",
+        "LISTEN_PID": "1",
+        "LISTEN_FDS": "2",
+        "FDSTORE": fdstore,
+        "LISTEN_FDNAMES": names,
+    }
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(InvalidArgumentError, match=rf"^\$LISTEN_PID: '1' is not this process, {os.getpid()}, [^\n]*$"):
+        fd_store_from_environment(None, "a")
+
+
+def test_more_names_than_descriptors_is_one_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "link.1:inotify.1"}
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/n")
+    with pytest.raises(InvalidArgumentError, match=r"^\$LISTEN_FDNAMES: 2 names for 1 descriptor[^\n]*$"):
+        fd_store_from_environment(None, "a")
+
+
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """Yield a socket that simulates systemd's notification socket."""
@@ -375,6 +416,25 @@ class TestSystemd:
             "environment": [],
         }
         assert received(systemd) == (["FDSTOREREMOVE=1", "FDNAME=link.9"], [])
+
+    def test_of_two_descriptors_of_one_name_the_newer_is_used(self, systemd: socket.socket, tmp_path: Path) -> None:
+        """systemd allows this, and lists the newer one first. To remove one of them would remove both."""
+        for content in ("newer", "older", "other"):
+            (tmp_path / content).write_text(content)
+        script = 'export LISTEN_PID=$$; exec "$@" 3<newer 4<older 5<other'
+        done = subprocess.run(
+            ["/bin/sh", "-c", script, "sh", sys.executable, "-c", PROBE, ""],
+            env={**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": "link.1:link.1:inotify.1"},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert json.loads(done.stdout)["held"] == {"link": "newer", "inotify": "other"}
+        assert done.stderr == "fd store: several descriptors are stored as link.1: using the newest one\n"
+        systemd.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            systemd.recv(1000)
 
     def test_an_unreachable_fd_store_is_one_error_line(self, systemd: socket.socket, fds: dict[str, int]) -> None:
         holder = SystemdFdStore()

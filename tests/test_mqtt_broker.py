@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -134,6 +135,25 @@ def test_requests_are_sent_in_the_order_of_the_broker(tmp_path: Path, stack: Exi
     for name in expected:
         reader.publish(f"lab/{bench.name}/send/{name}")
     assert names(peer, len(expected)) == expected
+
+
+def test_only_topics_of_requests_send_signals(tmp_path: Path, stack: ExitStack) -> None:
+    """Another program that uses the gateway's client identifier may leave subscriptions in the gateway's session."""
+    bench = Bench(tmp_path, stack)
+    bench.broker.start()
+    peer = with_signals(bench)
+    reader = bench.reader()
+    gateway = bench.gateway(send={"*": ["*"]})
+    status = reader.until_status(bench.name, state="online")
+    words = ["-V", "5", "-p", str(bench.broker.port), "-i", status.body["broker"]["client_id"], "-c", "-x", "100"]
+    subprocess.run(["mosquitto_sub", *words, "-q", "1", "-t", "#", "-E"], check=True, timeout=HANG)
+    gateway.wait_log("works again")
+    reader.publish("s0")
+    reader.publish(f"lab/{bench.name}/send/s1/s2")
+    reader.publish(f"lab/{bench.name}/send/s3")
+    assert names(peer, 1) == ["s3"]
+    gateway.wait_log(": does another program use the client identifier?")
+    assert gateway.log.count("ignored a message with the topic") == 1
 
 
 def test_boards_do_not_wait_for_the_requests_of_each_other(tmp_path: Path, stack: ExitStack) -> None:

@@ -177,6 +177,7 @@ def test_a_board_name_stays_one_topic_level(name: str) -> None:
     assert name_of(level(name)) == name
     topics = Topics("lab", "x/y")
     assert topics.signal_of(topics.sends.removesuffix("+") + level(name)) == name
+    assert topics.signal_of(level(name)) is topics.signal_of(f"{topics.sends}/{level(name)}") is None
     assert topics.notification(Direction.INBOUND, name).count("/") == 3
 
 

@@ -135,6 +135,41 @@ def test_wrong_passwords_are_refused(tmp_path: Path, stack: ExitStack) -> None:
     assert "Not authorized" in str(refusal(where, credentials))
 
 
+def test_a_credential_file_that_vanishes_is_a_problem_of_the_connection(tmp_path: Path, stack: ExitStack) -> None:
+    broker, credentials = with_password(tmp_path, stack)
+    board = Board(tmp_path, stack)
+    core1 = board.core1()
+    board.running()
+    (tmp_path / "gateway.json").write_text(json.dumps({"broker": {
+        "user_file": credentials.user_file, "password_file": credentials.password_file}}))  # fmt: skip
+    services = {
+        "gateway": Gateway(
+            tmp_path / "gateway.log", "mqtt", broker.url, "--control", board.path, "--config", tmp_path / "gateway.json"
+        ),
+        "bridge": Gateway(
+            tmp_path / "bridge.log", "mqtt-link", f"{broker.url}/bridge", "--end", "core0", "--config",
+            tmp_path / "gateway.json", "--link", f"unix:{tmp_path}/b0,peer={tmp_path}/b1",
+        ),
+    }  # fmt: skip
+    for service in services.values():
+        stack.callback(service.close)
+        service.wait_ready()
+    services["bridge"].wait_log("connected as core0")
+    (tmp_path / "word").rename(tmp_path / "away")
+    broker.end()
+    broker.start()
+    for service in services.values():
+        service.wait_log("cannot use the credentials: ")
+    (tmp_path / "away").rename(tmp_path / "word")
+    for service in services.values():
+        service.wait_log("works again")
+        assert "Traceback" not in service.log
+    reader = Reader(broker, user=("reader", "right"))
+    stack.callback(reader.close)
+    board.inbound(core1)
+    assert next(reader.notifications()).body["sequence"] == 1
+
+
 def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitStack) -> None:
     broker, credentials = with_password(tmp_path, stack, "user reader", "topic readwrite #", "user gateway")
     board = Board(tmp_path, stack)

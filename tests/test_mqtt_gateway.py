@@ -19,6 +19,7 @@ from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
 from inco_trio.mqtt.gateway import Gateway
 from inco_trio.mqtt.publishing import REFUSED_AGAIN
 from inco_trio.mqtt.session import Limits, Received
+from tests.support_control import no_descriptors
 
 BROKER = parse_broker("mqtt://h/lab")
 REQUEST = Received("lab/b1/send/s1", b"", False, None, None, 1)
@@ -85,6 +86,33 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) == {"sent": 1}
     assert conversation.requests == [SendRequest("s1", board="b1")]
+
+
+def test_a_lack_of_descriptors_does_not_end_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    gateway, board = Gateway(BROKER, GatewayConfig(send={"*": ["s1"]})), Board("b1")
+    board.source = Conversation()  # type: ignore[assignment]
+    path = tmp_path / "x.sock"
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            gateway._proxies[path] = trio.Event()
+            with no_descriptors():
+                await gateway._look(nursery)
+                await gateway._follow(path, nursery)
+                response = await gateway._try_to_send(board, "s1", REQUEST)
+            await gateway._look(nursery)
+        assert response["error"] == "closed"
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert caplog.messages == [
+        f"control: {tmp_path}: cannot search for control sockets: Too many open files; retrying",
+        f"{path}: cannot connect: Too many open files",
+        "control: works again",
+    ]
 
 
 @pytest.mark.parametrize("where", ["greeting", "event"])

@@ -204,25 +204,25 @@ def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 
 class EchoingConnection:
-    """A fake connection that delivers other processes' statuses before or after the one that the bridge publishes."""
+    """A fake connection that delivers other messages on `topic` before or after the bridge's own status."""
 
     def __init__(self, topic: str, before: list[bytes], after: list[bytes]) -> None:
         self.entry, self.received = trio.open_memory_channel[Received](10)
         self._topic, self._before, self._after = topic, before, after
 
-    def _deliver(self, payload: bytes, *, retain: bool) -> None:
-        self.entry.send_nowait(Received(self._topic, payload, retain, None, None, None))
+    def _deliver(self, payload: bytes, topic: str = "") -> None:
+        self.entry.send_nowait(Received(topic or self._topic, payload, not topic, None, None, None))
 
     async def subscribe(self, _topics: list[str]) -> None:
         pass
 
     async def publish(self, messages: list[Message], **_: object) -> list[None]:
         for payload in self._before:
-            self._deliver(payload, retain=True)
+            self._deliver(payload)
         for message in messages:
-            self._deliver(message.payload, retain=False)
+            self._deliver(message.payload, message.topic)
         for payload in self._after:
-            self._deliver(payload, retain=True)
+            self._deliver(payload)
         return [None] * len(messages)
 
     async def acknowledge(self, _received: Received) -> None:
@@ -230,23 +230,24 @@ class EchoingConnection:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "is_taken"),
+    ("before", "after", "topic", "is_taken"),
     [
-        ([1, 2], [], False),
-        ([], [1], False),
-        ([], [1, 1], False),  # The broker has restored the same older state twice.
-        ([], [2, 1], False),
-        ([], [1, 2], True),
+        ([1, 2], [], "lab/core0/status", False),
+        ([], [1], "lab/core0/status", False),
+        ([], [1, 1], "lab/core0/status", False),  # The broker has restored the same older state twice.
+        ([], [2, 1], "lab/core0/status", False),
+        ([], [1, 2], "lab/core0/status", True),
+        ([], [1, 2], "x/core0/status", False),  # Another program has subscribed to this topic in the session.
     ],
 )
 def test_only_a_process_that_connects_again_is_another_process(
-    tmp_path: Path, before: list[int], after: list[int], is_taken: bool
+    tmp_path: Path, before: list[int], after: list[int], topic: str, is_taken: bool
 ) -> None:
     address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
     assert isinstance(address, UnixAddress)
     bridge = Bridge(parse_broker("mqtt://127.0.0.1/lab"), ("core0", "core1"), address, NoFdStore())
     statuses = ([encode_status("online", "z", number) for number in numbers] for numbers in (before, after))
-    connection: Any = EchoingConnection("lab/core0/status", *statuses)
+    connection: Any = EchoingConnection(topic, *statuses)
 
     async def sleep(_connection: object) -> None:
         await trio.sleep_forever()

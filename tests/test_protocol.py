@@ -39,6 +39,7 @@ from inco_trio.control.protocol import (
     decode_greeting,
     decode_reply,
     decode_request,
+    encode_alone,
     encode_notifications,
 )
 from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
@@ -132,6 +133,13 @@ def test_a_single_notification_round_trips(
 ) -> None:
     line = encode_notifications(*board, sequence, (signal,), [item])
     assert decode_reply(line.rstrip("\n").encode()) == Notifications(*board, sequence, (signal,), [item])
+
+
+@given(st.integers(1, 1 << 62), st.integers(0, 1 << 62), st.sampled_from(Direction))
+def test_both_encoders_of_a_single_notification_agree(sequence: int, time: int, direction: Direction) -> None:
+    board, signal = ("b\u00e91", "5f0c"), (direction, "a_irq")
+    line = encode_notifications(*board, sequence, (signal,), [(0, time / 1e9, 42)])
+    assert encode_alone(*board, sequence, signal, (time, 42)) == line
 
 
 DEEP = b"[" * 100_000
@@ -273,18 +281,15 @@ def test_lines_that_arrive_in_pieces_are_joined(lines: list[bytes], data: st.Dat
     found: list[bytes] = []
     while stream:
         number = data.draw(st.integers(1, len(stream)))
-        received.feed(stream[:number])
-        found += received.lines()
+        found += received.split(stream[:number])
         stream = stream[number:]
     assert found == lines
 
 
 @pytest.mark.parametrize("data", [b"123456789", b"123456789\n", b"1\n123456789"])
 def test_a_line_above_the_limit_is_refused(data: bytes) -> None:
-    received = LineBuffer(8)
-    received.feed(data)
     with pytest.raises(MessageError, match="a line is longer than 8 bytes"):
-        list(received.lines())
+        list(LineBuffer(8).split(data))
 
 
 def test_an_id_must_not_be_nested() -> None:

@@ -10,11 +10,13 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inco_trio.control.past import past_events
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import AREA, COUNT_MAX, EVENTS_SHARE, KEPT, NAMES_MAX, Note, Recorded, Recorder
 from inco_trio.signals import Direction, Signal
@@ -181,6 +183,28 @@ def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None
         recorder.note("problem", f"problem {number}")
     recorder.note("link", "the link came up", state=1)
     assert [note.text for note in recorder.notes()][-1] == "the link came up"
+
+
+def test_the_past_is_decoded_while_it_is_read(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for the history must not delay notifications. It must not miss records that are overwritten either."""
+    recorder = Recorder(memory, 1000)
+    record_many(recorder, range(1000))
+    decoded = 0
+
+    def decode(*fields: Any) -> Recorded:
+        nonlocal decoded
+        decoded += 1
+        return Recorded(*fields)
+
+    monkeypatch.setattr("inco_trio.persist.recorder.Recorded", decode)
+    for skipped in (0, 600):
+        kept = list(recorder.notifications())
+        after, decoded = kept[skipped - 1].monotonic_ns if skipped else 0, 0
+        events = (event for event in past_events("b", recorder, after) if event.sequence)
+        first = next(events)
+        assert decoded <= 2
+        record_many(recorder, range(1000))
+        assert [first.sequence, *(event.sequence for event in events)] == [each.sequence for each in kept[skipped:]]
 
 
 def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:

@@ -712,6 +712,18 @@ WRONG: dict[str, Callable[[Board], object]] = {
     "delay='1'": lambda board: board.faults.frames(delay="1"),  # type: ignore[arg-type]
     "seed=[1]": lambda board: board.faults.frames(seed=[1]),  # type: ignore[arg-type]
     "in_process='no'": lambda board: open_board(board.directory / "x", in_process="no").__enter__(),  # type: ignore[arg-type]
+    "directory=None": lambda board: open_board(None).__enter__(),  # type: ignore[arg-type] # noqa: ARG005
+    "directory=''": lambda board: open_board("").__enter__(),  # noqa: ARG005
+    "config=''": lambda board: open_board(board.directory / "x", config="").__enter__(),
+    "path=None": lambda board: board.record(None),  # type: ignore[arg-type]
+    "path='a\\x00b'": lambda board: board.record("a\0b"),
+    "firmware=5": lambda board: board.guest(firmware=5).__enter__(),  # type: ignore[arg-type]
+    "command_line=5": lambda board: board.guest(command_line=5).__enter__(),  # type: ignore[arg-type]
+    "program=5": lambda board: board.guest(program=5).__enter__(),  # type: ignore[arg-type]
+    "ready=b'x'": lambda board: board.guest(ready=b"x").__enter__(),  # type: ignore[arg-type]
+    "machine='virt'": lambda board: board.guest(machine="virt").__enter__(),
+    "machine=5": lambda board: board.guest(machine=5).__enter__(),  # type: ignore[arg-type]
+    "machine=[5]": lambda board: board.guest(machine=[5]).__enter__(),  # type: ignore[list-item]
     "signals: 1": lambda board: open_board(board.directory / "x", signals={1: "inbound"}).__enter__(),  # type: ignore[dict-item]
 }
 """Calls with an argument of the wrong type. The key is the start of the error message."""
@@ -724,6 +736,16 @@ def test_arguments_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
                 call(board)
         board.core1.send(HWWD)
         board.core0.expect(HWWD, HANG)
+
+
+def test_relative_paths_and_text_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_board("board", in_process=True) as board:
+        assert board.directory == tmp_path / "board"
+        board.core1.send(HWWD)
+        board.core0.expect(HWWD, HANG)
+        board.record("recording.pcapng")
+    assert (tmp_path / "recording.pcapng").stat().st_size
 
 
 def test_a_wait_in_another_thread_ends_when_the_board_is_closed(tmp_path: Path) -> None:

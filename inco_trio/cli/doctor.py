@@ -108,6 +108,7 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
+    from inco_trio.doctor.silence import silent
     from inco_trio.doctor.survey import survey
 
     processes = look()
@@ -125,13 +126,16 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
         from inco_trio.config import read_board
 
         start += f" --config {shlex.quote(str(config))}"
-        try:
-            signals = read_board(config).signals
-        except IncoError as error:
-            yield from refused(config, error)
+        if silence := silent("configuration", config, lambda: read_board(config)):
+            yield silence
         else:
-            content = config, signals
-            yield ok("configuration", config, f"valid, {len(signals)} signals")
+            try:
+                signals = read_board(config).signals
+            except IncoError as error:
+                yield from refused(config, error)
+            else:
+                content = config, signals
+                yield ok("configuration", config, f"valid, {len(signals)} signals")
     yield from examine(link, signals, processes, answers, configuration=content, start=start)
 
 
@@ -140,10 +144,14 @@ def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
+    from inco_trio.doctor.silence import silent
 
     processes = look()
     yield from proc(processes)
     answers = ask(processes)
+    if silence := silent("configuration", directory, lambda: read_boards(directory)):
+        yield silence
+        return
     try:
         boards = read_boards(directory)
     except IncoError as error:

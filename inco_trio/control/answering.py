@@ -85,9 +85,8 @@ class Connection:
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)
         while data := await self._stream.receive_some(protocol.LINE_MAX):
-            received.feed(data)
             try:
-                for line in received.lines():
+                for line in received.split(data):
                     if line.strip():
                         await self._answer(line, nursery)
             except protocol.MessageError as error:
@@ -161,7 +160,7 @@ class Connection:
             raise RequestError("invalid", f"board {board!r}: the proxy records no history (--history 0 disables it)")
         lines = []
         for number, event in enumerate(past_events(board, recorder, request.after or 0)):
-            lines.append(protocol.encode_event(event))
+            lines.append(protocol.encode_event(event).rstrip())
             if number % PIECE == 0:
                 await trio.lowlevel.checkpoint()
         return protocol.encode_history(board, recorder.boot, lines, tag)

@@ -101,9 +101,8 @@ class Channel:
         """Store received bytes. Raises ProxyNotFoundError at the end of the connection."""
         if not data:
             raise self._ended()
-        self._received.feed(data)
         try:  # Do not use `_obeying`: the context manager is slow (see `_next`).
-            self._lines += self._received.lines()
+            self._lines += self._received.split(data)
         except MessageError as error:
             raise self._not_understood(error) from error
 
@@ -338,12 +337,17 @@ def _attempt(path: Path) -> Client | IncoError:
 
 
 def sockets() -> list[Path]:
-    """Return all control sockets on this host, even stale ones. Sockets of systemd units are in subdirectories."""
-    return [
-        path
-        for directory in runtime_directories()
-        for path in sorted([*directory.glob("*.sock"), *directory.glob("*/*.sock")])
-    ]
+    """Return all control sockets on this host, even stale ones. Sockets of systemd units are in subdirectories.
+
+    Raises ResourceError if a directory cannot be read.
+    """
+    found: list[Path] = []
+    for directory in runtime_directories():
+        try:
+            found += sorted([*directory.glob("*.sock"), *directory.glob("*/*.sock")])
+        except OSError as error:
+            raise ResourceError(directory, f"cannot search for control sockets: {error.strerror}") from error
+    return found
 
 
 def _is_called(client: Client, link: str) -> bool:

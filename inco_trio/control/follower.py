@@ -13,6 +13,7 @@ import trio
 
 from inco_trio.control.client import AGAIN, CHUNK, PATIENCE, Channel, dial
 from inco_trio.control.protocol import AcknowledgeAllRequest, Greeting, Reply, Request, Response, encode_request
+from inco_trio.errors import ResourceError
 
 __all__ = ["Conversation", "converse"]
 
@@ -113,8 +114,14 @@ class Conversation(Channel):
 
 @asynccontextmanager
 async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tuple[Conversation, Greeting]]:
-    """Connect to the proxy at `path`, which must send its greeting within `patience` seconds. Raises IncoError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    """Connect to the proxy at `path`, which must send its greeting within `patience` seconds. Raises IncoError.
+
+    Raises ResourceError if the proxy has too many clients, or if this process has too many descriptors.
+    """
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise ResourceError(path, f"cannot connect: {error.strerror}") from error
     async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None

@@ -10,7 +10,7 @@ import trio
 
 from inco_trio import real_clock
 from inco_trio.control.feed import Batch
-from inco_trio.control.protocol import Event, encode_event, encode_notifications, event_now
+from inco_trio.control.protocol import Event, encode_alone, encode_event, encode_notifications, event_now
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History, Merged, Record
 from inco_trio.signals import Direction, Signal
@@ -214,7 +214,6 @@ class _Cursor:
         if (
             len(signals) != 1
             or history.sequence != sequence
-            or history.acknowledged >= sequence
             or history.merged_ever != self._checked  # If both are equal, `merged` is empty.
             or len(self.records) >= AHEAD
         ):
@@ -222,8 +221,7 @@ class _Cursor:
         (signal,), (time_ns, monotonic_ns) = signals, at
         self.sent = sequence
         self.records.append(Record(sequence, signal.direction, signal.name, time_ns, monotonic_ns))
-        items = [(0, time_ns / 1e9, monotonic_ns)]
-        return encode_notifications(board, history.boot, sequence, ((signal.direction, signal.name),), items)
+        return encode_alone(board, history.boot, sequence, (signal.direction, signal.name), at)
 
     def _take_merged(self, board: str) -> Iterator[Event]:
         self.sent = max(self.sent, self.history.floor)

@@ -18,10 +18,9 @@ def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Even
     An event that occurred several times is included if its last occurrence is newer than `after`.
     """
     recorder.check_clock()
-    # Copy all records first: the proxy may overwrite them while the caller lets other tasks run.
-    notifications = [each for each in recorder.notifications() if each.monotonic_ns > after]
-    notes = [each for each in recorder.notes() if each.last_ns > after]
-    both: tuple[list[Recorded | Note], ...] = ([*notifications], [*notes])
+    # The proxy may overwrite records while the caller lets other tasks run.
+    past = recorder.snapshot()
+    both: tuple[Iterator[Recorded | Note], ...] = (past.notifications(after), past.notes(after))
     for each in heapq.merge(*both, key=operator.attrgetter("monotonic_ns")):
         yield _notification(board, each) if isinstance(each, Recorded) else _event(board, each)
 

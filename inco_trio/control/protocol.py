@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -27,9 +27,8 @@ __all__ = [
     "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryRequest", "HistoryStatus",
     "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "ReloadRequest", "Reply", "Request",
     "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request",
-    "encode_board",
-    "encode_error", "encode_event", "encode_greeting", "encode_history", "encode_notifications", "encode_request",
-    "encode_response", "encode_status", "event_now", "to_json",
+    "encode_alone", "encode_board", "encode_error", "encode_event", "encode_greeting", "encode_history",
+    "encode_notifications", "encode_request", "encode_response", "encode_status", "event_now", "to_json",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -61,11 +60,14 @@ class LineBuffer:
         self._data = bytearray()
         self._searched = 0
 
-    def feed(self, data: bytes) -> None:
+    def split(self, data: bytes) -> Iterable[bytes]:
+        """Add received bytes, and return all complete lines. Iterating raises MessageError if a line is too long."""
+        if not self._data and data.endswith(b"\n") and len(data) <= self._limit:
+            return data[:-1].split(b"\n")  # This case is frequent, and much faster than the other one.
         self._data += data
+        return self._lines()
 
-    def lines(self) -> Iterator[bytes]:
-        """Remove and yield all complete lines. Raises MessageError if a line, even an incomplete one, is too long."""
+    def _lines(self) -> Iterator[bytes]:
         while 0 <= (end := self._data.find(b"\n", self._searched)) <= self._limit:
             line = bytes(self._data[:end])
             del self._data[: end + 1]
@@ -339,9 +341,9 @@ def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
 
 
 def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events into the response to a HistoryRequest, as `encode_status` does."""
+    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
     head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(event.rstrip() for event in events)}]}}}}\n'.encode()
+    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
@@ -461,6 +463,19 @@ def encode_notifications(
     text = ", ".join([f"[{index}, {time!r}, {number}]" for index, time, number in items])
     head = _encode_history(board, boot)
     return f'{head}, "sequence": {sequence}, "signals": {_encode_signals(signals)}, "items": [{text}]}}\n'
+
+
+def encode_alone(board: str, boot: str, sequence: int, signal: tuple[Direction, str], at: tuple[int, int]) -> str:
+    """Encode an event with a single notification faster than `encode_notifications`. `at` is its time, as `Times`."""
+    head, middle = _around_alone(board, boot, signal)
+    return f"{head}{sequence}{middle}{at[0] / 1e9!r}, {at[1]}]]}}\n"
+
+
+@functools.lru_cache(maxsize=1024)
+def _around_alone(board: str, boot: str, signal: tuple[Direction, str]) -> tuple[str, str]:
+    """Return the parts of the event before the sequence number and before the time."""
+    head = _encode_history(board, boot)
+    return f'{head}, "sequence": ', f', "signals": {_encode_signals((signal,))}, "items": [[0, '
 
 
 @functools.lru_cache(maxsize=1024)

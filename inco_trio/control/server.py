@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
+from inco_trio.control.accepting import accept
 from inco_trio.control.feed import Feed, Reload, Served
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.sockets import peer_of
 from inco_trio.problems import Problems
-from inco_trio.proxy.supervise import TRANSIENT
 
 if TYPE_CHECKING:
     from inco_trio.control.answering import Connection
@@ -28,8 +28,6 @@ RESERVED = 32
 """Number of connections that are reserved for root and the user of the proxy."""
 USER_MAX = 64
 """Maximum number of connections of any other user."""
-ACCEPT_AGAIN = 0.1
-"""Pause in seconds after a failed accept(2)."""
 FAREWELL = 0.1
 """Time in seconds for which clients can still read their queued events when the server closes."""
 
@@ -89,19 +87,9 @@ class Control:
             client.end()
 
     async def _accept(self, clients: trio.Nursery) -> None:
-        """Accept clients. trio.serve_listeners would log a traceback whenever accept(2) finds no free descriptor."""
         problems = Problems()
         while True:
-            try:
-                stream = await self._listener.accept()
-            except OSError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-                problems.failed("control", f"cannot accept a client: {error.strerror}; retrying")
-                await trio.sleep(ACCEPT_AGAIN)
-            else:
-                problems.well("control")
-                clients.start_soon(self._serve_client, stream)
+            clients.start_soon(self._serve_client, await accept(self._listener, "control", problems))
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
         # Import `answering` lazily, because most proxies never have a client.

@@ -9,6 +9,7 @@ import attrs
 from inco_trio.control.client import answering, sockets
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.result import Result, fail, hidden, warn
+from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.linux.processes import Process, Processes, listening_sockets
 
@@ -44,7 +45,11 @@ def ask(processes: Processes) -> Answers:
         *sockets(),
         *(path for process in processes.all if process.is_proxy for path in listening_sockets(process)),
     ]
-    clients, errors = answering([*dict.fromkeys(paths)])
+    unused = {
+        path: silent("control", path, path.exists, elsewhere=path.is_relative_to("/proc"))
+        for path in dict.fromkeys(paths)
+    }
+    clients, errors = answering([path for path, silence in unused.items() if silence is None])
     found: dict[int, Answer] = {}
     for client in clients:
         with client:
@@ -52,7 +57,8 @@ def ask(processes: Processes) -> Answers:
                 found.setdefault(client.pid, Answer(client.greeting.name, client.status()))
             except IncoError as error:
                 errors.append(error)
-    return Answers(found, tuple(result for error in errors for result in _problem(error)))
+    silences = [silence for silence in unused.values() if silence is not None]
+    return Answers(found, (*silences, *(result for error in errors for result in _problem(error))))
 
 
 def _problem(error: IncoError) -> list[Result]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from inco_trio.config import Config
@@ -13,6 +14,7 @@ from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
 from inco_trio.doctor.result import Result, fail
+from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
@@ -110,6 +112,9 @@ def _unix(
     boards_of: Callable[[Users], list[BoardStatus]],
 ) -> tuple[list[Result], Users]:
     users = users_of_socket(address, processes)
+    for check, path in (("socket", address.local), ("peer", address.peer)):
+        if silence := silent(check, Path(path), partial(links.bound, path)):
+            return [silence], users
     results = [
         *links.socket_path(address),
         *links.peer(address),
@@ -151,7 +156,8 @@ def _registers(
 ) -> Iterator[Result]:
     # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
-    for directory in dict.fromkeys(signal.directory for signal in signals):
+
+    def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory, access=access)
         yield from register_files.trusted(directory, trust)
@@ -161,6 +167,12 @@ def _registers(
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
             yield from register_files.watched(own, users.proxy)
+
+    for directory in dict.fromkeys(signal.directory for signal in signals):
+        if silence := silent("directory", directory, partial(list, checks(directory))):
+            yield silence
+        else:
+            yield from checks(directory)
 
 
 def expected_trust(owner: int | None = None, group: int | None = None) -> Trust:

@@ -14,6 +14,7 @@ from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
 from inco_trio.doctor.proxies import board_files, counters, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
+from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
@@ -100,7 +101,10 @@ def _examine(
 ) -> Iterator[Result]:
     if not is_same_mount_namespace(process):
         text = f"process {process.pid} runs in another mount namespace: its registers are not examined"
-        if is_same_system(process):
+        root = Path(f"/proc/{process.pid}/root")
+        if silence := silent("registers", root, lambda: is_same_system(process), elsewhere=True):
+            yield silence
+        elif is_same_system(process):
             yield warn("registers", link, text, f"nsenter --target {process.pid} --mount --pid -- inco-trio doctor")
         else:
             # Do not suggest nsenter(1): it would run a program from the container with this user's privileges.
@@ -123,6 +127,9 @@ def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[
             return {}
         from inco_trio.config import read_board
 
+        if silence := silent("configuration", file, lambda: read_board(file)):
+            yield silence
+            return {}
         try:
             return {answer.name: (file, read_board(file).signals)}
         except IncoError as error:
@@ -131,6 +138,9 @@ def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[
     from inco_trio.board_files import read_boards
 
     directory = Path(answer.name)
+    if silence := silent("configuration", directory, lambda: read_boards(directory)):
+        yield silence
+        return {}
     try:
         boards = read_boards(directory)
     except IncoError as error:
@@ -148,10 +158,10 @@ def _registers(process: Process) -> tuple[Signal, ...]:
     if directory is not None:
         return builtin_signals(_path(process, directory))
     file = _configuration(process)
-    if file is None:
-        return ()
     from inco_trio.config import read_board
 
+    if file is None or silent("configuration", file, lambda: read_board(file)) is not None:
+        return ()
     try:
         return read_board(file).signals
     except IncoError:

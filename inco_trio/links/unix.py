@@ -94,6 +94,8 @@ class UnixLink:
         sock.setblocking(False)
         link = cls(sock, address, note, names)
         link._bound = True
+        if link.fits and not link._is_ours():
+            link._recognize()
         return link
 
     @property
@@ -164,6 +166,22 @@ class UnixLink:
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == tuple(self._note)
+
+    def _recognize(self) -> None:
+        """Fill `note` again if our inherited socket is the only socket that is bound to its path.
+
+        The fd store may have lost the memory that contains the note, or another version of inco-trio has written it.
+        """
+        from inco_trio.linux.processes import unix_sockets  # Import lazily: this is rarely needed.
+
+        try:
+            found = os.lstat(self.name)
+            with _new_socket() as probe:
+                probe.connect(self.name)
+        except OSError:
+            return  # The file is missing, or left over from a process that has ended.
+        if set(unix_sockets(self.name)) <= {os.fstat(self.fd).st_ino}:
+            self._note[0], self._note[1] = found.st_dev, found.st_ino
 
     def _bind(self) -> None:
         """Bind the socket. If it was bound before, bind a new socket instead. Raises IncoError."""

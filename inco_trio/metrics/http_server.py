@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import attrs
 import trio
 
+from inco_trio.backoff import Backoff
+from inco_trio.control.accepting import accept
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
 from inco_trio.metrics.openmetrics import Reported, openmetrics_of_proxies
 from inco_trio.problems import Problems
+from inco_trio.service.privileges import raise_descriptor_limit
 
 __all__ = ["Boards", "serve"]
 
@@ -22,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Timeout in seconds for a proxy's greeting, so that a suspended proxy does not delay the scrape."""
+BUSY = 2.0
+"""Seconds for which the exporter asks a proxy with too many clients again."""
 ALL = 5.0
 """Timeout in seconds for all proxies. Prometheus waits 10 seconds for the response by default."""
 AT_ONCE = 256
 """Maximum number of proxies that are queried concurrently."""
-CONNECTIONS_MAX = 256
-"""Maximum number of HTTP connections. A further connection closes the oldest one."""
+CONNECTIONS_MAX = 1024
+"""Maximum number of HTTP connections. It is lower if the process may not open twice as many descriptors."""
 REQUEST_MAX = 8192
 """Maximum size of a request in bytes."""
 REQUEST_PATIENCE = 5.0
@@ -43,6 +50,7 @@ class Boards:
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
+        self._paths: Sequence[Path] = controls or ()
         self._problems = Problems()
         self._names: dict[Path, str] = {}
         """The last known name of each proxy, which is used while the proxy does not answer."""
@@ -59,12 +67,17 @@ class Boards:
             return self._metrics
 
     async def _ask_all(self) -> list[Reported]:
-        paths = await trio.to_thread.run_sync(sockets) if self._controls is None else self._controls
-        answers: dict[Path, Answer] = dict.fromkeys(paths, "the proxy does not answer")
+        if self._controls is None:
+            try:
+                self._paths = await trio.to_thread.run_sync(sockets)
+                self._problems.well("control")
+            except ResourceError as error:
+                self._problems.failed("control", f"{error}; querying the known proxies")
+        answers: dict[Path, Answer] = dict.fromkeys(self._paths, "the proxy does not answer")
         limit = trio.CapacityLimiter(AT_ONCE)
         with trio.move_on_after(ALL):
             async with trio.open_nursery() as nursery:
-                for path in paths:
+                for path in self._paths:
                     nursery.start_soon(self._ask, path, answers, limit)
         reported: list[Reported] = []
         names: set[str] = set()
@@ -74,8 +87,6 @@ class Boards:
                 continue
             if isinstance(answer, str):
                 self._problems.failed(path, answer)
-            else:
-                self._problems.well(path)
             # Interfaces in two network namespaces may have the same name, but metrics need different labels.
             name = self._names.get(path, str(path))
             reported.append(Reported(str(path) if name in names else name, None if isinstance(answer, str) else answer))
@@ -83,13 +94,26 @@ class Boards:
         return reported
 
     async def _ask(self, path: Path, answers: dict[Path, Answer], limit: trio.CapacityLimiter) -> None:
-        try:
-            async with limit, converse(path, PATIENCE) as (conversation, greeting):
-                self._names[path] = greeting.name
-                answers[path] = (await conversation.request(StatusRequest())).status
-        except IncoError as error:
-            left = isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)) and self._controls is None
-            answers[path] = None if left else error.reason
+        """Store the answer of a proxy. Retry for BUSY seconds while the proxy has too many clients."""
+        end, backoff = trio.current_time() + BUSY, Backoff()
+        async with limit:
+            while True:
+                try:
+                    async with converse(path, PATIENCE) as (conversation, greeting):
+                        self._names[path] = greeting.name
+                        answers[path] = (await conversation.request(StatusRequest())).status
+                    self._problems.well(path)
+                except ResourceError as error:
+                    answers[path] = ()  # The proxy is not down, but its boards are unknown.
+                    if trio.current_time() < end:
+                        await trio.sleep(backoff.next())
+                        continue
+                    self._problems.failed(path, error.reason)
+                except IncoError as error:
+                    causes = (FileNotFoundError, ConnectionRefusedError)
+                    has_left = self._controls is None and isinstance(error.__cause__, causes)
+                    answers[path] = None if has_left else error.reason
+                return
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
@@ -106,7 +130,25 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
         raise InvalidArgumentError(f"--listen {listen}: cannot listen on this address: {error.strerror}") from error
     logger.info("serving metrics at http://%s/metrics", listen)
     ready()
-    await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)
+    raise_descriptor_limit()
+    scrapes = _Scrapes(Boards(controls))
+    await trio.serve_listeners(scrapes.answer, [_LimitedListener(each, scrapes.wait_for_room) for each in listeners])
+
+
+@attrs.frozen
+class _LimitedListener(trio.abc.Listener[trio.SocketStream]):
+    """A listener that accepts a connection only after `wait_for_room`. Until then, the kernel queues the connection."""
+
+    _listener: trio.SocketListener
+    _wait_for_room: Callable[[], Awaitable[None]]
+    _problems: Problems = attrs.field(factory=Problems, init=False)
+
+    async def accept(self) -> trio.SocketStream:
+        await self._wait_for_room()
+        return await accept(self._listener, "metrics", self._problems)
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
 
 
 class _Scrapes:
@@ -114,31 +156,46 @@ class _Scrapes:
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
-        self._open: dict[trio.CancelScope, None] = {}
+        self._most = min(CONNECTIONS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._open = 0
+        self._closed = trio.Event()
+        self._reading: dict[trio.CancelScope, None] = {}
+        """The scopes of connections without a complete request, oldest first."""
         self._limits = Problems()
 
+    async def wait_for_room(self) -> None:
+        """Wait until the limit permits another connection. If all clients are silent, close the oldest connection."""
+        while self._open >= self._most:
+            text = f"{self._most} are open: new ones wait, and replace old ones that send no request"
+            self._limits.failed("connections", text)
+            if len(self._reading) == self._open:
+                next(iter(self._reading)).cancel()
+            await self._closed.wait()
+
     async def answer(self, stream: trio.SocketStream) -> None:
-        with trio.CancelScope() as scope:
-            self._open[scope] = None
-            if len(self._open) > CONNECTIONS_MAX:
-                self._limits.failed("connections", f"more than {CONNECTIONS_MAX} are open: closing the oldest ones")
-                next(iter(self._open)).cancel()
-            try:
-                async with stream:
-                    with trio.move_on_after(REQUEST_PATIENCE) as reading:
+        self._open += 1
+        try:
+            async with stream:
+                with trio.move_on_after(REQUEST_PATIENCE) as reading:
+                    self._reading[reading] = None
+                    try:
                         method = await _method(stream)
-                    if reading.cancelled_caught or not method:
-                        return
-                    is_read = method in (b"GET", b"HEAD")
-                    body = (await self._boards.metrics()).encode() if is_read else b""
-                    with trio.move_on_after(REQUEST_PATIENCE):
-                        await stream.send_all(_head(is_read, len(body)) + (body if method == b"GET" else b""))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # The client has closed the connection.
-            finally:
-                del self._open[scope]
-                if not self._open:
-                    self._limits.forget("connections")
+                    finally:
+                        del self._reading[reading]
+                if reading.cancelled_caught or not method:
+                    return
+                is_read = method in (b"GET", b"HEAD")
+                body = (await self._boards.metrics()).encode() if is_read else b""
+                with trio.move_on_after(REQUEST_PATIENCE):
+                    await stream.send_all(_head(is_read, len(body)) + (body if method == b"GET" else b""))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # The client has closed the connection.
+        finally:
+            self._open -= 1
+            self._closed.set()
+            self._closed = trio.Event()
+            if not self._open:
+                self._limits.forget("connections")
 
 
 async def _method(stream: trio.SocketStream) -> bytes:

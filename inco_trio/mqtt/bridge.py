@@ -51,7 +51,7 @@ from inco_trio.mqtt.session import (
 )
 from inco_trio.mqtt.topics import client_id
 from inco_trio.nurseries import plain_nursery
-from inco_trio.persist.fdstore import FdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, inherited_fd, report_missing
 from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
@@ -113,6 +113,7 @@ class Bridge:
     def _open(self) -> None:
         """Bind the socket of the link. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
         inherited, around = self._fd_store.inherited, Surroundings()
+        report_missing(inherited, ("memory", "link"))
         self._resources.callback(around.close)
         try:
             memory = Memory.open(inherited_fd(inherited, "memory"))
@@ -249,6 +250,8 @@ class Bridge:
                     state, instance, number = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
+                    elif received.topic != self._topic(self._end, "status"):
+                        self._refuse(received)  # Another program has left a subscription in the session of this side.
                     elif not received.retain:
                         self._announced |= instance == self._instance
                     elif self._is_taken(instance, state, number):

@@ -396,7 +396,10 @@ async def open_connection(
     and `packet_max` limit the messages from the broker. If the connection is lost, the block is cancelled. The last
     will is not retained if the broker does not allow retained messages. Raises BrokerLostError and BrokerRefusedError.
     """
-    identity = credentials.read()
+    try:
+        identity = credentials.read()
+    except IncoError as error:
+        raise BrokerRefusedError(broker, f"cannot use the credentials: {error}") from error
     connect = functools.partial(
         mqtt5.ConnectPacket, client_id, username=identity.user,
         password=None if identity.password is None else identity.password.encode(), clean_start=clean,

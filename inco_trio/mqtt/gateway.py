@@ -96,7 +96,13 @@ class Gateway:
 
     async def _look(self, nursery: trio.Nursery) -> None:
         """Start following the proxies whose control sockets have just appeared."""
-        for path in self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets):
+        try:
+            paths = self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets)
+        except ResourceError as error:
+            self._problems.failed("control", f"{error}; retrying")
+            return
+        self._problems.well("control")
+        for path in paths:
             if path not in self._proxies:
                 self._proxies[path] = trio.Event()
                 nursery.start_soon(self._follow, path, nursery)
@@ -327,9 +333,14 @@ class Gateway:
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Handle MQTT clients' requests to send signals, in the order in which they arrive."""
         async for received in connection.received:
-            response = await self._try_to_send(board, topics.signal_of(received.topic), received)
-            # Acknowledge the request last: if the connection breaks before that, the broker repeats the request.
-            await self._respond(board, connection, received, response)
+            if (signal := topics.signal_of(received.topic)) is not None:
+                response = await self._try_to_send(board, signal, received)
+                # Acknowledge the request last: if the connection breaks before that, the broker repeats the request.
+                await self._respond(board, connection, received, response)
+            elif self._problems.said(key := (board, "topic")) is None:
+                text = f"ignored a message with the topic {received.topic!r}"
+                hint = "does another program use the client identifier?"
+                self._problems.failed(key, f"{text}: {hint}", board.name)
             await connection.acknowledge(received)
 
     async def _try_to_send(self, board: Board, signal: str, received: Received) -> dict[str, object]:

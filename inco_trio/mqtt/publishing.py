@@ -90,6 +90,10 @@ class Publisher:
     def push(self) -> None:
         """Send as many notifications as the broker accepts, and remove those that it has acknowledged."""
         board, flights = self._board, self._flights
+        if not flights and len(board.waiting) == 1 and self._connection.room:
+            self._push_alone(board.waiting[0])
+            if self._unanswered:
+                return
         while True:
             self._collect()
             if self._refused and not (self._unanswered or self._again):
@@ -112,6 +116,15 @@ class Publisher:
             )
             if self._unanswered or not (numbers or new):
                 return
+
+    def _push_alone(self, entry: Entry) -> None:
+        """Send the only notification of the queue. This is faster than `push`, so that its latency is low."""
+        board = self._board
+        is_new = not board.is_duplicate(entry)
+        self._flights.append(_Flight(entry, board.source, board.generation, is_new, is_done=not is_new))
+        if is_new:
+            self._unanswered = 1
+            self._connection.send(self, ((self._first, _notification(self._topics, entry)),))
 
     def _room(self) -> int:
         """Return how many notifications to send now."""

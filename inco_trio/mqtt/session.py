@@ -245,7 +245,7 @@ class Session:
         assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
         topic, alias = message.topic, None
         if self.limits.topic_alias_maximum and not message.is_response:
-            alias = self._alias(topic)
+            alias = self._aliases.get(topic) or self._new_alias(topic)
         packet_id = self._next_id()
         limit = self.limits.maximum_packet_size or _PUBLISH_PACKET_MAX
         if len(message.payload) >= limit:
@@ -266,12 +266,12 @@ class Session:
         self._awaited[packet_id] = receipts, number, topic
         self.out += packet
 
-    def _alias(self, topic: str) -> int | None:
-        """Return the alias of a topic, or None if the broker allows no more aliases."""
+    def _new_alias(self, topic: str) -> int | None:
+        """Return a new alias for a topic, or None if the broker allows no more aliases."""
         assert self.limits is not None  # noqa: S101 - see `publish`
-        alias = self._aliases.get(topic)
-        if alias is None and len(self._aliases) < self.limits.topic_alias_maximum:
-            alias = self._aliases[topic] = len(self._aliases) + 1
+        if len(self._aliases) >= self.limits.topic_alias_maximum:
+            return None
+        alias = self._aliases[topic] = len(self._aliases) + 1
         return alias
 
     def _next_id(self) -> int:

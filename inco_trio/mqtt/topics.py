@@ -61,6 +61,7 @@ class Topics:
     def send(self, signal: str) -> str:
         return f"{self._send}{level(signal)}"
 
-    def signal_of(self, topic: str) -> str:
-        """Return the signal in a topic that matches `sends`."""
-        return name_of(topic.removeprefix(self._send))
+    def signal_of(self, topic: str) -> str | None:
+        """Return the signal that a request with this topic names, or None if the topic does not match `sends`."""
+        signal = topic.removeprefix(self._send)
+        return None if signal == topic or "/" in signal else name_of(signal)

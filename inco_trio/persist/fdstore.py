@@ -16,7 +16,7 @@ import re
 import socket as sockets
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ __all__ = [
     "SystemdFdStore",
     "fd_store_from_environment",
     "inherited_fd",
+    "report_missing",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ _LISTEN_FDS_START = 3
 _FD_MAX = (1 << 31) - 1
 IN_TRANSIT = "too many descriptors of this user are in transit in Unix sockets: raise ulimit -Hn"
 """The message for ETOOMANYREFS. The sender's limit on open descriptors applies to all the user's processes."""
+MISSING = "fd store: the stored descriptor %s is missing: starting without it; the data in it is lost"
+DIRECTLY = "let the supervisor start inco-trio directly"
+_STORED = re.compile(r"(?:link|inotify|inflight|bundle|memory)\.[0-9]+")
+"""An entry of the fd store that an inco-trio process has stored."""
 _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
 """The socket families and types that a link may have."""
 _SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
@@ -75,6 +80,17 @@ def inherited_fd(fds: dict[str, int], name: str) -> int | None:
     logger.warning("fd store: the stored descriptor %s is of the wrong kind: starting without it", name)
     os.close(fds.pop(name))
     return None
+
+
+def report_missing(fds: Container[str], names: Sequence[str]) -> None:
+    """Log a warning for each missing descriptor of `names`, which a proxy stores in this order.
+
+    If a descriptor was stored, all descriptors before it were stored too, so the fd store has lost the missing ones.
+    """
+    last = max((number for number, name in enumerate(names) if name in fds), default=0)
+    for name in names[:last]:
+        if name not in fds:
+            logger.warning(MISSING, name)
 
 
 def _is_right_kind(name: str, fd: int) -> bool:
@@ -113,6 +129,11 @@ class _NumberedFdStore(ABC):
         self.inherited: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         for name, number, fd in sorted(found, key=lambda entry: entry[1]):
+            if self._numbers.get(name) == number:
+                # systemd allows this, and lists the newest one first. FDSTOREREMOVE=1 would remove all of them.
+                logger.warning("fd store: several descriptors are stored as %s.%d: using the newest one", name, number)
+                os.close(fd)
+                continue
             if name in self.inherited:
                 os.close(self.inherited[name])
                 self.remove(name)
@@ -238,28 +259,48 @@ def _take_number(variable: str) -> int:
     text = os.environ.pop(variable, "")
     if re.fullmatch("[0-9]{1,10}", text) and int(text) <= _FD_MAX:
         return int(text)
-    raise InvalidArgumentError(
-        f"${variable}", f"{text!r} is not a descriptor number or count (let the supervisor start inco-trio directly)"
-    )
+    raise InvalidArgumentError(f"${variable}", f"{text!r} is not a descriptor number or count ({DIRECTLY})")
 
 
 def _listen_fds_are_ours() -> bool:
-    return os.environ.get("LISTEN_PID") == str(os.getpid())
+    """Return whether systemd passed descriptors to this process.
+
+    Raises InvalidArgumentError if it passed stored descriptors to another process, such as a shell that started this
+    one. New descriptors would be stored under the same names, and the queues of the old ones would be lost.
+    """
+    pid, ours = os.environ.get("LISTEN_PID"), os.getpid()
+    if pid not in (None, str(ours)) and any(_STORED.fullmatch(name) for name in _listen_names()):
+        text = f"{pid!r} is not this process, {ours}, which therefore cannot take over the stored descriptors"
+        raise InvalidArgumentError("$LISTEN_PID", f"{text} ({DIRECTLY})")
+    return pid == str(ours)
+
+
+def _listen_names() -> list[str]:
+    return os.environ.get("LISTEN_FDNAMES", "").split(":")
 
 
 def _take_listen_fds() -> list[_Found]:
     if not _listen_fds_are_ours():
         return []
+    names, number = _listen_names(), _take_number("LISTEN_FDS")
     del os.environ["LISTEN_PID"]
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    fds = range(_LISTEN_FDS_START, _LISTEN_FDS_START + _take_number("LISTEN_FDS"))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if len(names) > max(number, 1):
+        text = f"{len(names)} names for {number} descriptor{'' if number == 1 else 's'} ({DIRECTLY})"
+        raise InvalidArgumentError("$LISTEN_FDNAMES", text)
+    fds = range(_LISTEN_FDS_START, _LISTEN_FDS_START + number)
     return _numbered((names[i] if i < len(names) else "", fd) for i, fd in enumerate(fds))
 
 
 def _numbered(entries: Iterable[tuple[str, int]]) -> list[_Found]:
     """Return the entries whose identifiers have a name and a number. Close the descriptors of all other entries."""
-    found = []
+    found: list[_Found] = []
+    seen = {0, 1, 2}
     for identifier, fd in entries:
+        if fd in seen:
+            text = "listed in the environment twice, or a standard stream"
+            raise InvalidArgumentError(f"descriptor {fd}", f"{text} ({DIRECTLY})")
+        seen.add(fd)
         numbered = re.fullmatch(r"(.+)\.([0-9]{1,18})", identifier, re.DOTALL)
         try:
             if numbered:

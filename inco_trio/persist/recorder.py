@@ -10,6 +10,8 @@ never read. One record contains all notifications of a signal in one batch.
 
 from __future__ import annotations
 
+import bisect
+import copy
 import itertools
 import logging
 import math
@@ -210,12 +212,13 @@ class Recorder:
         """Number the next notification `sequence` + 1, unless its number would already be higher."""
         self._sequence = max(self._sequence, sequence)
 
-    def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
+    def append(self, signals: Sequence[Signal], since: int = 0, at: tuple[int, int] | None = None) -> tuple[int, int]:
         """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        `since` is the monotonic time when the notifications became pending, or 0 if they were never pending.
+        `since` is the monotonic time when the notifications became pending, or 0 if they were never pending. `at` is
+        the time of the record (default: now).
         """
-        wall, monotonic = real_clock.time_ns(), real_clock.monotonic_ns()
+        wall, monotonic = at or (real_clock.time_ns(), real_clock.monotonic_ns())
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
@@ -375,24 +378,47 @@ class Recorder:
         since = self._clock.seconds(min(oldest)) if oldest else None
         return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
 
-    def notifications(self) -> Iterator[Recorded]:
-        """Yield the recorded notifications, oldest first. Raises ValueError if the memory is invalid."""
-        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications():
+    def snapshot(self) -> Recorder:
+        """Return a copy to read from, which does not change when the proxy records more.
+
+        Copying the memory is fast. Decoding all records takes much longer, so other tasks must run in between.
+        """
+        found = copy.copy(self)
+        found._ring = memoryview(bytes(self._ring[: min(self._written, self._kept + 1) * _RECORD.size]))
+        found._events = memoryview(bytes(self._events[: min(self._noted, self._events_kept + 1) * _EVENT.size]))
+        found._names = self._names.copy()
+        return found
+
+    def notifications(self, after: int = 0) -> Iterator[Recorded]:
+        """Yield the notifications that are newer than the monotonic time `after`, oldest first.
+
+        Raises ValueError if the memory is invalid.
+        """
+        for wall, monotonic, sequence, count, signal, delay in self._raw_notifications(after):
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
             yield Recorded(wall, monotonic, sequence, count, direction, self._name(signal & ~_OUTBOUND), delay)
 
-    def _raw_notifications(self) -> Iterator[tuple[Any, ...]]:
-        for number in range(max(0, self._written - self._kept), self._written):
-            yield _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
+    def _raw_notifications(self, after: int = 0) -> Iterator[tuple[Any, ...]]:
+        numbers = range(max(0, self._written - self._kept), self._written)
+        start = bisect.bisect(numbers, after, key=lambda number: self._raw_notification(number)[1]) if after else 0
+        return map(self._raw_notification, numbers[start:])
+
+    def _raw_notification(self, number: int) -> tuple[Any, ...]:
+        return _RECORD.unpack_from(self._ring, number % (self._kept + 1) * _RECORD.size)
 
     def _name(self, number: int) -> str:
         if number >= len(self._names) or not self._names[number]:
             raise ValueError("unknown signal number")
         return self._names[number]
 
-    def notes(self) -> Iterator[Note]:
-        """Yield the recorded events, oldest first. Raises ValueError if the memory is invalid."""
+    def notes(self, after: int = 0) -> Iterator[Note]:
+        """Yield the events whose last occurrence is newer than the monotonic time `after`, oldest first.
+
+        Raises ValueError if the memory is invalid.
+        """
         for wall, first, last, count, signal, kind, state, text, seconds in self._raw_notes():
+            if last <= after:
+                continue
             if kind >= len(KINDS):
                 raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND

@@ -25,7 +25,7 @@ from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
 from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
-from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT
 from inco_trio.problems import board_name, working_for
@@ -151,9 +151,15 @@ class Proxies(Mapping[str, Proxy]):
         if not isinstance(fd_store, NoFdStore):
             self._bundle = Bundle(fd_store)
             resources.callback(self._bundle.close)
+            if (former := whole.pop("bundle", None)) is not None:
+                os.close(former)  # In this old queue, sockets that no board uses any more would stay open.
+            if self._bundle.kept:
+                report_missing(whole, ("inflight", "inotify", "bundle"))
             # Create the share of each board before the first read, so that queued events reach their boards.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)
+            if not all(kept.ground.inflight.inherited for kept in self._kept.values()):
+                self._shared.hold()
         self._shared.recover()
         for name, fd in (("inflight", memory.fd), ("inotify", self._shared.inotify.fd)):
             if whole.get(name) != fd:
@@ -161,9 +167,11 @@ class Proxies(Mapping[str, Proxy]):
 
     def _keep(self, name: str) -> _Kept:
         """Open or inherit the resources of a board. Raises ResourceError."""
-        held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
+        kept = {} if self._bundle is None else self._bundle.kept
+        held = kept.get(f"{name}/inflight")
         try:
             with working_for(name):
+                report_missing(kept, (f"{name}/inflight", f"{name}/link"))
                 inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
         except OSError as error:
             raise refusal(error, "shared memory") from error
@@ -225,6 +233,7 @@ class Proxies(Mapping[str, Proxy]):
             for name in [name for name in self._kept if name not in plan.staying]:
                 self._drop(name)
             await self._open_or_change(plan.later, refused)
+            self._shared.release()
             return refused
 
     def _plan(self, configs: Mapping[str, Config], keep: Collection[str], refused: dict[str, IncoError]) -> _Plan:

@@ -26,7 +26,7 @@ from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
@@ -298,7 +298,7 @@ class Proxy:
         text = "stopped"
         if unfinished := self._counters.unfinished:
             is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
-            text += f" with {unfinished} notifications pending: they are {'lost' if is_lost else 'kept'}"
+            text += f" with pending notifications: {unfinished} {'lost' if is_lost else 'kept'}"
             logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
         with noted_by(self._parts.events.note):
             self._inbound.count_dropped()
@@ -434,6 +434,7 @@ async def _following(mounts: Mounts) -> AsyncIterator[None]:
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
+    report_missing(inherited, ("inflight", "inotify", "link"))
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)

@@ -53,6 +53,22 @@ class SharedInotify:
         self._bank = bank
         self._watches: dict[int, dict[Share, _Watch]] = {}
         self._shares: set[Share] = set()
+        self._held = False
+        self._released = trio.Event()
+
+    def hold(self) -> None:
+        """Read nothing until `release`: a board has lost the numbers of its watches, and has to watch its files again.
+
+        Until then, the board of an event is unknown. The events stay in the kernel's queue and in `bank`.
+        """
+        self._held = True
+
+    def release(self) -> None:
+        """Read events from now on. Call this once all boards have watched their files."""
+        if self._held:
+            self._held = False
+            self.recover()
+            self._released.set()
 
     def share(self, inflight: Inflight) -> Share:
         """Create and return a board's share, which includes the board's inherited watches."""
@@ -71,10 +87,13 @@ class SharedInotify:
 
     def recover(self) -> None:
         """Move a predecessor's events from `bank` to their boards. Call `share` for all inherited boards first."""
-        self._move(len(self._bank.view))
+        if not self._held:
+            self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
         """Read the descriptor until cancelled."""
+        if self._held:
+            await self._released.wait()
         while True:
             while self._pump():
                 await trio.lowlevel.checkpoint()
@@ -82,14 +101,18 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move queued events to the boards. Include at least all events that were queued before the call."""
+        """Move queued events to the boards. Include at least all events that were queued before the call.
+
+        Do nothing between `hold` and `release`.
+        """
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
 
     def _pump(self) -> bool:
         """Read the descriptor once and move the events to their boards. Return whether any events were queued."""
-        if length := self.inotify.read_into(self._bank.view):
+        length = 0 if self._held else self.inotify.read_into(self._bank.view)
+        if length:
             self._move(length)
         return length > 0
 

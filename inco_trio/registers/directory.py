@@ -68,8 +68,8 @@ class Directory:
     checked: set[bytes] = attrs.Factory(set)
     """The names of state files that passed `check` and that no event has reported as changed since.
 
-    Empty while the directory is not open or is `shared`: there, another user could replace a file before the proxy
-    reads its event.
+    This set is empty while the directory is not open or is `shared`. In a shared directory, another user could replace
+    a file before the proxy reads the event.
     """
     devices: set[int] = attrs.Factory(set)
     """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
@@ -120,7 +120,7 @@ class Directory:
             return PATIENCE
 
     def found_trusted(self, trust: Trust, found: os.stat_result) -> None:
-        """Store whom the proxy trusted when it opened or checked the directory, which has the status `found`."""
+        """Store the users whom the proxy trusted when it opened or checked the directory. `found` is its status."""
         self.shared, self.trust = trust.shares(found), trust
         if self.shared:
             self.checked.clear()

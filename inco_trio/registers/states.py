@@ -65,7 +65,7 @@ class StateFile:
         if fd < 0:
             directory, register = self.directory, self._register
             try:
-                if register in directory.checked:  # The usual case, without the time of a further call.
+                if register in directory.checked:  # In the usual case, avoid the cost of another call.
                     fd = os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
                 else:
                     fd = self._check_and_open()
@@ -246,7 +246,7 @@ class StateFiles:
         return outcomes
 
     def write_alone(self, file: StateFile) -> list[str | None] | None:
-        """Do the same as `write`, but faster, for one notification."""
+        """Do the same as `write` for one notification, but faster."""
         if self._pending.places or file not in self._current:
             return self.write((file,))
         try:

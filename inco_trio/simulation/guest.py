@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from inco_trio import real_clock
-from inco_trio.errors import UnavailableError
+from inco_trio.errors import InvalidArgumentError, UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.process import end_with_parent
 from inco_trio.service.launch import Wait, wait_readable
@@ -99,11 +99,18 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         reboot: bool = True,
         namespace: Namespace | None = None,
         wait: Wait = wait_readable,
-        firmware: Path = FIRMWARE,
+        firmware: Path | str = FIRMWARE,
         program: str = QEMU,
         machine: Sequence[str] = _MACHINE,
         ready: str = READY,
     ) -> None:
+        for name, text in {"command_line": command_line, "program": program, "ready": ready}.items():
+            if not isinstance(text, str):
+                raise InvalidArgumentError(f"{name}={text!r}: expected a string")
+        if not isinstance(machine, list | tuple) or not all(isinstance(word, str) for word in machine):
+            raise InvalidArgumentError(f"machine={machine!r}: expected a list of arguments for QEMU")
+        if not isinstance(firmware, Path | str):
+            raise InvalidArgumentError(f"firmware={firmware!r}: expected a path")
         self._tap: str | None = netdev["ifname"] if netdev["type"] == "tap" else None
         self._program = program
         self._ready = ready

@@ -20,7 +20,7 @@ from inco_trio.testing.carriers import Carrier
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults
 from inco_trio.testing.happenings import Happening
-from inco_trio.testing.layout import make_layout
+from inco_trio.testing.layout import make_layout, path_from
 from inco_trio.testing.report import record, side_by_side
 from inco_trio.testing.rig import Plan, Rig
 
@@ -280,7 +280,7 @@ class Board:
     @contextlib.contextmanager
     def guest(
         self,
-        firmware: Path | None = None,
+        firmware: Path | str | None = None,
         command_line: str = "",
         *,
         program: str | None = None,
@@ -291,7 +291,7 @@ class Board:
 
         `firmware` defaults to the firmware of `inco-trio demo --qemu`. `program` is the QEMU program to run. `machine`
         replaces the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is the
-        message that the firmware prints on its serial output when it is ready. Raises GuestError.
+        message that the firmware prints on its serial output when it is ready. Raises GuestError, InvalidArgumentError.
         """
         rig = self._rig
         if self._plan.cores is not None:
@@ -317,9 +317,15 @@ class Board:
         parts += [f"serial output of the guest:\n{guest.log.rstrip()}" for guest in self._guests]
         return "\n".join(parts)
 
-    def record(self, path: Path) -> None:
-        """Record the frames on the link, as `inco-trio record` does. Raises PermissionDeniedError, ResourceError."""
-        record(path, self.history, {signal.name: str(signal.path) for signal in self.signals}, self.link)
+    def record(self, path: Path | str) -> None:
+        """Record the frames on the link, as `inco-trio record` does.
+
+        Raises InvalidArgumentError, PermissionDeniedError, ResourceError.
+        """
+        __tracebackhide__ = True
+        record(
+            path_from("path", path), self.history, {signal.name: str(signal.path) for signal in self.signals}, self.link
+        )
 
     def failure(self) -> str | None:
         """Return why the board has failed since the last call, for example because the proxy has ended, or None."""
@@ -377,7 +383,7 @@ def open_board(
         raise InvalidArgumentError(f"in_process={in_process!r}: expected True or False")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
-        layout = make_layout(Path(directory), config, signals)
+        layout = make_layout(path_from("directory", directory), config, signals)
         resources.callback(layout.remove)
         of = engine()
         address = layout.address("core0", "wire") if cores is None else cores.link

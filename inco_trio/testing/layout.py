@@ -14,10 +14,11 @@ import attrs
 
 from inco_trio.config import parse_board, read_udrv
 from inco_trio.errors import ConfigError, InvalidArgumentError
+from inco_trio.linux.files import is_path
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.signals import BUILTIN, Direction, Signal, direction_of
 
-__all__ = ["DEVICE", "Layout", "make_layout"]
+__all__ = ["DEVICE", "Layout", "make_layout", "path_from"]
 
 DEVICE = "ihub-irq-dev"
 """The device in udrv.json whose directory contains the registers of the built-in signals."""
@@ -58,6 +59,14 @@ class Layout:
         """Remove the directory of the sockets, unless it is `directory`."""
         if self.sockets != self.directory:
             shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def path_from(what: str, value: Path | str) -> Path:
+    """Return the argument `what` as an absolute path. Raises InvalidArgumentError."""
+    __tracebackhide__ = True  # Make pytest show the caller's line instead of this line.
+    if not isinstance(value, Path | str) or not str(value) or not is_path(str(value)):
+        raise InvalidArgumentError(f"{what}={value!r}: expected a path")
+    return Path(value).absolute()
 
 
 def make_layout(
@@ -107,7 +116,7 @@ def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
         return {"misc": {"ihub_config_dev": {"regs": regs}}}
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
-    text = read_udrv(config)
+    text = read_udrv(path_from("config", config))
     parse_board(text, str(config))
     document: dict[str, Any] = json.loads(text)
     return document

@@ -101,8 +101,7 @@ def requests(data: bytes) -> None:
     received = protocol.LineBuffer(protocol.LINE_MAX)
     with contextlib.suppress(protocol.MessageError):
         for start in range(0, len(data), 7):
-            received.feed(data[start : start + 7])
-            for line in received.lines():
+            for line in received.split(data[start : start + 7]):
                 try:
                     request, tag = protocol.decode_request(line)
                 except protocol.RequestError as error:
