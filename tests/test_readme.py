@@ -73,6 +73,7 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
             process.kill()
 
 
+@pytest.mark.tools
 def test_the_c_example_counts_every_close(tmp_path: Path) -> None:
     (lines,) = (block.text for block in parts("README") if block.language == "c")
     (tmp_path / "irq").mkdir()

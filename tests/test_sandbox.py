@@ -382,6 +382,7 @@ def test_the_writable_places_are_parents(tmp_path: Path) -> None:
     assert sandbox._existing(Path("/missing")) == Path("/")
 
 
+@pytest.mark.s6
 def test_the_programs_of_s6_can_run(tmp_path: Path) -> None:
     programs = list(sandbox._programs())
     assert {path.name for path in programs} >= set(sandbox.FD_STORE_PROGRAMS)

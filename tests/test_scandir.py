@@ -542,6 +542,7 @@ SERVICES = {
 }
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("name", SERVICES)
 def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Path) -> None:
     unit = tmp_path / "x.service"

@@ -385,6 +385,7 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
     assert len(json.loads(run("status", "--json", env=environment).stdout)["boards"]) == 1
 
 
+@pytest.mark.tools
 def test_status_shows_all_proxies_and_other_commands_need_one(board: Board, tmp_path: Path) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     (tmp_path / "inco-trio").mkdir()
