@@ -320,7 +320,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(broken._inbound._states, "write", fail)
+        monkeypatch.setattr(broken._inbound._states, "write_alone", fail)
         place.interrupt("a", peers["a"])
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
         # The new proxy delivers the notification that was in flight, as it does after a crash.
@@ -353,7 +353,7 @@ async def test_a_board_that_was_open_is_retried_after_the_shortest_pause(
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(broken._inbound._states, "write", fail)
+        monkeypatch.setattr(broken._inbound._states, "write_alone", fail)
         place.interrupt("a", peer)
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
 
