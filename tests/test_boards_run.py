@@ -96,6 +96,25 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
 
+def test_a_board_that_is_added_after_a_crash_has_no_predecessor(boards: Boards, daemon: StartDaemon) -> None:
+    boards.add("a")
+    path = f"{boards.home}/control"
+    first = daemon("--control", path)
+    first.process.kill()
+    first.process.wait()
+    proxy = daemon("--control", path)
+    boards.add("b")
+    assert command("reload", "--control", path).returncode == 0
+    for name, crashed in (("a", True), ("b", False)):
+        (started,) = [
+            json.loads(line)["message"]
+            for line in command("history", "--control", path, "--board", name, "--json").stdout.splitlines()
+            if json.loads(line)["event"] == "started"
+        ]
+        assert started.startswith("started after the previous process") is crashed
+    assert proxy.stop() == 0
+
+
 def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDaemon) -> None:
     boards.add("a", "b")
     boards.write("bad", {"link": "unix:/x", "irq_dir": "/x"})

@@ -166,6 +166,26 @@ def test_a_fleet_uses_each_descriptor_that_is_left(
     run(main)
 
 
+def test_a_fleet_names_the_shared_descriptors_that_are_missing(
+    boards: dict[str, Board], caplog: pytest.LogCaptureFixture
+) -> None:
+    configs = {name: board.config for name, board in boards.items()}
+
+    async def main() -> None:
+        store = Cupboard()
+        async with open_fleet(configs, store):
+            pass
+        heir = remaining(store.kept, ["bundle"])
+        store.close()
+        caplog.set_level(logging.WARNING)
+        async with open_fleet(configs, heir):
+            pass
+        assert caplog.messages == [lost_line("inflight"), lost_line("inotify")]
+        heir.close()
+
+    run(main)
+
+
 def test_a_fleet_starts_with_the_buffers_of_another_version(
     boards: dict[str, Board], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -151,10 +151,10 @@ class Proxies(Mapping[str, Proxy]):
         if not isinstance(fd_store, NoFdStore):
             self._bundle = Bundle(fd_store)
             resources.callback(self._bundle.close)
-            if (former := whole.pop("bundle", None)) is not None:
-                os.close(former)  # In this old queue, sockets that no board uses any more would stay open.
             if self._bundle.kept:
                 report_missing(whole, ("inflight", "inotify", "bundle"))
+            if (former := whole.pop("bundle", None)) is not None:
+                os.close(former)  # In this old queue, sockets that no board uses any more would stay open.
             # Create the share of each board before the first read, so that queued events reach their boards.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)

@@ -132,6 +132,8 @@ class Daemon:
             is_ready = threading.Event()
             self._start_diagnosis(is_ready)
             self._restrict(self._boards.configs(), self._control_path)
+            if control is not None:
+                control.after_crash = False  # No process served the boards that a reload adds before this process.
             runner.ready()
             is_ready.set()
             await runner.follow_reloads()

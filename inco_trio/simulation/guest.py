@@ -84,7 +84,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
     start, they also kill QEMU.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
-    if QEMU is not running or does not respond in time.
+    if QEMU is not running or does not respond in time. `start` raises ResourceError if the tap stays down for 2 min.
 
     `firmware` must print `ready` on its serial output when it is ready. `program` and `machine` replace the defaults.
     """
