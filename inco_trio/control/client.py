@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import select
@@ -339,15 +340,30 @@ def _attempt(path: Path) -> Client | IncoError:
 def sockets() -> list[Path]:
     """Return all control sockets on this host, even stale ones. Sockets of systemd units are in subdirectories.
 
-    Raises ResourceError if a directory cannot be read.
+    Raises ResourceError if the process or the system has no descriptors or memory left.
     """
     found: list[Path] = []
     for directory in runtime_directories():
         try:
-            found += sorted([*directory.glob("*.sock"), *directory.glob("*/*.sock")])
+            entries = _entries(directory)
+            below = [path for entry in entries if entry.suffix != ".sock" for path in _entries(entry)]
         except OSError as error:
             raise ResourceError(directory, f"cannot search for control sockets: {error.strerror}") from error
+        found += sorted(path for path in [*entries, *below] if path.suffix == ".sock")
     return found
+
+
+def _entries(directory: Path) -> list[Path]:
+    """Return the entries of a directory, or an empty list if it is missing or not readable.
+
+    Raises OSError if no descriptors or memory are left. Path.glob ignores this from Python 3.12 on.
+    """
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return []
 
 
 def _is_called(client: Client, link: str) -> bool:
