@@ -32,8 +32,6 @@ PARAMETERS = (
     "systemd.mask=serial-getty@ttyS0.service",
     # If the host is busy, the emulated timer is so late that the kernel's check of it panics.
     "no_timer_check",
-    # The defaults of initramfs-tools (30 s) and systemd (90 s) are too short on a busy host.
-    *(f"rootdelay={HANG}", f"systemd.default_timeout_start_sec={HANG}", f"systemd.default_device_timeout_sec={HANG}"),
 )
 """Kernel command-line parameters of all boots."""
 
