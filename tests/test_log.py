@@ -16,6 +16,7 @@ import pytest
 from inco_trio.problems import Problems, report, working_for
 from inco_trio.service.log import _Lines, log_statistics, needs_timestamps, set_up_logging
 from inco_trio.service.throttle import PERIOD, Throttle
+from netns.hang import HANG
 
 logger = logging.getLogger("inco_trio.somewhere")
 
@@ -26,6 +27,8 @@ def package_log() -> Iterator[None]:
     package = logging.getLogger("inco_trio")
     before = package.handlers, package.propagate, package.level
     yield
+    for handler in package.handlers:
+        handler.flush()  # Otherwise, held lines would appear in the output of the next test.
     package.handlers, package.propagate = before[:2]
     package.setLevel(before[2])
 
@@ -396,8 +399,11 @@ def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.Monkey
     ids=["problem", "user", "down", "up"],
 )
 def test_texts_that_others_vary_have_the_same_cause(
-    say: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    say: Callable[[int], None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a slow machine, the held lines would be written before the last line is logged.
+    monkeypatch.setattr("inco_trio.service.throttle.PERIOD", HANG)
+    monkeypatch.setattr("inco_trio.service.log._Lines._start_timer", lambda _: None)
     set_up_logging("text", verbose=False)
     for number in range(100):
         say(number)
