@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.doctor import silence
 from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
@@ -78,3 +79,23 @@ def test_a_filesystem_that_is_not_used_is_not_reported(tmp_path: Path) -> None:
     _, results = doctor(tmp_path / "dead", "--config", udrv)
     assert silences(results) == []
     assert ("configuration", "ok") in [(result["check"], result["level"]) for result in results]
+
+
+@pytest.mark.parametrize(
+    ("mount", "tries"),
+    [("fuse.sshfs host:/ rw", True), ("fusectl fusectl rw", False), ("autofs host rw", True),
+     ("autofs systemd-1 rw", False), ("tmpfs tmpfs rw", False)],
+)  # fmt: skip
+def test_only_a_filesystem_that_may_wait_is_tried_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mount: str, tries: bool
+) -> None:
+    used: list[object] = []
+
+    def ends(use: object) -> bool:
+        used.append(use)
+        return True
+
+    monkeypatch.setattr(silence, "lines_of", lambda _: [f"1 2 0:3 / /mnt rw - {mount}"])
+    monkeypatch.setattr(silence, "_ends", ends)
+    assert silence.silent("registers", tmp_path, list) is None
+    assert bool(used) is tries

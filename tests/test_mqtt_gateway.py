@@ -45,9 +45,11 @@ async def _never(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("ending", ["proxy ends", "proxy closes the board", "both stay"])
-def test_two_proxies_are_reported_only_if_both_have_the_board(ending: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_proxies_are_reported_only_if_both_have_the_board(
+    ending: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gateway, first, second = Gateway(BROKER, GatewayConfig()), Conversation(), Conversation()
-    setattr(gateway, "_serve", _never)  # noqa: B010 - mypy does not allow assigning a method
+    monkeypatch.setattr(gateway, "_serve", _never)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:

@@ -241,7 +241,7 @@ class EchoingConnection:
     ],
 )
 def test_only_a_process_that_connects_again_is_another_process(
-    tmp_path: Path, before: list[int], after: list[int], topic: str, is_taken: bool
+    tmp_path: Path, before: list[int], after: list[int], topic: str, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
     assert isinstance(address, UnixAddress)
@@ -252,7 +252,7 @@ def test_only_a_process_that_connects_again_is_another_process(
     async def sleep(_connection: object) -> None:
         await trio.sleep_forever()
 
-    setattr(bridge, "_publish_all", sleep)  # noqa: B010 - mypy does not allow assigning a method
+    monkeypatch.setattr(bridge, "_publish_all", sleep)
 
     async def main() -> None:
         with trio.move_on_after(60):  # The clock is simulated.

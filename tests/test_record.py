@@ -248,7 +248,7 @@ def test_a_full_file_system_ends_the_recording_with_an_error(
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
     kept.mkdir()
-    # The filesystem has four pages. Once it contains two files, there is no room for the header of a third file.
+    # The filesystem has four pages. Two files fill it, so the header of a third file does not fit.
     command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
     script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
     with subprocess.Popen(

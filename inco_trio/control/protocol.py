@@ -63,7 +63,7 @@ class LineBuffer:
     def split(self, data: bytes) -> Iterable[bytes]:
         """Add received bytes, and return all complete lines. Iterating raises MessageError if a line is too long."""
         if not self._data and data.endswith(b"\n") and len(data) <= self._limit:
-            return data[:-1].split(b"\n")  # This case is frequent, and much faster than the other one.
+            return data[:-1].split(b"\n")  # Most calls take this path, which is much faster.
         self._data += data
         return self._lines()
 

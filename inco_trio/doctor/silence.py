@@ -21,8 +21,11 @@ __all__ = ["silent"]
 
 _ANSWER = 3.0
 """Timeout in seconds for the child process."""
-_WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs|vboxsf)")
-"""The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo."""
+_WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs(?! systemd-1 )|vboxsf)")
+"""The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo.
+
+This excludes the automount points of systemd, which every host has for binfmt_misc.
+"""
 
 
 def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool = False) -> Result | None:

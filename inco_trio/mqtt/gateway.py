@@ -273,7 +273,7 @@ class Gateway:
         async with plain_nursery() as nursery:
             nursery.start_soon(Publisher(board, topics, connection, self._problems).run)
             nursery.start_soon(self._send_all, board, topics, connection)
-            # Subscribe before publishing `online`: the broker drops requests while there is no subscription.
+            # Subscribe before publishing `online`: the broker drops requests that arrive before the subscription.
             is_subscribed = await self._subscribe(board, topics, connection)
             nursery.start_soon(self._publish_status, board, topics, connection)
             backoff = BrokerBackoff()

@@ -83,7 +83,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Return whether the goal is met, or None if there is no goal."""
+        """Return whether the result meets the goal, or None if the figure has no goal."""
         return None if self.goal is None else self.goal.met(self.result)
 
     @property
