@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
         notes = left_out(recording)
     if cut is not None:
         notes.append(f"{path}: {cut}: the packets before this position were played")
+    if len(recording.boards) > 1:
+        names = ", ".join(sorted(recording.boards))
+        hint = "all were played together (`record --board NAME` records only one)"
+        notes.append(f"{path}: contains {len(recording.boards)} boards, {names}: {hint}")
     if played.overflowed:
         notes.append("the inotify queue overflowed: the counts are too low")
     _report(args, path, played, recording.left_out, notes)
