@@ -117,6 +117,17 @@ def test_a_history_that_is_off_is_an_error(board: Board) -> None:
     assert board.status()["recorded"] is None
 
 
+def test_an_unknown_signal_is_reported(board: Board) -> None:
+    board.running()
+    past = ["record", str(board.home / "f"), "--past"]
+    for command in (["history"], past):
+        words = [*COMMAND, *command, "--control", str(board.path), "--signal", "ihub_hwd_irq", "--signal", IN]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=HANG, check=True)
+        first, *rest = done.stderr.splitlines()
+        assert first.startswith("inco-trio: ihub_hwd_irq: not in the signal table (available: ")
+        assert len(rest) == 1
+
+
 def test_an_invalid_size_is_refused(board: Board) -> None:
     for size in ("-1", "65537", "x"):
         done = subprocess.run([*COMMAND, "run", "--history", size], capture_output=True, text=True, timeout=HANG,

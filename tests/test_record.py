@@ -150,6 +150,27 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     ]
 
 
+def test_record_ends_after_count_notifications_within_a_batch(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    """The flight recorder reports a batch as one event, which may contain more notifications than are wanted."""
+    peer = board.core1()
+    first = board.running()
+    recording = start(tmp_path / "f", "--control", board.path, "--count", "3")
+    wait_stopped(recording.process.pid)
+    assert first.stop() == 0
+    second = board.running()
+    wait_stopped(second.process.pid)
+    for _ in range(5):
+        board.inbound(peer)
+    second.process.send_signal(signal.SIGCONT)
+    while board.status()["counters"]["delivered"] < 5:
+        pass
+    recording.process.send_signal(signal.SIGCONT)
+    assert recording.end() == 0
+    assert counts(tmp_path / "f") == {IN: 3}
+
+
 def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
@@ -351,6 +372,13 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy is listening on this socket"),
         (("FILE", "--keep", "2"), 2, "--keep requires --size or --period: without them, only one file is written"),
+        (("FILE", "--since", "10m"), 2, "--since applies only to --past (add --past, or omit --since)"),
+        (
+            ("FILE", "--past", "--count", "5"),
+            2,
+            "--past and --count are mutually exclusive: the history is written at once",
+        ),
+        (("FILE", "--past", "--size", "1M", "--keep", "2"), 2, "--past and --size are mutually exclusive"),
         (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),
     ],

@@ -24,7 +24,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inco_trio.cli.monitor import Lines
-from inco_trio.cli.status import _board_lines, _duration
+from inco_trio.cli.status import _board_lines, _duration, _rate
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect, sockets, wait_for_end
 from inco_trio.control.place import silent_services
@@ -262,6 +262,79 @@ def test_monitor_explains_its_columns_except_for_json(board: Board, start: Calla
         header = start("monitor", "--control", board.path, *words).remark()
         assert header.startswith("inco-trio: listening to ")
         assert ("+ time since the previous notification of the same signal" in header) is explains
+
+
+@pytest.fixture
+def boards(board: Board) -> dict[str, str]:
+    """Start a proxy with the boards `a`, `b` and `c`, of which `c` cannot be opened. Return the environment to use."""
+    runtime = board.home / "runtime/inco-trio"
+    runtime.mkdir(parents=True)
+    (board.home / "boards").mkdir()
+    for name in "abc":
+        entry = {"link": f"unix:{board.home}/{name}.0,peer={board.home}/{name}.1", "irq_dir": f"{board.home}/{name}"}
+        (board.home / f"boards/{name}.json").write_text(json.dumps(entry))
+    (board.home / "c").touch()
+    board.path = runtime / "boards.sock"
+    arguments = ["--boards", str(board.home / "boards"), "--control", str(board.path)]
+    proxy = Proxy(None, arguments, {}, board.home / "log")
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    return {"XDG_RUNTIME_DIR": str(runtime.parent)}
+
+
+def test_the_name_of_a_board_selects_the_board(board: Board, boards: dict[str, str]) -> None:
+    """LINK may be the name of a board, as in `history b`. All commands that report must leave out the other boards."""
+    done = run("status", "b", "--json", env=boards)
+    assert [each["board"] for each in json.loads(done.stdout)["boards"]] == ["b"]
+    done = run("history", "b", "--json", env=boards)
+    assert {json.loads(line)["board"] for line in done.stdout.splitlines()} == {"b"}
+    done = run("status", "--control", board.path, "--json")
+    assert sorted(each["board"] for each in json.loads(done.stdout)["boards"]) == ["a", "b", "c"]
+    for command in (["monitor", "b", "--json"], ["record", str(board.home / "f"), "b"]):
+        with subprocess.Popen(
+            [*COMMAND, *command, "--count", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **boards},
+        ) as process:  # fmt: skip
+            assert process.stderr is not None
+            process.stderr.readline()
+            peers = []
+            for name in "ab":
+                peers.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                board._stack.callback(peers[-1].close)
+                Path(f"{board.home}/{name}.1").unlink(missing_ok=True)
+                peers[-1].bind(f"{board.home}/{name}.1")
+                peers[-1].sendto(encode(b"ihub_hwwd_irq", MAC), f"{board.home}/{name}.0")
+            out, _ = process.communicate(timeout=HANG)
+        assert process.returncode == 0
+        assert {json.loads(line)["board"] for line in out.splitlines()} <= {"b"}
+    content = (board.home / "f").read_bytes()
+    assert f"{board.home}/b/message_5_state".encode() in content
+    assert f"{board.home}/a/".encode() not in content
+
+
+@pytest.mark.parametrize("command", [["status"], ["monitor"], ["history"], ["record", "FILE"]], ids=" ".join)
+def test_a_board_that_is_not_open_is_named_with_the_reason(
+    board: Board, boards: dict[str, str], command: list[str]
+) -> None:
+    done = run(*(word.replace("FILE", str(board.home / "f")) for word in command), "c", env=boards)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("inco-trio: error: board 'c' is not open: ")
+    assert f"{board.home}/c" in done.stderr
+
+
+def test_monitor_names_the_board_of_each_event_of_several_boards(
+    board: Board, boards: dict[str, str], start: Callable[..., Running]
+) -> None:
+    for words, prefix in ((("--control", board.path), "b: "), (("--control", board.path, "--board", "b"), "")):
+        monitor = start("monitor", *words)
+        monitor.listening()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.bind(f"{board.home}/b.1")
+            peer.sendto(encode(b"ihub_hwwd_irq", MAC), f"{board.home}/b.0")
+            while "in  ihub_hwwd_irq" not in (line := monitor.line()):
+                pass
+        Path(f"{board.home}/b.1").unlink()
+        assert line.partition(" ")[2].startswith(f"{prefix}in  ihub_hwwd_irq")
 
 
 def test_monitor_filters_and_prints_json(board: Board, start: Callable[..., Running]) -> None:
@@ -633,6 +706,14 @@ def test_another_user_gets_a_permission_error(board: Board, nobody: list[str]) -
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert _duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0, "0"), (1e-6, "<0.001"), (0.0012, "0.0012"), (12.34, "12.3"), (999.4, "999"), (999.6, "1000"), (5e4, "50000")],
+)
+def test_rates_have_no_exponent(rate: float, text: str) -> None:
+    assert _rate(rate) == text
 
 
 def test_a_board_is_described_in_words() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.monitor import Lines
 from inco_trio.cli.options import add_color, add_place, number_of_seconds
-from inco_trio.cli.signalling import board_of, direction_of
+from inco_trio.cli.signalling import board_of, direction_of, remark_unknown
 from inco_trio.cli.streams import remark, say, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import Client, connect
@@ -43,6 +43,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the history; return the exit code. Raises IncoError."""
     with connect(args.link, args.control) as client:
+        remark_unknown(client, args)
         wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
         pasts = past_of(client, wanted.board, args.since)
         recorded = {

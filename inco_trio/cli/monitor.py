@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.options import add_color, add_place, add_selection
-from inco_trio.cli.signalling import clock_time, direction_of, may_listen, remark_unknown
+from inco_trio.cli.signalling import board_of, clock_time, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import connect
@@ -45,17 +45,18 @@ def run(args: argparse.Namespace) -> int:
         from inco_trio.control.listen import Listening
 
         with Listening(args.link, args.signal, direction) as listening:
-            return _print(listening.events(), args)
+            return _print(listening.events(), args, Lines())
     with client:
         remark_unknown(client, args)
-        client.request(MonitorRequest(args.board, direction, args.signal))
+        board = board_of(client, args)
+        client.request(MonitorRequest(board, direction, args.signal))
         columns = "" if args.json else f" ({COLUMNS})"
         remark(f"listening to {client.greeting.name}{columns}")
-        return _print(client.events(), args)
+        return _print(client.events(), args, Lines(1 if board else len(client.greeting.boards)))
 
 
-def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
-    left, shown = args.count, Lines()
+def _print(events: Iterable[Event], args: argparse.Namespace, shown: Lines) -> int:
+    left = args.count
     for event in events:
         say_text(*([event.json()] if args.json else painted([printable(shown.line(event))], args.color)))
         flush()

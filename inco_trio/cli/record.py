@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import attrs
+
 from inco_trio.capture.gaps import Gaps
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.history import accepted, past_events, past_of
@@ -64,6 +66,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record until a limit is reached or a stop signal arrives; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
+    _check_past(args)
     if args.past:
         return _record_past(args, path)
     if args.keep is not None and args.size is None and args.period is None:
@@ -82,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         remark(f"recording {source.name} to {recorder.path}")
         try:
             for event in _events(source, stop, recorder):
+                if args.count is not None and event.event == "notification":
+                    # An event from the flight recorder may represent more notifications than are still wanted.
+                    event = attrs.evolve(event, count=min(event.count, args.count - recorder.count))
                 _write(recorder, event, source.name)
                 if recorder.count == args.count:
                     break
@@ -92,9 +98,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_past(args: argparse.Namespace) -> None:
+    """Raise UsageError if an option has no effect with or without --past."""
+    if not args.past and args.since is not None:
+        raise UsageError("--since applies only to --past (add --past, or omit --since)")
+    for option in ("count", "duration", "size", "period", "keep") if args.past else ():
+        if getattr(args, option) is not None:
+            raise UsageError(f"--past and --{option} are mutually exclusive: the history is written at once")
+
+
 def _record_past(args: argparse.Namespace, path: Path) -> int:
     """Write the contents of the proxy's flight recorder to a file; return the exit code. Raises IncoError."""
     with connect(args.link, args.control) as client:
+        remark_unknown(client, args)
         wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
         count = _write_past(client, path, wanted, args.since)
         remark(f"{count} notifications of the history of {client.greeting.name} in {path}")
@@ -142,14 +158,15 @@ class _Proxy:
     """A connection to a proxy. It reconnects after a restart of the proxy."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
-        self._client, self._args, self._stop = client, args, stop
+        self._client, self._stop = client, stop
         self.name = client.greeting.name
         self._gone = False
-        self._wanted = MonitorRequest(args.board, direction_of(args), args.signal, frames=True)
+        board = board_of(client, args)
+        self._wanted = MonitorRequest(board, direction_of(args), args.signal, frames=True)
         self._gaps = Gaps()
-        for board in client.status(args.board):
-            if board.status is not None and board.status.recorded is not None:
-                self._gaps.begin(board.board, board.status.recorded)
+        for each in client.status(board):
+            if each.status is not None and each.status.recorded is not None:
+                self._gaps.begin(each.board, each.status.recorded)
         self._ask()
 
     def _ask(self) -> None:
@@ -192,7 +209,7 @@ class _Proxy:
 
     def _missing(self) -> list[Event] | None:
         """Return the events that only the proxy's flight recorder contains, or None if the flight recorder is off."""
-        boards = self._client.greeting.boards if self._args.board is None else (self._args.board,)
+        boards = self._client.greeting.boards if self._wanted.board is None else (self._wanted.board,)
         try:
             requests = [HistoryRequest(board, self._gaps.after(board)) for board in boards]
             pasts = [self._client.request(request).history for request in requests]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_color, add_place, number_of_seconds
+from inco_trio.cli.signalling import board_of
 from inco_trio.cli.streams import flush, say, say_text
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, connect, connect_all, wait_for_end
@@ -27,6 +28,8 @@ STORED = {None: "not stored", "s6-fdholder": "stored in s6-fdholder", "systemd":
 LAST = HEAD.index("last")
 LAST_WIDTH = len("59 min ago")
 """Minimum width of the column `last`. It keeps the other columns in place while ages get longer."""
+RATE_MIN = 0.001
+"""The lowest rate that is shown as a number, in notifications per second."""
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
@@ -58,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
         for client in clients:
             stack.enter_context(client)
         if args.watch is None:
-            lines = [*_shown(_ask(clients, args.board), args, None)]
+            lines = [*_shown(_ask(clients, args), args, None)]
             say_text(*(lines if args.json or args.openmetrics else painted(lines, args.color)))
             return 0
         before: tuple[float, Proxies] | None = None
         while True:
-            proxies, now = _ask(clients, args.board), time.monotonic()
+            proxies, now = _ask(clients, args), time.monotonic()
             lines = [*_shown(proxies, args, before and (now - before[0], before[1]))]
             if is_terminal() and not args.json:
                 say_text(screen(lines, args.color))
@@ -74,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
             wait_for_end(clients, args.watch)
 
 
-def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
-    """Return the status of each proxy that serves the board. Raises IncoError if none does."""
+def _ask(clients: Sequence[Client], args: argparse.Namespace) -> Proxies:
+    """Return the status of each proxy that serves the given board. Raises IncoError if none does."""
     found, errors = {}, []
     for client in clients:
         try:
             name = client.greeting.name
             # Proxies in different network namespaces have the same name if their interfaces have the same name.
-            found[str(client.path) if name in found else name] = client.status(board)
+            found[str(client.path) if name in found else name] = client.status(board_of(client, args))
         except InvalidArgumentError as error:
             errors.append(error)
     if not found:
@@ -143,7 +146,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
         rate = max(0, each.count - counts.get(each.signal, 0)) / period
         last = "never" if each.last is None else f"{_duration(max(0.0, now - each.last))} ago"
         way = "in" if each.direction is Direction.INBOUND else "out"
-        numbers = (str(each.count), f"{rate:.3g}", last, str(each.pending), str(each.failures))
+        numbers = (str(each.count), _rate(rate), last, str(each.pending), str(each.failures))
         rows.append((way, each.signal, *numbers, each.register))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[LAST] = max(widths[LAST], LAST_WIDTH)
@@ -153,6 +156,13 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _rate(per_second: float) -> str:
+    """Return a rate with three significant digits, but without an exponent."""
+    if 0 < per_second < RATE_MIN:
+        return f"<{RATE_MIN}"
+    return f"{per_second:.3g}" if per_second < 999.5 else f"{per_second:.0f}"
 
 
 def _uptime(status: Status, now: float) -> float:

@@ -265,13 +265,27 @@ def connect(link: str | None, control: str | None) -> Client:
     clients, errors = answering(sockets())
     found = [client for client in clients if link is None or _is_called(client, link)]
     only = found[0] if len(found) == 1 else None
+    closed = None if found or link is None else _closed_board(clients, link)
     _close(clients, only)
     if only is not None:
         return only
     if found:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
+    if closed is not None:
+        raise InvalidArgumentError(f"board {closed.board!r} is not open: {closed.problem}")
     raise _none_answers(errors, "no running proxy" if link is None else f"no proxy of {link}")
+
+
+def _closed_board(clients: Sequence[Client], name: str) -> BoardStatus | None:
+    """Return the board `name` if a proxy with several boards serves it but could not open it."""
+    for client in clients:
+        if client.greeting.name not in client.greeting.boards:  # The name is that of a directory of boards.
+            with contextlib.suppress(IncoError):
+                for board in client.status(patience=SEARCH):
+                    if board.board == name and board.status is None:
+                        return board
+    return None
 
 
 def connect_all() -> list[Client]:
