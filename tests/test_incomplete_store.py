@@ -47,7 +47,7 @@ class Board:
         self.core1.bind(str(home / "core1"))
 
     def notify(self) -> None:
-        """Send a notification in each direction while no proxy runs."""
+        """Send a notification in each direction while no proxy is running."""
         self.core1.sendto(encode(b"ihub_reset_irq", bytes(6)), self.config.address.name)
         trigger(self.irq / "message_6_trig")
 
@@ -142,7 +142,7 @@ def changed(store: Cupboard, change: Callable[[Bundle], None]) -> Cupboard:
 def test_a_fleet_uses_each_descriptor_that_is_left(
     boards: dict[str, Board], kept: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The boards' triggers are in the shared inotify descriptor, which this test does not remove."""
+    """The boards' trigger events are in the shared inotify descriptor, which this test does not remove."""
     configs = {name: board.config for name, board in boards.items()}
 
     def remove(bundle: Bundle) -> None:

@@ -209,7 +209,7 @@ def test_garbage_changes_only_counters(
     counters = running.counters()
     assert counters["unknown"] >= 4
     assert counters["malformed"] >= 6
-    # A few of the random raw frames may have our EtherType and a broadcast address by chance.
+    # A few of the random raw frames might have our EtherType and a broadcast address by chance.
     assert 1 + len(lengths) + 10 <= counters["received"] <= 1 + 2 * len(lengths) + 10
     assert counters["unknown"] + counters["malformed"] == counters["received"] - 1
     assert counters["delivered"] == 1
@@ -296,7 +296,7 @@ def test_frames_dropped_by_the_kernel_are_counted(
     large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
     for _ in range(40_000):
         core1.send_raw(large)
-    # A busy kernel also drops frames before they reach the interface; the proxy cannot count those.
+    # A busy kernel also drops frames before they reach the interface; the proxy cannot count such frames.
     sent = arrived(cores) - before
     os.kill(running.pid, signal.SIGCONT)
     running.wait_log("frames dropped: the receive queue was full")
@@ -581,7 +581,7 @@ def test_systemd_is_notified_once_link_and_watches_work(
 
 def test_the_notification_fd_is_closed_after_its_newline(proxy: StartProxy, irq_dir: Path) -> None:
     running = proxy("--irq-dir", irq_dir)
-    # The fixture has read the newline; end of file must follow while the process still runs.
+    # The fixture has read the newline; end of file must follow while the process is still running.
     assert os.read(running.ready_fd, 1) == b""
     assert running.process.poll() is None
 
@@ -1255,7 +1255,7 @@ def test_writing_pending_notifications_yields_to_other_tasks(
             nursery.cancel_scope.cancel()
 
     in_core0(main)
-    # Allow two slices: Trio may run the proxy last in one round of its tasks and first in the next round.
+    # Allow two slices: Trio might run the proxy last in one round of its tasks and first in the next round.
     assert 0 < largest <= 2 * SLICE
 
 

@@ -206,7 +206,7 @@ class World:
         merged = duplicates = 0
         last = self.last_sequence()
         boots = set()
-        # Do not stop after `last` notifications: a merged notification may arrive twice if the gateway was killed.
+        # Do not stop after `last` notifications: a merged notification can arrive twice if the gateway was killed.
         while last not in numbers:
             try:
                 told = self.reader.messages.get(timeout=HANG)
