@@ -26,7 +26,7 @@ ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
 # In a chroot, the kernel refuses to create a user namespace (unshare(2), EPERM), because the root directory is not the
-# root of the mount namespace. So the script moves the system to that root, like switch_root(8).
+# root of the mount namespace. So the script moves the system to that root, as switch_root(8) does.
 ENTER = """
 set -e
 mount --bind . .

@@ -462,7 +462,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         assert result["level"] == "warn"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
-        # The doctor recommends stopping the proxy without a supervisor, because s6 would restart the other proxy.
+        # The doctor recommends stopping the unsupervised proxy, because s6 would restart the other proxy.
         service.control("-u")
         service.wait("U")
         stray = Proxy(cores.core0, [cores.link, "--irq-dir", str(tmp_path / "two")], {}, tmp_path / "stray.log")

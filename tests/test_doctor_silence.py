@@ -29,11 +29,11 @@ def serve():
 threading.Thread(target=serve, daemon=True).start()
 sys.exit(subprocess.run(command).returncode)
 """
-"""A program that mounts a FUSE filesystem that never answers over a file or directory, and runs a command."""
+"""A program that mounts an unresponsive FUSE filesystem over a file or directory, and runs a command."""
 
 
 def doctor(place: Path, *words: object) -> tuple[int, list[dict[str, str]]]:
-    """Return the exit code and the results of `doctor` while a FUSE filesystem that never answers covers `place`."""
+    """Return the exit code and the results of `doctor` while an unresponsive FUSE filesystem covers `place`."""
     command = ["unshare", "--mount", sys.executable, "-c", SERVER, str(place)]
     command += [sys.executable, "-m", "inco_trio", "doctor", "--json", *map(str, words)]
     done = subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE, text=True)

@@ -306,7 +306,7 @@ def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatc
     }
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
-    # Let the passed descriptors start at a number that is certainly not open.
+    # Number the passed descriptors from a number that is certainly not in use.
     monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
     with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment(None, "a")

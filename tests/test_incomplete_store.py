@@ -52,7 +52,7 @@ class Board:
         trigger(self.irq / "message_6_trig")
 
     async def check(self, proxy: Proxy, inherited: Collection[str]) -> None:
-        """Check that the proxy has handled the notifications whose descriptor it inherited, and that it works."""
+        """Check that the proxy works, and that it has handled the notifications in the inherited descriptors."""
         delivered, sent = 1 + ("link" in inherited), 1 + ("inotify" in inherited)
         self.notify()
         while (proxy.stats.delivered, proxy.stats.sent) != (delivered, sent):  # noqa: ASYNC110 - no event says that both have been handled

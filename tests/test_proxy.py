@@ -143,7 +143,7 @@ def test_a_frame_that_is_too_long_is_malformed(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # Repeat this with a batch of frames, in which the receive buffer truncates the long frame.
+    # Repeat this with a batch of frames: in a batch, the receive buffer truncates the long frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)
@@ -393,7 +393,7 @@ def test_the_proxy_uses_a_recreated_link(
         cores.make_link()
         core1.rebind()
         running.wait_log("watch: works again", after=said)
-        # The first frame is lost if the proxy sends it before core 1 listens again, so trigger once more.
+        # The first frame is lost if the proxy sends it before core 1 is listening again, so trigger once more.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         core1.send(b"ihub_reset_irq")
@@ -1196,7 +1196,7 @@ def test_a_send_cancelled_before_the_link_accepted_it_does_not_count(
                     senders.start_soon(proxy.send, "redun_notify_irq")
                 await wait_all_tasks_blocked()
                 senders.cancel_scope.cancel()
-            # The send task already holds one notification and waits for the link; the other four are cancelled.
+            # The send task already holds one notification and is waiting for the link; the other four are cancelled.
             assert proxy.stats.triggered == 1
             nursery.cancel_scope.cancel()
 

@@ -343,7 +343,7 @@ def test_wait_follows_replaced_files_and_directories(
 
 
 def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
-    """Write until `wait` has seen two notifications. Nothing else shows when `wait` has found the new directory."""
+    """Write until `wait` has seen two notifications. No event shows when `wait` has found the new directory."""
     deadline = time.monotonic() + HANG
     while waiting.poll() is None:
         assert time.monotonic() < deadline
