@@ -124,7 +124,7 @@ def from_os_error(
     `otherwise`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's message only mentions open files.
+        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's message mentions only open files.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)

@@ -103,8 +103,8 @@ class _Waiting:
             yield None
             return
         try:
-            # With a process group, a timeout can end all processes of the command. Use /dev/null as its standard input,
-            # because the kernel stops a background process that reads from the terminal.
+            # With a process group, a timeout can end all processes of the command. Use /dev/null as the command's
+            # standard input, because the kernel stops a background process that reads from the terminal.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:

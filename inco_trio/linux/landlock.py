@@ -27,7 +27,7 @@ _ALL = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
 _TCP = 0b11
 """The rights to bind and to connect TCP sockets (since ABI 4)."""
 _SCOPE_SIGNAL = 0b10
-"""LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can only send signals to processes in its sandbox (since ABI 6)."""
+"""LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can send signals only to processes in its sandbox (since ABI 6)."""
 
 
 def abi() -> int:

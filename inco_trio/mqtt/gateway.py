@@ -53,7 +53,7 @@ LOOK_AGAIN = 0.5
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
 REQUESTS_MAX = 100
-"""Maximum number of requests of a board that the broker may send before the gateway has handled the first one."""
+"""Maximum number of requests for a board that the broker may send before the gateway has handled the first one."""
 REQUEST_MAX = 16 << 10
 """Maximum size of a request in bytes."""
 SHORT = 3.0

@@ -381,7 +381,8 @@ class Recorder:
     def snapshot(self) -> Recorder:
         """Return a copy for reading, which does not change when the proxy records more.
 
-        Copying the memory is fast. Decoding all records takes much longer, so other tasks must run in between.
+        Copying the memory is fast. Decoding all records takes much longer, so other tasks must be allowed to run in
+        between.
         """
         found = copy.copy(self)
         found._ring = memoryview(bytes(self._ring[: min(self._written, self._kept + 1) * _RECORD.size]))

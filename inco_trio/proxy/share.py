@@ -217,7 +217,7 @@ class Share:
         self._shared = shared
         self.queue = queue
         self.given_up: set[int] = set()
-        """Numbers of ended watches whose IN_IGNORED the board has not read yet."""
+        """Numbers of ended watches for which the board has not read IN_IGNORED yet."""
         self._arrived = trio.Event()
         self._waiting = False
         self.read = 0

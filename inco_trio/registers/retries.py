@@ -32,7 +32,7 @@ class Retries:
         self._troubled.discard(directory)
 
     def due(self) -> Iterator[Directory]:
-        """Yield each directory whose retry is due. The caller retries the operations and calls `retried`."""
+        """Yield each directory in which a retry is due. The caller retries the operations and calls `retried`."""
         now = real_clock.monotonic()
         for directory in tuple(self._troubled):
             if directory.retry_at <= now and directory in self._troubled:
