@@ -240,7 +240,8 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Notify all triggers only once, not once per unknown event: a crash can leave hundreds of such events.
+            # Send one notification for each trigger, not one for each unknown event: a crash can leave hundreds of such
+            # events.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)

@@ -44,7 +44,7 @@ _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdi
 
 
 class GuestError(UnavailableError):
-    """QEMU is missing, refused a command or ended, or the guest did not respond in time."""
+    """QEMU is missing, has refused a command or has exited, or the guest did not respond in time."""
 
 
 class QemuNotFoundError(GuestError, FileNotFoundError):
