@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["netns.fixtures"]
 
-# Shells start background jobs with SIGINT and SIGQUIT ignored. Programs that the tests start would inherit this.
+# Shells start background jobs with SIGINT and SIGQUIT ignored. Programs that the tests start would inherit these
+# settings.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)

@@ -25,9 +25,9 @@ from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 ODD = ("", "-1", "0", "nan", "1e400", "9" * 30, "a\nb", "\udcff", "nowhere/a", "empty", "nothing", "bytes", "/dev/null")
-"""Values for each option and argument. `empty` is a directory, `nothing` an empty file, `bytes` a binary one."""
+"""Values for each option and argument. `empty` is a directory, `nothing` an empty file, and `bytes` a binary file."""
 ODD_FOR_SERVICES = ("", "-", "-1", "1x", "9" * 30, "a\nb", "a\0b", "\udcff", "empty", "bytes")
-"""Fewer values, because each needs a process."""
+"""Fewer values, because each value requires a separate process."""
 LINK = "unix:/nowhere/a,peer=/nowhere/b"
 SERVICES: dict[str, tuple[str, ...]] = {
     "run": (LINK, "--irq-dir", "irq", "--control", "none"),
@@ -36,7 +36,7 @@ SERVICES: dict[str, tuple[str, ...]] = {
     "exporter": ("--listen", "192.0.2.1:1"),
     "demo": ("--count", "1"),
 }
-"""Commands that run for long if the arguments are valid, with arguments that are valid until the command runs."""
+"""Commands that keep running once started, each with arguments that are valid until the command starts its work."""
 BASES: dict[str, tuple[str, ...]] = {
     "check": ("--config", "u.json"),
     "replay": ("nothing", "--irq-dir", "irq", "--wait", "0"),
@@ -48,14 +48,14 @@ BASES: dict[str, tuple[str, ...]] = {
     "s6": ("--systemd", "--iface", LINK, "--config", "u.json"),
     "doctor": (LINK,),
 }
-"""Arguments with which a command ends at once."""
+"""Arguments that make a command exit immediately."""
 find_program = functools.cache(descriptions.find_program)
 """It starts a Python process, and its result is the same for each command line."""
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Enter a directory with the files that ODD names. Without a proxy, the runtime directory is empty."""
+    """Change to a directory that contains the files listed in ODD. The runtime directory is empty (no proxy)."""
     for name in ("empty", "irq", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "nothing").touch()
@@ -124,7 +124,7 @@ def lines_of(command: str, odd: Sequence[str]) -> Iterator[list[str]]:
         for value in odd:
             number = action.nargs if isinstance(action.nargs, int) else 1
             if name is not None:
-                # Give the value in the same word, because it may begin with a dash.
+                # Give the value in the same word, because it can begin with a dash.
                 yield [command, *base, *([f"{name}={value}"] if number == 1 else [name, *[value] * number])]
             else:
                 yield [command, *(base[1:] if base and not base[0].startswith("-") else base), "--", value]
@@ -161,7 +161,7 @@ def test_odd_values_are_one_error_line(command: str, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize("command", SERVICES)
 def test_odd_values_for_services_are_one_error_line(command: str, home: Path) -> None:
     for module in ("service.daemon", "mqtt.gateway", "mqtt.bridge", "metrics.http_server"):
-        importlib.import_module(f"inco_trio.{module}")  # Import it once, instead of in each child process.
+        importlib.import_module(f"inco_trio.{module}")  # Import the module once, instead of in each child process.
     wrong = []
     for words in lines_of(command, ODD_FOR_SERVICES):
         code = run_in_child(words, home / "out")

@@ -474,7 +474,7 @@ def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores,
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # No file may be opened with the descriptor number of a closed stream, because it would receive log lines.
+        # Files must not be opened with the descriptor number of a closed stream, because they would receive log lines.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()

@@ -223,7 +223,7 @@ except UnfitFileError as error:
 
 @pytest.mark.parametrize("owner", [OWNER, STRANGER])
 def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
-    """Such a filesystem can report any owner, and can block the proxy for as long as its user wants."""
+    """A user's filesystem can report any owner, and can block the proxy for as long as the user wants."""
     place = give(home / "app", OWNER)
     command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
     done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)

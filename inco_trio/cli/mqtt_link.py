@@ -73,5 +73,5 @@ def check_end(link: str | None) -> UnixAddress:
 
 
 def bridge_label(address: UnixAddress) -> str:
-    """Return the label of a bridge, which names its service and its stored descriptors."""
+    """Return a bridge's label, which is part of the names of its service and stored descriptors."""
     return f"wire-{address.label}"

@@ -118,7 +118,7 @@ def direction_of(args: argparse.Namespace) -> Direction | None:
 
 
 def may_listen(link: str | None) -> bool:
-    """Return whether `link` is an interface, on which `monitor` and `record` can listen without a proxy."""
+    """Return whether `link` is an interface. If so, `monitor` and `record` can listen on it without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXIT_NOT_ARRIVED = 1
 EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt it."""
+"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt the call."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

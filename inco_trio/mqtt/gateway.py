@@ -63,7 +63,7 @@ SHORT_ONES = 3
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 TWO_PROXIES = 1.0
-"""Seconds for which two proxies must have the same board before the gateway logs it. One of them may be ending."""
+"""Seconds for which two proxies must have the same board open before the gateway logs it. One of them may be ending."""
 
 
 class Gateway:
@@ -169,7 +169,7 @@ class Gateway:
         self._compare(board)
 
     def _compare(self, board: Board) -> None:
-        """Report whether more than one proxy has a board of this name open."""
+        """Report whether more than one proxy has a board with this name open."""
         if len(board.owners) > 1:
             text = "two proxies have a board with this name: publishing only the board that was opened last"
             self._problems.failed((board, "owners"), text, board.name)

@@ -145,7 +145,7 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """If `events` only reports one closed trigger and no batch is unfinished, send the frame and return True."""
+        """If `events` reports only one closed trigger and no batch is in progress, send the frame and return True."""
         if self._handoff.unfinished:
             return False
         signal = self._triggers.closed_alone(events, length)
@@ -220,7 +220,7 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # If the link has changed, retry at once: it may have come up.
+                if before is changed:  # If the link has changed, retry immediately: it may have come up.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     self._delayed(error.strerror)
                     await changed.wait()

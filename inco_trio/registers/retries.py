@@ -11,7 +11,7 @@ from inco_trio.registers.directory import Directory
 __all__ = ["FALLBACK", "Retries"]
 
 FALLBACK = 1.0
-"""Maximum seconds between two checks for a missing directory. Events do not always report that it reappeared."""
+"""Maximum number of seconds between checks for a missing directory. Events do not always report that it reappeared."""
 
 
 class Retries:

@@ -1,4 +1,4 @@
-"""Tests of restart, crash, stop and reload under s6-svscan. While no proxy runs, notifications wait in the kernel."""
+"""Tests of restart, crash, stop and reload under s6. While no proxy is running, notifications wait in the kernel."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_stored_socket_that_does_not_match_is_replaced(supervise: Supervise, c
     world.end("d")
 
     def foreign() -> socket.socket:
-        # An earlier version of inco-trio may have stored a socket without the filter.
+        # An earlier version of inco-trio might have stored a socket without the filter.
         return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
 
     holder = str(world.service.scandir / "inco-trio-fdholder/s")
