@@ -72,10 +72,10 @@ EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 # it is added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
-    *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
-    *("test_odd_input.py", "test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py"),
-    *("test_recovery.py", "test_registers_calm.py", "test_registers_machine.py", "test_services.py"),
-    *("test_packages.py", "test_status_monitor.py"),
+    *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_doctor_silence.py", "test_fresh.py"),
+    *("test_history.py", "test_linux.py", "test_mutated_memory.py", "test_odd_input.py", "test_packages.py"),
+    *("test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py", "test_recovery.py"),
+    *("test_registers_calm.py", "test_registers_machine.py", "test_services.py", "test_status_monitor.py"),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.

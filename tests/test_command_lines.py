@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import os
+import posix
 import re
 import select
 import signal
@@ -18,7 +20,7 @@ import pytest
 
 from inco_trio.cli import main
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, parser
-from inco_trio.service import process_signals
+from inco_trio.service import descriptions, process_signals
 from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
@@ -47,6 +49,8 @@ BASES: dict[str, tuple[str, ...]] = {
     "doctor": (LINK,),
 }
 """Arguments that make a command exit immediately."""
+find_program = functools.cache(descriptions.find_program)
+"""It starts a Python process, and its result is the same for each command line."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path / "run"])
+    monkeypatch.setattr(descriptions, "find_program", find_program)
     handlers = {number: signal.getsignal(number) for number in process_signals.HELD}
     package = logging.getLogger("inco_trio")
     before = package.handlers, package.propagate, package.level
@@ -92,7 +97,8 @@ def run_in_child(words: list[str], out: Path) -> int:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            # Unlike os._exit, this function does not write coverage data, which would take longer than the test.
+            posix._exit(code)
     pidfd = os.pidfd_open(child)
     try:
         if not select.select([pidfd], [], [], HANG)[0]:
