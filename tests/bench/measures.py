@@ -143,7 +143,7 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return a row with a goal that compares inco-trio with the floor, and rows without goals for the rivals."""
+        """Return a row for the floor, which has a goal, and a row without a goal for each rival."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
