@@ -1,4 +1,4 @@
-"""Tests of `inco-trio doctor` with a FUSE filesystem whose server takes each request, and never answers it."""
+"""Tests of `inco-trio doctor` with a FUSE filesystem whose server accepts requests but never answers them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def serve():
 threading.Thread(target=serve, daemon=True).start()
 sys.exit(subprocess.run(command).returncode)
 """
-"""A program that mounts such a filesystem over a file or directory, and runs a command."""
+"""A program that mounts an unresponsive FUSE filesystem over a file or directory, and runs a command."""
 
 
 def doctor(place: Path, *words: object) -> tuple[int, list[dict[str, str]]]:
-    """Return the exit code and the results of `doctor` while such a filesystem covers `place`."""
+    """Return the exit code and the results of `doctor` while an unresponsive FUSE filesystem covers `place`."""
     command = ["unshare", "--mount", sys.executable, "-c", SERVER, str(place)]
     command += [sys.executable, "-m", "inco_trio", "doctor", "--json", *map(str, words)]
     done = subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE, text=True)
@@ -69,7 +69,7 @@ def test_a_filesystem_that_does_not_answer_is_reported(tmp_path: Path, case: str
     code, results = doctor(tmp_path / covered, *words.format(tmp_path).split())
     assert code == 1
     assert [(result["check"], result["level"]) for result in silences(results)] == [(check, "fail")]
-    if case != "boards":  # The other checks are made.
+    if case != "boards":  # The doctor still runs the other checks.
         assert "inotify-limits" in [result["check"] for result in results]
 
 

@@ -33,7 +33,7 @@ RATE_MIN = 0.001
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""For each proxy's name, the status of the proxy's boards."""
+"""The status of each proxy's boards, keyed by the name of the proxy."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -166,7 +166,7 @@ def _rate(per_second: float) -> str:
 
 
 def _uptime(status: Status, now: float) -> float:
-    """Return for how many seconds the proxy has been open. Older versions report only when it was opened."""
+    """Return how many seconds the proxy has been open. Older proxies report only the time when they were opened."""
     return status.uptime or now - status.since
 
 
