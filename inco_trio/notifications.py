@@ -93,7 +93,7 @@ class Deaf:
 
 
 class Events:
-    """A distributor of notifications to event streams and to the listener. It never waits for readers."""
+    """A distributor that passes notifications to event streams and to the listener. It never waits for readers."""
 
     def __init__(
         self, counters: Counters, history: History, listener: Listener | None = None, recorder: Recorder | None = None

@@ -90,7 +90,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class InvalidValueError(ValueError):
-    """A value breaks its rule. The exception's message gives the reason."""
+    """A value violates its rule. The exception's message gives the reason."""
 
 
 # attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.

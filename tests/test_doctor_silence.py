@@ -1,4 +1,4 @@
-"""Tests of `inco-trio doctor` with a FUSE filesystem whose server does not answer, or answers slowly."""
+"""Tests of `inco-trio doctor` with a FUSE filesystem whose server never answers requests, or answers them slowly."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ sys.exit(subprocess.run(command).returncode)
 """
 """A program that mounts a FUSE filesystem over a file or directory, and runs a command.
 
-It takes each request. It answers each one after a pause that no file exists, or it never answers if the pause is 0.
+It accepts each request. After a pause, it answers that the file does not exist. If the pause is 0, it never answers.
 """
 
 
 def doctor(place: Path, *words: object, pause: float = 0.0) -> tuple[int, list[dict[str, str]]]:
-    """Return the exit code and the results of `doctor` while such a filesystem covers `place`."""
+    """Return the exit code and the results of `doctor` while such a FUSE filesystem covers `place`."""
     command = ["unshare", "--mount", sys.executable, "-c", SERVER, str(pause), str(place)]
     command += [sys.executable, "-m", "inco_trio", "doctor", "--json", *map(str, words)]
     done = subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE, text=True)
@@ -77,7 +77,7 @@ def test_a_filesystem_that_does_not_answer_is_reported(tmp_path: Path, case: str
     code, results = doctor(tmp_path / covered, *words.format(tmp_path).split())
     assert code == 1
     assert [(result["check"], result["level"]) for result in silences(results)] == [(check, "fail")]
-    if case != "boards":  # The other checks are made.
+    if case != "boards":  # The doctor still runs the other checks.
         assert "inotify-limits" in [result["check"] for result in results]
 
 

@@ -56,12 +56,12 @@ class Board:
         self.core1.bind(str(self._home / "core1"))
 
     def notify(self) -> None:
-        """Send a notification in each direction while no proxy runs."""
+        """Send a notification in each direction while no proxy is running."""
         self.core1.sendto(encode(b"ihub_reset_irq", bytes(6)), self.config.address.name)
         trigger(self.irq / "message_6_trig")
 
     async def check(self, proxy: Proxy, inherited: Collection[str]) -> None:
-        """Check that the proxy has handled the notifications whose descriptor it inherited, and that it works."""
+        """Check that the proxy works, and that it has handled the notifications in the inherited descriptors."""
         delivered, sent = 1 + ("link" in inherited), 1 + ("inotify" in inherited)
         self.notify()
         while (proxy.stats.delivered, proxy.stats.sent) != (delivered, sent):  # noqa: ASYNC110 - no event says that both have been handled
@@ -151,7 +151,7 @@ def changed(store: Cupboard, change: Callable[[Bundle], None]) -> Cupboard:
 def test_a_fleet_uses_each_descriptor_that_is_left(
     boards: dict[str, Board], kept: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The boards' triggers are in the shared inotify descriptor, which this test does not remove."""
+    """The boards' trigger events are in the shared inotify descriptor, which this test does not remove."""
     configs = {name: board.config for name, board in boards.items()}
 
     def remove(bundle: Bundle) -> None:

@@ -186,7 +186,7 @@ def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None
 
 
 def test_the_past_is_decoded_while_it_is_read(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request for the history must not delay notifications. It must not miss records that are overwritten either."""
+    """Reading the history must neither delay notifications nor miss records that are overwritten meanwhile."""
     recorder = Recorder(memory, 1000)
     record_many(recorder, range(1000))
     decoded = 0
@@ -233,7 +233,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
         shifts.append(shift)
         recorder.append([IN])
     shifts.append(86_400 * 10**9)
-    recorder = Recorder(memory)  # The clock was set while no process ran.
+    recorder = Recorder(memory)  # The clock was set while no process was running.
     assert [note.text for note in recorder.notes() if note.kind == "clock"] == [
         "the wall clock was set forward by 3600.0 s",
         "the wall clock was set back by 3600.0 s",
@@ -244,7 +244,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
 
 
 def record_many(recorder: Recorder, names: Iterable[int]) -> None:
-    """For each number, record a notification of one signal and an event about another."""
+    """For each number, record a notification of one signal and an event about another signal."""
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])

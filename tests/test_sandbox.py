@@ -1,4 +1,4 @@
-"""Tests of the sandbox: forbidden operations fail, and everything that a running proxy uses works."""
+"""Tests of the sandbox: forbidden operations fail, and all operations that a running proxy needs succeed."""
 
 from __future__ import annotations
 

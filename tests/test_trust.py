@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import logging
 import os
 import pwd
@@ -13,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,7 +225,7 @@ except UnfitFileError as error:
 
 @pytest.mark.parametrize("owner", [OWNER, STRANGER])
 def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
-    """Such a filesystem can report any owner, and can block the proxy for as long as its user wants."""
+    """A user's filesystem can report any owner, and can block the proxy for as long as the user wants."""
     place = give(home / "app", OWNER)
     command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
     done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
@@ -667,12 +669,17 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     place = os.open(parent, os.O_PATH)  # The other user cannot search pytest's directories.
 
     def swap() -> None:
-        libc.renameat2(place, ctypes.c_char_p(b"irq"), place, ctypes.c_char_p(b"link"), RENAME_EXCHANGE)
+        for _ in range(next(numbers)):
+            libc.renameat2(place, ctypes.c_char_p(b"irq"), place, ctypes.c_char_p(b"link"), RENAME_EXCHANGE)
+        # The proxy can open the directory only during a pause. If none is long enough, the test continues.
+        time.sleep(next(pauses))
+
+    numbers, pauses = itertools.cycle((1, 2, 3, 5, 8, 13, 21)), itertools.cycle((0, 0, 0.001, 0.1))
 
     signals = [Signal("in", Direction.INBOUND, irq, "state"), Signal("out", Direction.OUTBOUND, irq, "trig")]
     opened, refused = 0, set[str]()
     with as_stranger(swap):
-        while not opened or not refused:
+        while opened < 5 or not refused:
             world = World(clock, signals)
             world.registers.directories.trust = Trust(owner=STRANGER)
             try:

@@ -17,7 +17,7 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
-"""The latest valid time, in nanoseconds since 1970. It is in the year 2262."""
+"""The latest valid time, in nanoseconds since 1970. It falls in the year 2262."""
 AT_ONCE = 2**16
 """Maximum number of values to sort at once: a sorted list takes five times as much memory as an array."""
 
@@ -169,7 +169,7 @@ def _pair_numbers(pair: Pair) -> dict[str, object]:
 
 
 def _spread(values: Iterable[int]) -> dict[str, float] | None:
-    """Return the distribution, in seconds, of durations in nanoseconds."""
+    """Return the distribution of `values` in seconds. The values are durations in nanoseconds."""
     rest, parts = iter(values), []
     while some := sorted(islice(rest, AT_ONCE)):
         parts.append(array("q", some))

@@ -139,7 +139,7 @@ class _Stop:
 
 
 class _Proxy:
-    """A connection to a proxy. It reconnects after a restart of the proxy."""
+    """A connection to a proxy. It is restored when the proxy restarts."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop

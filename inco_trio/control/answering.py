@@ -23,8 +23,8 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Pause after each write to a monitor, in seconds for each other monitor. All monitors together therefore write at most
-about 1,000 times per second and do not delay notifications.
+"""Pause in seconds after each write to a monitor, multiplied by the number of other monitors. The writes to all
+monitors are therefore limited to about 1,000 per second and do not delay notifications.
 """
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
@@ -65,7 +65,7 @@ class Connection:
         return bool(poll.poll(0))
 
     def end(self) -> None:
-        """Read no more requests, and close the connection once all queued events are written."""
+        """Stop reading requests, and close the connection once all queued events have been written."""
         self._reading.cancel()
         self._end_monitor()
 
@@ -191,7 +191,7 @@ class Connection:
             nursery.cancel_scope.cancel()
 
     def _proxy(self, board: str | None) -> tuple[str, Proxy]:
-        """Return the name and the proxy of `board` (None: of the only open board). Raises RequestError."""
+        """Return the name and the proxy of `board` (default: the only open board). Raises RequestError."""
         self._check_board(board)
         proxies = self._served.proxies()
         if board is None:
@@ -253,7 +253,10 @@ class Connection:
         return self._monitor
 
     def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
-        """Acknowledge notifications of several boards. Ignore ended histories. Return how many positions were valid."""
+        """Acknowledge notifications of several boards. Return how many positions were valid.
+
+        Ignore histories that have ended.
+        """
         follower, number = self._follower(), 0
         for board, boot, sequence in request.positions:
             cursor = follower.cursors.get(board)
@@ -330,7 +333,7 @@ class Connection:
             await self._writing.acquire()
         try:
             before = () if self._unwritten is None else self._unwritten
-            # Complete the event that `_transmit` has sent only partly.
+            # Complete the event that `_transmit` has sent only partially.
             rest = "" if self._monitor is None else self._monitor.take_rest()
             self._unwritten = itertools.chain([b""], before, [rest.encode()], parts)
             for part in self._unwritten:

@@ -28,7 +28,7 @@ HISTORIES_MAX = 4
 """Maximum number of `history` requests of other users that are answered at the same time. Each needs up to 4 MB."""
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
-"""A function that reloads the configuration and returns what was refused."""
+"""A function that reloads the configuration and returns a description of each part that was refused."""
 
 
 class Served(Protocol):
@@ -171,7 +171,7 @@ class _LogTap(logging.Handler):
         self._thread = 0
 
     def attach(self, *, listening: bool) -> None:
-        """Add this handler to the package's logger if `listening`, or else remove it."""
+        """Add this handler to the package's logger if `listening`; otherwise remove it."""
         package = logging.getLogger("inco_trio")
         if listening and self not in package.handlers:
             self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()

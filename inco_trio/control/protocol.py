@@ -129,7 +129,10 @@ class AcknowledgeRequest:
 
 @attrs.frozen(slots=False)
 class AcknowledgeAllRequest:
-    """A request to delete notifications of several boards. A position is a board, its `boot` and a sequence number."""
+    """A request to delete notifications of several boards.
+
+    A position consists of a board, its `boot` and a sequence number.
+    """
 
     positions: Sequence[tuple[str, str, int]]
 
@@ -152,7 +155,7 @@ class HistoryRequest:
 
 @attrs.frozen(slots=False)
 class ReloadRequest:
-    """Reload the configuration, as SIGHUP does, and report what was refused."""
+    """A request to reload the configuration, as SIGHUP does, and to report what was refused."""
 
 
 Request = (
@@ -273,7 +276,7 @@ class BoardStatus:
     status: Status | None = None
     """The status of the board's proxy; None if the board is not open."""
     history: HistoryStatus | None = None
-    """The state of the board's history, or None if the board never had a follower."""
+    """The state of the board's history, or None if the board has never had a follower."""
 
 
 @attrs.frozen(slots=False)
@@ -293,12 +296,12 @@ class Past:
     boot: str
     """The identifier of the recorder; see `RecorderStatus`."""
     events: tuple[Event, ...]
-    """The events, in the order of their monotonic times."""
+    """The events, ordered by monotonic time."""
 
 
 @attrs.frozen(slots=False)
 class Response:
-    """The response of a proxy: an error, or the value that the request asked for."""
+    """The response of a proxy: an error, or the requested value."""
 
     status: tuple[BoardStatus, ...] = ()
     sent: int = 0
@@ -473,21 +476,21 @@ def encode_notifications(
     items: Sequence[tuple[int, float, int]],
 ) -> str:
     """Encode an event with the fields of Notifications."""
-    # Formatting takes a quarter of the time of json.dumps().
+    # Formatting the text takes a quarter of the time that json.dumps() takes.
     text = ", ".join([f"[{index}, {time!r}, {number}]" for index, time, number in items])
     head = _encode_history(board, boot)
     return f'{head}, "sequence": {sequence}, "signals": {_encode_signals(signals)}, "items": [{text}]}}\n'
 
 
 def encode_alone(board: str, boot: str, sequence: int, signal: tuple[Direction, str], at: tuple[int, int]) -> str:
-    """Encode an event with a single notification faster than `encode_notifications`. `at` is its time, as `Times`."""
+    """Encode an event with one notification, faster than `encode_notifications`. `at` is its time (see `Times`)."""
     head, middle = _around_alone(board, boot, signal)
     return f"{head}{sequence}{middle}{at[0] / 1e9!r}, {at[1]}]]}}\n"
 
 
 @functools.lru_cache(maxsize=1024)
 def _around_alone(board: str, boot: str, signal: tuple[Direction, str]) -> tuple[str, str]:
-    """Return the parts of the event before the sequence number and before the time."""
+    """Return the part of the event before the sequence number, and the part between that number and the time."""
     head = _encode_history(board, boot)
     return f'{head}, "sequence": ', f', "signals": {_encode_signals((signal,))}, "items": [[0, '
 

@@ -24,7 +24,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
-"""Filesystems on which stat(2) and the watches in /proc show different device numbers."""
+"""Filesystems on which stat(2) reports a different device number than the watches in /proc."""
 
 
 def directory(path: Path, *, access: bool = True) -> Iterator[Result]:

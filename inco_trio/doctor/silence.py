@@ -1,7 +1,8 @@
 """Find files that do not answer, such as those of a FUSE filesystem (fuse(4)) whose server hangs.
 
-stat(2) and open(2) of such a file wait, and not even a signal may end them. A process can exit only after all its
-threads have ended. Therefore a child process tries the files first, and the doctor does not wait for it to exit.
+Calling stat(2) or open(2) on such a file blocks, and sometimes not even a signal can end the call. A process can exit
+only after all its threads have ended. Therefore a child process tries the files first, and the doctor does not wait for
+it to exit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ This excludes the automount points of systemd, which every host has for binfmt_m
 
 
 def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool = False) -> Result | None:
-    """Return a failure of `check` if `use`, which uses the files at `path`, would hang. Otherwise return None.
+    """Return a failure of `check` if `use`, which accesses the files at `path`, would hang; otherwise None.
 
     If no mounted filesystem can keep the doctor waiting, return None without calling `use`. With `elsewhere`, the path
     leads to another mount namespace, whose filesystems are unknown.
@@ -52,7 +53,7 @@ def _ends(use: Callable[[], object]) -> bool:
     child = os.fork()
     if child == 0:  # pragma: no cover - coverage.py does not measure this process
         try:
-            # Keep no copy of our output open: its reader would wait for the end of this process.
+            # Do not keep a copy of our output open: the reader would wait until this process ends.
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(3):
                 os.dup2(null, fd)

@@ -50,7 +50,7 @@ def mount_id(fd: int) -> int:
 
 
 def fuse_user(fd: int) -> int | None:
-    """Return the user who serves the files of a FUSE filesystem (fuse(4)), or None on another filesystem."""
+    """Return the ID of the user who serves the files of a FUSE filesystem (fuse(4)), or None for other filesystems."""
     try:
         number = b"%d" % mount_id(fd)
         with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123

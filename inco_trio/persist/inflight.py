@@ -1,8 +1,9 @@
 """The in-flight buffer: data read from the kernel but not processed yet, in a memfd that outlives the process.
 
-The kernel forgets a frame or an inotify event once it has been read. If the process died before acting on the data, the
-notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see `fdstore`), and
-blanks it only after processing the data. The next process repeats unfinished work, so delivery is at least once.
+The kernel forgets a frame or an inotify event once it has been read. If the process died before it had processed the
+data, the notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see
+`fdstore`), and blanks it only after processing the data. The next process repeats unfinished work, so each notification
+is delivered at least once.
 
 recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copy. All data that has
 left the kernel's queue is therefore complete in this memory. The proxy stores no length, because it could die before
@@ -40,7 +41,7 @@ MARK = 8
 FRAME_STEP = 128
 """Size in bytes of the slot for one frame, small enough that all slots of a batch fit into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""Size in bytes of the longest frame that fits into one slot. inco-trio's own frames have at most 82 bytes."""
+"""Size in bytes of the longest frame that fits into one slot. inco-trio's own frames are at most 82 bytes long."""
 FRAMES = 256
 """Maximum number of frames in a batch. Large batches reduce the cost of handing frames to another task."""
 EVENT_BANK = 4 * PAGE

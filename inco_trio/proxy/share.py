@@ -4,8 +4,8 @@ Each board has a `Share`, which has the same methods as an `Inotify` and queues 
 One task reads the descriptor and moves each event to the queue of every board that watches the file or directory.
 
 Two boards that watch the same directory, such as a common parent, share a watch descriptor. If one board ends its
-watch, it receives IN_IGNORED at once. If it watches the directory again before it has read IN_IGNORED, its new watch
-gets a different number: the watch descriptor plus a multiple of `GENERATION`.
+watch, it receives IN_IGNORED immediately. If it watches the directory again before it has read IN_IGNORED, its new
+watch gets a different number: the watch descriptor plus a multiple of `GENERATION`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SharedInotify:
         self._released = trio.Event()
 
     def hold(self) -> None:
-        """Read nothing until `release`: a board has lost the numbers of its watches, and has to watch its files again.
+        """Read nothing until `release`: a board has lost the numbers of its watches and must watch its files again.
 
         Until then, the board of an event is unknown. The events stay in the kernel's queue and in `bank`.
         """
@@ -225,7 +225,7 @@ class Share:
         self._shared = shared
         self.queue = queue
         self.given_up: set[int] = set()
-        """Numbers of ended watches whose IN_IGNORED the board has not read yet."""
+        """Numbers of ended watches for which the board has not read IN_IGNORED yet."""
         self._arrived = trio.Event()
         self._waiting = False
         self._is_unknown = False

@@ -172,7 +172,10 @@ class _Walk:
             raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
 
     def _check_fuse(self) -> None:
-        """Check that no user serves this directory by FUSE: files could have any owner, and block this process."""
+        """Check that no user serves this directory through FUSE.
+
+        The files could have any owner and could block this process.
+        """
         try:
             number = mount_id(self.fd)
         except FileNotFoundError:

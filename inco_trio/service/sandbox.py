@@ -27,7 +27,7 @@ def enter_sandbox(
     """Restrict this thread and the threads that it creates. With `log`, the kernel only logs violations.
 
     `control` is the control socket. With `grows`, a reload may add boards. The capabilities must already be dropped. If
-    the kernel lacks a part of the sandbox, log that and continue without that part.
+    the kernel does not support a part of the sandbox, log this and continue without that part.
     """
     try:
         if not log:
