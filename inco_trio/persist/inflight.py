@@ -117,7 +117,7 @@ class Inflight:
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """The memory of the history: a page, two tables and a ring (see `persist.followed`)."""
+    """The memory that holds the history: a page, two tables and a ring (see `persist.followed`)."""
     recorder: memoryview
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview

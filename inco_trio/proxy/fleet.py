@@ -357,7 +357,7 @@ class Proxies(Mapping[str, Proxy]):
                     except IncoError as error:
                         self._log_problem(board, error)
                     except Exception as error:
-                        logger.exception("internal error: this is a bug in inco-trio, please report it")
+                        logger.exception("internal error: this is a bug in inco-trio; please report it")
                         board.problem = f"internal error: {error!r}"
                     finally:
                         if board.proxy is not None:
