@@ -62,18 +62,20 @@ CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd
 # and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
 FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
 
-# Tests in namespaces wait most of the time. If other processes are busy, more parallel tests get more CPU time.
+# Tests in namespaces wait most of the time. While other processes are busy, running more tests in parallel gives the
+# tests more CPU time.
 EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 
-# `unit` runs these tests on one Python only: they check text, statistics, or how the kernel treats files and sockets.
-# The other tests depend on Python: asyncio, threads, cancellation, Unix signals, standard streams, the command line,
-# configuration, the public API and the pytest plugin. A new test file runs on every Python unless it is added here.
+# `unit` runs these tests with one Python version only: they check text, statistics, or how the kernel treats files and
+# sockets. The other tests depend on the Python version: asyncio, threads, cancellation, Unix signals, standard streams,
+# the command line, configuration, the public API and the pytest plugin. A new test file runs with every version unless
+# it is added here.
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
-    *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
-    *("test_odd_input.py", "test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py"),
-    *("test_recovery.py", "test_registers_calm.py", "test_registers_machine.py", "test_services.py"),
-    *("test_packages.py", "test_status_monitor.py"),
+    *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_doctor_silence.py", "test_fresh.py"),
+    *("test_history.py", "test_linux.py", "test_mutated_memory.py", "test_odd_input.py", "test_packages.py"),
+    *("test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py", "test_recovery.py"),
+    *("test_registers_calm.py", "test_registers_machine.py", "test_services.py", "test_status_monitor.py"),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
@@ -195,14 +197,14 @@ ON_EACH_PYTHON = nox.parametrize("python", [nox.param(path, id=version) for vers
 
 
 def is_first(session: nox.Session) -> bool:
-    """Return whether the session uses the Python that runs every test."""
+    """Return whether the session uses the Python version that runs every test."""
     return session.python == next(iter(PYTHONS.values()))
 
 
 @nox.session
 @ON_EACH_PYTHON
 def unit(session: nox.Session) -> None:
-    """Test the built wheel without namespaces. Tests that do not depend on Python run only on the first Python."""
+    """Test the built wheel without namespaces. Run version-independent tests only with the first Python."""
     left_out = () if is_first(session) else tuple(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON)
     run_unit(session, *left_out)
 
@@ -210,7 +212,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
-    """Run all tests that do not need namespaces on the built wheel, with every supported Python that was found."""
+    """Run all tests that do not need namespaces on the built wheel, with every supported Python version found."""
     run_unit(session)
 
 
@@ -291,7 +293,7 @@ def release(session: nox.Session) -> None:
         *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
-    # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
+    # Run the audit last: it needs the vulnerability database of PyPI, which a mirror might not have.
     audit = ("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
     report = str(session.run(*audit, "--requirement", str(installed), silent=True, success_codes=(0, 1))).strip()
     session.log(report)
@@ -310,7 +312,7 @@ def release(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Test each example project with the built wheel.
 
-    The first Python also tests the firmware, and checks that the examples' tests detect inserted faults.
+    With the first Python version, also test the firmware, and check that the examples' tests detect injected faults.
     """
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
@@ -318,7 +320,7 @@ def examples(session: nox.Session) -> None:
     shutil.rmtree(work / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--installer", "uv", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
-    # The firmware does not depend on the Python version, and neither does the detection of inserted faults.
+    # The firmware does not depend on the Python version, and neither does the detection of injected faults.
     which = () if is_first(session) else ("-k", "passes and not firmware")
     session.run(
         *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *FOUR_AT_A_TIME),
@@ -420,26 +422,24 @@ def run_fuzz(session: nox.Session, *args: str) -> None:
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
     """Run the quick form of the benchmark. Its figures are not meaningful."""
-    run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
+    need_programs(session)
+    install(session, "test", "bench")
+    session.run("pytest", "tests/bench/smoke.py", *FOUR_AT_A_TIME, *session.posargs)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Compare inco-trio with a minimal Trio loop, a C program and a script. `-- --beside PATH` adds a checkout."""
-    run_bench(session)
-
-
-def run_bench(session: nox.Session, *args: str) -> None:
+    """Compare inco-trio with a minimal Trio loop, a C program and a script. `-- --beside PATH` includes a checkout."""
     need_programs(session)
     install(session, "test", "bench")
-    session.run("python", "-m", "tests.bench", *args, *session.posargs)
+    session.run("python", "-m", "tests.bench", *session.posargs)
 
 
 @nox.session(default=False)
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
     need_programs(session, {"debootstrap": ("debootstrap",)})
-    session.install("pip>=24")  # to read pip's configuration; uv creates environments without pip
+    session.install("pip>=24")  # needed to read pip's configuration; uv creates environments without pip
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
 
 

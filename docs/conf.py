@@ -57,7 +57,7 @@ hide_constructors()
 
 
 class Help(Directive):
-    """A directive that explains every command with the text of `--help`."""
+    """A directive that documents every command with its `--help` text."""
 
     def run(self) -> list[nodes.Node]:
         sections: list[nodes.Node] = []

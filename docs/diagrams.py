@@ -81,7 +81,7 @@ def overview() -> Diagram:
 
 
 def moments() -> Diagram:
-    """Draw the stages of a notification: the kernel, the in-flight buffer, and its destination."""
+    """Draw the stages of a notification: the kernel, the in-flight buffer and the destination."""
     picture = Diagram(880, 300, "Where a notification is: in the kernel, in the in-flight buffer, or finished")
     for y, direction, queue, task, done in (
         (30, "inbound", ("receive queue", "of the socket"), ("proxy", "writes the file"), ("finished:", "file closed")),

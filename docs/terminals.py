@@ -1,6 +1,6 @@
 """Draw the terminal screenshots of the pages: `python -m docs.terminals` writes docs/images/terminal-*.svg.
 
-The text is the output on the page, which tests compare with the output of the real command.
+Each screenshot shows the output on the page. Tests compare this output with the output of the real command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TERMINALS = {
 }
 """The page and the command of each screenshot, keyed by image name."""
 COLUMNS = 92
-"""Minimum width in columns. Pages scale all screenshots to one width, so equal columns give equal text sizes."""
+"""Minimum width in columns. All screenshots are scaled to one width, so equal column counts give equal text sizes."""
 
 
 def draw(name: str) -> str:

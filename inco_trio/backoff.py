@@ -23,5 +23,5 @@ class Backoff:
         return pause
 
     def reset(self) -> None:
-        """Start again with the shortest pause, after a successful attempt."""
+        """After a successful attempt, start again with the shortest pause."""
         self._pause = self._first

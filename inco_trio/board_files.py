@@ -121,7 +121,7 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     # With `wait_link`, a board whose link is missing does not prevent the other boards from starting.
     try:
         owner, group = (None, None) if file.irq_owner is None else find_owner(file.irq_owner)
-    except ValueError as error:  # The user was removed, or its directory service failed, after the check in `_owner`.
+    except ValueError as error:  # The user was removed, or the directory service failed, after the check in `_owner`.
         raise ConfigError(path, f"irq_owner: {error}") from None
     return Config(file.link, board.signals, wait_link=True, netns=netns, owner=owner, group=group), board.notes
 
@@ -139,7 +139,7 @@ def claims(config: Config) -> dict[object, str]:
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
-    """Return the boards to refuse because another board already uses their link or directory, each with the reason.
+    """Return the boards whose link or directory is already in use by another board, each with the reason to refuse it.
 
     `running` contains the current configurations, which have priority. A refused board keeps its current configuration.
     """

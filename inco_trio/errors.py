@@ -73,7 +73,7 @@ class UnavailableError(IncoError):
 
 
 class LinkNotFoundError(UnavailableError, FileNotFoundError):
-    """The link does not exist, or cannot be used now."""
+    """The link does not exist, or cannot be used at the moment."""
 
 
 class ProxyNotFoundError(UnavailableError, FileNotFoundError):
@@ -119,11 +119,12 @@ def from_os_error(
 ) -> IncoError:
     """Return the IncoError for an OSError.
 
-    Each case consists of error numbers, and of the class and reason to use for them. For other error numbers, return a
-    PermissionDeniedError if the kernel denied access, else an error of the class `otherwise`, both with `reason`.
+    Each case consists of error numbers and the class and reason to use for them. For other error numbers, return an
+    error with `reason`: a PermissionDeniedError if the kernel denied access, otherwise an error of the class
+    `otherwise`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's message only mentions open files.
+        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's message mentions only open files.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
@@ -134,8 +135,9 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return the KeyboardInterrupt, else the first error, in nested groups. With `only`, keep a group of several
-    errors.
+    """Return the KeyboardInterrupt in nested groups, or else the first error.
+
+    With `only`, do not unwrap a group that contains several errors.
     """
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]

@@ -60,7 +60,7 @@ def working_for(board: str) -> Iterator[None]:
 
 
 class Problems:
-    """The current problems by key. A problem is logged when it appears or changes, and when it ends."""
+    """The current problems, each with a key. A problem is logged when it appears, changes or ends."""
 
     def __init__(self) -> None:
         self._current: dict[object, str] = {}

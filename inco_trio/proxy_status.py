@@ -46,7 +46,7 @@ class Counters:
     restarts: int = 0
     """Restarts of failed tasks."""
     link_downs: int = 0
-    """Number of times that the link went down."""
+    """How many times the link has gone down."""
 
     def snapshot(self) -> Stats:
         return Stats(**attrs.asdict(self))
@@ -58,7 +58,7 @@ class Stats(Counters):
     """The counters of a proxy at one moment."""
 
     def as_dict(self) -> dict[str, int]:
-        """Return the counts by name."""
+        """Return the counts, keyed by name."""
         return attrs.asdict(self)
 
 
@@ -71,13 +71,13 @@ class SignalStatus:
     register: str
     """The path of the trigger or state file."""
     count: int
-    """Number of times that the state file was written or the frame was sent since the signal was added to the table."""
+    """How many times the state file was written or the frame was sent since the signal was added to the table."""
     last: float | None
     """When the state file was last written or the frame last sent, in seconds since 1970."""
     failures: int
     """Failed attempts to write the state file or to send the frame."""
     pending: int
-    """Number of accepted notifications whose state file is not written yet, or whose frame is not sent yet."""
+    """Number of accepted notifications whose state file has not been written or whose frame has not been sent yet."""
     problem: str | None
     """Why the signal does not work at the moment, or None."""
 
@@ -105,10 +105,10 @@ class RecorderStatus:
     since: float | None
     """When the oldest record was written, in seconds since 1970, or None if the recorder is empty."""
     notifications: int
-    """Number of records of notifications. A record contains all notifications of a signal in one batch."""
+    """Number of notification records. Each record contains all notifications of a signal in one batch."""
     events: int
     kept: int
-    """Maximum number of records of notifications."""
+    """Maximum number of notification records."""
 
 
 @attrs.frozen(slots=False, repr=False)
@@ -147,7 +147,7 @@ class Status:
     peer: str | None = None
     """The path of the peer's socket, or None for an interface."""
     netns: str | None = None
-    """The path of the network namespace of the link, or None: the namespace of the process."""
+    """The path of the link's network namespace (None: the namespace of the process)."""
     owner: int | None = None
     """The user ID that may own IRQ directories, besides root and the user of the process, or None."""
     group: int | None = None

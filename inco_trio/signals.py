@@ -124,7 +124,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is in the table twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, because POSIX allows them a special meaning. They have none on Linux.
+        # normpath keeps two leading slashes, which may have a special meaning in POSIX. On Linux, they have none.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):

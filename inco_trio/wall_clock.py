@@ -29,7 +29,7 @@ class WallClock:
         self.offset = real_clock.time_ns() - real_clock.monotonic_ns()
 
     def step(self, time_ns: int, monotonic_ns: int) -> int:
-        """Return by how many nanoseconds the wall clock was set since the last call (negative: back; 0: not set)."""
+        """Return how many nanoseconds the wall clock was moved since the last call (negative: back; 0: not moved)."""
         step = time_ns - monotonic_ns - self.offset
         if -TOLERANCE_NS < step < TOLERANCE_NS:
             return 0

@@ -40,7 +40,7 @@ def _closed_to_others(path: Path) -> Path | None:
 def uncover(paths: list[Path], *, private: Path | None = None) -> None:
     """Make all `paths` accessible to every user, but only in this process and its children.
 
-    For these processes, the directory `private`, such as /tmp, contains only the `paths` that are below it.
+    For these processes, the directory `private`, such as /tmp, contains only those `paths` that are below it.
     """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")

@@ -28,11 +28,11 @@ FOR_BUILD = ("debhelper", "dh-python", "lintian", "python3", "python3-greenlet")
 FOR_CHECK = ("python3", "python3-greenlet", "s6", "systemd")
 
 OF_DEBIAN = frozenset({"greenlet"})
-"""Compiled dependencies, which the package takes from Debian."""
+"""Compiled dependencies, for which the package depends on Debian's own packages."""
 OPTIONAL = frozenset({"mqtt5", "rich", "markdown-it-py", "mdurl", "pygments", "pip"})
 """Dependencies of extras and of the offline bundle. The package does not contain them."""
 
-# systemd needs cgroup v2, but the host may have mounted version 1.
+# systemd needs cgroup v2, but the host might have mounted version 1.
 RUN = """
 umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -146,7 +146,7 @@ def main() -> None:
         if not shutil.which(program):
             parser.error(f"{program}: not found (install the package {package})")
     mirror = find_mirror()
-    # Do not use /tmp: it may be mounted nodev, and mmdebstrap creates device nodes.
+    # Do not use /tmp: it might be mounted nodev, and mmdebstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="inco-trio-deb-") as directory:
         work = Path(directory)
         vendored = work / "vendor"

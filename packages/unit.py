@@ -1,4 +1,4 @@
-"""Write the packages' systemd unit `inco-trio@.service`: `python -m packages.unit`. The instance is the link's name."""
+"""Write the packages' systemd unit `inco-trio@.service`: `python -m packages.unit`. The instance name is the link."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unit() -> str:
     """Return the unit that `inco-trio service systemd` prints, with %i in place of the link."""
     service = link_service("LINK", Path("/etc/inco-trio/LINK.json"))
     text = systemd_unit(service=service, user=USER, program=["/usr/bin/inco-trio"])
-    # Omit the first comments: they mention another path, and commands that the package has already run.
+    # Omit the first comments: they mention a different path, and commands that the package has already run.
     return re.sub(r"\bLINK\b", "%i", text[text.index("[Unit]") :]).rstrip("\n") + "\n"
 
 

@@ -68,7 +68,8 @@ def download(
 ) -> None:
     """Download the dependencies' wheels for a machine and a Python version. Build missing wheels.
 
-    `only` and `without` contain the names of dependencies. Without `only`, download all dependencies.
+    `only` and `without` contain the names of dependencies. If `only` is empty, download all dependencies that are not
+    in `without`.
     """
     left_out = {*without, *WITHOUT_WHEEL.get(machine, ())}
     # pip evaluates markers for the Python that runs it, so download the dependencies of all versions.

@@ -61,7 +61,7 @@ SLEEP_MIN = 0.001
 TRIAL = 8.0
 """Duration in seconds of the trial at each rate."""
 BACKLOG = 1.0
-"""Maximum time in seconds that a notification may wait for the broker."""
+"""Maximum time in seconds that a notification is allowed to wait for the broker."""
 
 
 @attrs.frozen

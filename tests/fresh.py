@@ -26,7 +26,7 @@ ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 """Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
 # In a chroot, the kernel refuses to create a user namespace (unshare(2), EPERM), because the root directory is not the
-# root of the mount namespace. So the script moves the system to that root, like switch_root(8).
+# root of the mount namespace. So the script moves the system to that root, as switch_root(8) does.
 ENTER = """
 set -e
 mount --bind . .
@@ -51,7 +51,7 @@ UV_SETTINGS = {
     "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
     "UV_INDEX": "PIP_EXTRA_INDEX_URL",
 }
-"""The environment variables of uv, and the variable with which pip receives the same setting."""
+"""The environment variables of uv, each with pip's variable for the same setting."""
 
 
 def readme_command(section: str) -> str:
@@ -82,8 +82,8 @@ def pip_settings() -> dict[str, str]:
 def as_environment(listed: str) -> dict[str, str]:
     """Convert the output of `pip config list` to environment variables for pip and uv.
 
-    Leave out local package directories: the new system has neither them nor the package files to which their index
-    pages link.
+    Leave out local package directories: the new system contains neither these directories nor the package files that
+    their index pages link to.
     """
     settings = {}
     # A later section overrides an earlier one, as in pip.
@@ -171,7 +171,7 @@ def session(suite: str, user: str) -> str:
 
 def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
     """Create a bare system of this Debian release, and run the README's two commands in it as each user."""
-    # Do not use /tmp: it may be mounted nodev, and debootstrap creates device nodes.
+    # Do not use /tmp: it might be mounted nodev, and debootstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"inco-trio-{suite}-") as directory:
         # Use a subdirectory, because only root can enter the temporary directory itself.
         system = System(Path(directory) / suite, settings)

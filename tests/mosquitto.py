@@ -184,7 +184,7 @@ class Reader:
     def _on_subscribe(self, *_: object) -> None:
         self._subscribed.put(None)
         if self._mark:
-            # `settle` may have published the mark after the reconnection, but before the subscription.
+            # `settle` might have published the mark after the reconnection, but before the subscription.
             self._publish_mark()
 
     def _publish_mark(self) -> None:

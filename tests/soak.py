@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
     begin = time.monotonic()
-    # Both signals must end all children. A shell without a terminal may start this program with SIGINT ignored.
+    # Both signals must end all children. A shell without a terminal might start this program with SIGINT ignored.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     with (

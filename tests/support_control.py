@@ -36,7 +36,7 @@ def block(register: Path) -> None:
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Let this process open no descriptors while the block runs."""
+    """Prevent this process from opening descriptors while the block runs."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:

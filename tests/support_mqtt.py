@@ -92,14 +92,14 @@ class _Pair:
     def reset(self) -> None:
         for sock in self.sockets:
             with contextlib.suppress(OSError):
-                # Close without an orderly end: the other side receives RST (socket(7), SO_LINGER).
+                # Close the connection abruptly: the other side receives RST (socket(7), SO_LINGER).
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 sock.shutdown(socket.SHUT_RD)
             sock.close()
 
 
 class Relay:
-    """A TCP proxy in front of a broker that cuts, stalls and half-opens connections."""
+    """A TCP proxy that cuts, stalls and half-opens connections to a broker."""
 
     def __init__(self, broker: Mosquitto, stack: ExitStack) -> None:
         self.bytes_until_cut: Callable[[], int] = lambda: sys.maxsize

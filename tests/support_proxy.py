@@ -107,7 +107,7 @@ def sockets_of(pid: int) -> set[str]:
     """Return the open sockets of a process as `socket:[INODE]`."""
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        # The process may have closed the descriptor since the directory was listed.
+        # The process might have closed the descriptor since the directory was listed.
         with contextlib.suppress(FileNotFoundError):
             found.add(str(entry.readlink()))
     return {link for link in found if link.startswith("socket:")}

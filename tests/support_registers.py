@@ -109,7 +109,7 @@ class World:
         return parse_events(buffer[: self.inotify.read_into(buffer)])
 
     def events_of(self, *files: str) -> list[Event]:
-        """Read events, and return only those for these file names. Other programs can change the parent directories."""
+        """Read events, and return those with these file names. Other programs can change the parent directories."""
         names = {b"", *map(os.fsencode, files)}
         return [event for event in self.events() if event.name in names]
 

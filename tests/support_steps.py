@@ -71,15 +71,15 @@ class _Selector(selectors.PollSelector):
 class Turns(trio.abc.Instrument):
     """A scheduler that lets only one of two threads run at a time: an asyncio loop or the Trio thread of a `Beside`.
 
-    Before each turn of the loop, Trio runs until all of its tasks wait. Trio also runs while the loop's thread is
-    blocked in a call. Trio's clock stands still, so the order of the steps does not depend on the threads' speed.
+    Before each turn of the loop, Trio runs until all of its tasks are waiting. Trio also runs while the loop's thread
+    is blocked in a call. Trio's clock stands still, so the order of the steps does not depend on the threads' speed.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._free = False
-        """Whether waiting for the other thread has failed, so that both threads run on without taking turns."""
+        """Whether waiting for the other thread has failed, so that both threads run without taking turns."""
         self._trio_ended = False
         self._keeper: trio.lowlevel.Task | None = None
         self._act: Callable[[], bool] | None = None
@@ -87,11 +87,11 @@ class Turns(trio.abc.Instrument):
         self._kind: Steps = "turns of the loop"
         self._left = 0
         self._held = False
-        """Whether Trio is suspended at the step at which the loop must call `_act`."""
+        """Whether Trio is suspended at the step where the loop must call `_act`."""
         self._acted = False
         self._feed: Callable[[], None] | None = None
         self._before = set(threading.enumerate())
-        """Threads that ran before this test, such as the thread `inco-trio testing` of the pytest plugin."""
+        """Threads that were running before this test, such as the thread `inco-trio testing` of the pytest plugin."""
 
         turns, self._trio_run = self, trio.run
         monkeypatch.setattr(trio, "run", self._run_trio)
@@ -155,7 +155,7 @@ class Turns(trio.abc.Instrument):
             if found or timeout == 0:
                 return found
             self._held = False
-        # Count one step before Trio runs and one after it, so that `_act` is called at both moments.
+        # Count one step before Trio runs and one after it, so that `_act` can be called at either point.
         due = self._reached("turns of the loop")
         if not due:
             if self._feed is not None:
@@ -175,7 +175,7 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def _trio_running(self) -> Iterator[None]:
-        """Let Trio run during the block, and afterwards until all of its tasks wait or a step suspends Trio."""
+        """Let Trio run during the block, and afterwards until all of its tasks are waiting or a step suspends Trio."""
         started = set(threading.enumerate()) - self._before
         threads = [thread for thread in started if thread.name.startswith("inco-trio ")]
         if self._free or not threads:
@@ -207,7 +207,7 @@ class Turns(trio.abc.Instrument):
         self._go.release()
 
     def _run_trio(self, main: Callable[[], Awaitable[None]], clock: trio.abc.Clock) -> None:  # noqa: ARG002
-        """Run `main` like `trio.run`, with a clock that stands still, and take turns with the loop."""
+        """Run `main` as `trio.run` does, but with a stopped clock, and take turns with the asyncio loop."""
 
         # The shield lets Trio take turns even while it shuts down after a system task has failed.
         keeping = trio.CancelScope(shield=True)
@@ -229,7 +229,7 @@ class Turns(trio.abc.Instrument):
             self._back.release()
 
     async def _keep(self, scope: trio.CancelScope) -> None:
-        """Give the loop a turn whenever all other Trio tasks wait."""
+        """Give the loop a turn whenever all other Trio tasks are waiting."""
         with scope:
             while not self._free:
                 await wait_all_tasks_blocked()

@@ -634,7 +634,7 @@ def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) 
     async def once() -> None:
         raised = await raised_by(block)
         if waits == "after" or (waits == "before" and raised.type is ExceptionGroup):
-            # If `waits` is "before", wait_for() may raise ClosedError before the block is cancelled.
+            # If `waits` is "before", wait_for() can raise ClosedError before the block is cancelled.
             assert raised.type is ExceptionGroup
             assert raised.group_contains(ClosedError)
             assert raised.group_contains(trio.TrioInternalError)
@@ -662,7 +662,7 @@ def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
 
     opening, entering = block(), block()
     tasks = [loop.create_task(opening)]
-    # Run one turn. The loop learns only in the next turn that the proxy is open.
+    # Run one turn. Only in the next turn is the loop notified that the proxy is open.
     loop.call_soon(loop.stop)
     loop.run_forever()
     opening.close()
@@ -698,7 +698,7 @@ def test_open_and_close_can_be_cancelled_at_each_step(world: World, cut: Cut, tu
         def check() -> None:
             assert alive() == before
             assert not (world.home / "core0").exists()
-            # Each trigger sends one frame. send() may be cancelled before or after it sends its frame.
+            # Each trigger sends one frame. send() can be cancelled before or after it sends its frame.
             assert triggered <= world.count() <= 2 * triggered
 
         before = alive()

@@ -54,14 +54,14 @@ PROGRAMS = {
     "shell": (shell_program, block("sh", "#!/bin/sh"), "close_write,modify", "close_write"),
     "Python": (python_program, block("python", '"""Print'), "flags.CLOSE_WRITE | flags.MODIFY", "flags.CLOSE_WRITE"),
 }
-"""Per language: the build function, the program's text, its inotify mask, and a mask that loses notifications."""
+"""For each language: the build function, the program's text, its inotify mask, and a mask that loses notifications."""
 
 FOLLOWERS = ("C", "Python")
 """Languages of the programs that follow a replaced directory and report an overflow."""
 
 
 class Running:
-    """A program from the page that runs beside a board. The test can pause its process group."""
+    """A program from the page that runs alongside a board. The test can pause its process group."""
 
     def __init__(self, command: list[str], board: Board) -> None:
         register = board.core0.register(HWWD)
@@ -110,7 +110,7 @@ Start = Callable[[str, str], Running]
 
 @pytest.fixture
 def start(board: Board, tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts a program from the page with another inotify mask."""
+    """Return a function that starts a program from the page with a different inotify mask."""
     started: list[Running] = []
 
     def start(language: str, mask: str) -> Running:
@@ -125,7 +125,7 @@ def start(board: Board, tmp_path: Path) -> Iterator[Start]:
 
 
 def burst(board: Board, running: Running) -> None:
-    """Send a burst of signals while the program is paused, and resume it once all are delivered."""
+    """Send a burst of signals while the program is paused. Resume the program once all signals have been delivered."""
     running.pause()
     for _ in range(BURST):
         board.core1.send(HWWD)
@@ -134,7 +134,7 @@ def burst(board: Board, running: Running) -> None:
     running.signal(signal.SIGCONT)
 
 
-pytestmark = pytest.mark.tools
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
 
 
 @pytest.mark.parametrize("language", PROGRAMS)

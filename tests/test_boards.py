@@ -231,7 +231,7 @@ def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:
         "a": f"the link {place.home}/b.0 is already used by the board b",
         "c": f"the link {place.home}/a.0 is already used by the board a",
     }
-    # Two boards may swap their links and directories.
+    # Two boards are allowed to swap their links and directories.
     assert refuse_shared({"a": now["b"], "b": now["a"]}, {name: now[name] for name in "ab"}) == {}
 
 
@@ -329,7 +329,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
+    assert "internal error: this is a bug in inco-trio; please report it" in caplog.text
 
 
 @in_trio
@@ -469,7 +469,7 @@ async def test_a_refused_reload_changes_nothing(place: Place) -> None:
         refused = await proxies.reload({"a": bad, "b": place.config("b")})
         assert list(refused) == ["a"]
         assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
-        # `keep` lists the boards with refused files, so board a stays open.
+        # `keep` lists the boards with refused files, so board "a" stays open.
         assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
         for name, peer in peers.items():
             place.trigger(name)
@@ -498,7 +498,7 @@ async def test_the_parent_directory_is_watched_for_each_board(place: Place) -> N
         for name, peer in peers.items():
             (place.home / name).rename(place.home / f"{name}.away")
             (place.home / name).mkdir()
-            # If another process creates the trigger file, this counts as a notification.
+            # A trigger file that another process creates counts as a notification.
             (place.home / name / "message_6_trig").write_text("1")
             assert await received(peer) == b"redun_notify_irq"
 

@@ -110,7 +110,7 @@ def test_cancelling_a_proxy_at_each_step_loses_nothing(
                         with trio.move_on_after(0.001):  # MockClock jumps to this deadline.
                             await proxy.wait_for(RESET)
 
-        # The clock only advances while all tasks wait, so no deadline expires while a task can run.
+        # The clock advances only while all tasks are waiting, so no deadline expires while a task can run.
         trio.run(main, clock=MockClock(autojump_threshold=0), instruments=[cancel])
         return must, may
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import os
+import posix
 import re
 import select
 import signal
@@ -18,14 +20,14 @@ import pytest
 
 from inco_trio.cli import main
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, parser
-from inco_trio.service import process_signals
+from inco_trio.service import descriptions, process_signals
 from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 ODD = ("", "-1", "0", "nan", "1e400", "9" * 30, "a\nb", "\udcff", "nowhere/a", "empty", "nothing", "bytes", "/dev/null")
-"""Values for each option and argument. `empty` is a directory, `nothing` an empty file, `bytes` a binary one."""
+"""Values for each option and argument. `empty` is a directory, `nothing` an empty file, and `bytes` a binary file."""
 ODD_FOR_SERVICES = ("", "-", "-1", "1x", "9" * 30, "a\nb", "a\0b", "\udcff", "empty", "bytes")
-"""Fewer values, because each needs a process."""
+"""Fewer values, because each value requires a separate process."""
 LINK = "unix:/nowhere/a,peer=/nowhere/b"
 SERVICES: dict[str, tuple[str, ...]] = {
     "run": (LINK, "--irq-dir", "irq", "--control", "none"),
@@ -34,7 +36,7 @@ SERVICES: dict[str, tuple[str, ...]] = {
     "exporter": ("--listen", "192.0.2.1:1"),
     "demo": ("--count", "1"),
 }
-"""Commands that run for long if the arguments are valid, with arguments that are valid until the command runs."""
+"""Commands that keep running once started, each with arguments that are valid until the command starts its work."""
 BASES: dict[str, tuple[str, ...]] = {
     "check": ("--config", "u.json"),
     "replay": ("nothing", "--irq-dir", "irq", "--wait", "0"),
@@ -46,12 +48,14 @@ BASES: dict[str, tuple[str, ...]] = {
     "s6": ("--systemd", "--iface", LINK, "--config", "u.json"),
     "doctor": (LINK,),
 }
-"""Arguments with which a command ends at once."""
+"""Arguments that make a command exit immediately."""
+find_program = functools.cache(descriptions.find_program)
+"""It starts a Python process, and its result is the same for each command line."""
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Enter a directory with the files that ODD names. Without a proxy, the runtime directory is empty."""
+    """Change to a directory that contains the files listed in ODD. The runtime directory is empty (no proxy)."""
     for name in ("empty", "irq", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "nothing").touch()
@@ -61,6 +65,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path / "run"])
+    monkeypatch.setattr(descriptions, "find_program", find_program)
     handlers = {number: signal.getsignal(number) for number in process_signals.HELD}
     package = logging.getLogger("inco_trio")
     before = package.handlers, package.propagate, package.level
@@ -92,7 +97,8 @@ def run_in_child(words: list[str], out: Path) -> int:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            # Unlike os._exit, this function does not write coverage data, which would take longer than the test.
+            posix._exit(code)
     pidfd = os.pidfd_open(child)
     try:
         if not select.select([pidfd], [], [], HANG)[0]:
@@ -108,7 +114,7 @@ def options_of(command: str) -> Iterator[argparse.Action]:
 
 
 def lines_of(command: str, odd: Sequence[str]) -> Iterator[list[str]]:
-    """Return command lines: each option and argument of a command with each odd value."""
+    """Return command lines that combine each option and argument of a command with each odd value."""
     base = BASES.get(command, SERVICES.get(command, ()))
     for action in options_of(command):
         name = next(iter(action.option_strings), None)
@@ -118,7 +124,7 @@ def lines_of(command: str, odd: Sequence[str]) -> Iterator[list[str]]:
         for value in odd:
             number = action.nargs if isinstance(action.nargs, int) else 1
             if name is not None:
-                # Give the value in the same word, because it may begin with a dash.
+                # Give the value in the same word, because it can begin with a dash.
                 yield [command, *base, *([f"{name}={value}"] if number == 1 else [name, *[value] * number])]
             else:
                 yield [command, *(base[1:] if base and not base[0].startswith("-") else base), "--", value]
@@ -155,7 +161,7 @@ def test_odd_values_are_one_error_line(command: str, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize("command", SERVICES)
 def test_odd_values_for_services_are_one_error_line(command: str, home: Path) -> None:
     for module in ("service.daemon", "mqtt.gateway", "mqtt.bridge", "metrics.http_server"):
-        importlib.import_module(f"inco_trio.{module}")  # Import it once, instead of in each child process.
+        importlib.import_module(f"inco_trio.{module}")  # Import the module once, instead of in each child process.
     wrong = []
     for words in lines_of(command, ODD_FOR_SERVICES):
         code = run_in_child(words, home / "out")

@@ -36,6 +36,15 @@ def board(tmp_path: Path) -> Iterator[Board]:
         yield Board(tmp_path, stack)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    """Run one proxy for the tests that only send requests to it."""
+    with ExitStack() as stack:
+        board = Board(tmp_path_factory.mktemp("shared"), stack)
+        board.running()
+        yield board
+
+
 def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
@@ -182,6 +191,8 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
         (b"nonsense\n", "not-json"),
         (b"[1]\n", "not-json"),
         (b'{"request": "status", "id": NaN}\n', "not-json"),
+        (b'{"request": "status", "id": 1e999}\n', "invalid"),
+        (b'{"request": "status", "id": {"a": -1e999}}\n', "invalid"),
         (b"\xff\n", "not-json"),
         (b"[" * 60_000 + b"\n", "not-json"),
         (b"{}\n", "unknown-request"),
@@ -198,9 +209,8 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
         (b'{"request": "monitor", "signals": "x"}\n', "invalid"),
     ],
 )
-def test_an_invalid_request_is_refused_and_the_next_one_answered(board: Board, line: bytes, error: str) -> None:
-    board.running()
-    client = board.client()
+def test_an_invalid_request_is_refused_and_the_next_one_answered(shared: Board, line: bytes, error: str) -> None:
+    client = shared.client()
     assert client.ask(line)["error"] == error
     assert client.ask(b'\n{"request": "status", "id": null}\n')["id"] is None
 

@@ -126,7 +126,7 @@ def limited(limit: str, value: int, command: list[str]) -> list[str]:
     [
         ("user", True, "a user namespace (No space left on device)"),
         ("net", False, "a network namespace (No space left on device)"),
-        # A user without capabilities may create the user namespace, but the kernel refuses a write to its uid map.
+        # A user without capabilities can create the user namespace, but the kernel refuses a write to its uid map.
         ("net", True, "a user namespace (Operation not permitted)"),
     ],
     ids=["user", "network", "maps"],
@@ -280,7 +280,7 @@ def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
     """Return a canary for each core's network namespace. It detects when the namespace is destroyed."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
-        # The demonstration may have closed other descriptors since the directory was listed.
+        # The demonstration might have closed other descriptors since the directory was listed.
         with contextlib.suppress(FileNotFoundError):
             if str(path.readlink()).startswith("net:"):
                 inherited = os.open(path, os.O_RDONLY)

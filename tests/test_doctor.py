@@ -514,7 +514,7 @@ def test_the_peer_path_is_checked(tmp_path: Path) -> None:
 
 
 def test_the_registers_directory_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The services' user may exist on the machine that runs this test.
+    # The services' user might exist on the machine that runs this test.
     monkeypatch.setattr(register_files, "USER", "no-such-user-of-a-service")
     path = tmp_path / "an irq"
     found = only(register_files.directory(path))
@@ -976,7 +976,7 @@ IN_TWO = (*IN_RUN[:2], ELSEWHERE[2])
 def test_a_proxy_must_use_the_current_content_of_its_file(
     wanted: Config | Sequence[Signal], more: dict[str, Any], changed: str
 ) -> None:
-    # Times do not matter: a file may be newer than the proxy, and the clock may have been changed.
+    # Times do not matter: a file can be newer than the proxy, and the clock might have been changed.
     found = only(proxies.configuration(Path("/b.json"), wanted, PROXY, status_of("l0", IN_RUN, **more)))
     if changed:
         text = f"/b.json: process 30 does not use the current version, which differs in {changed}"

@@ -116,7 +116,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
     assert result["fix"].endswith(f" inco-trio run {cores.link}")
     if not ROOT:
         return  # setpriv cannot switch to another user here.
-    # The ordinary user may be unable to run this Python, so a script prints the capabilities that it received.
+    # The ordinary user might be unable to run this Python, so a script prints the capabilities that it received.
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         program = Path(home, "inco-trio")
@@ -462,7 +462,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         assert result["level"] == "warn"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
-        # The doctor recommends stopping the proxy without a supervisor, because s6 would restart the other proxy.
+        # The doctor recommends stopping the unsupervised proxy, because s6 would restart the other proxy.
         service.control("-u")
         service.wait("U")
         stray = Proxy(cores.core0, [cores.link, "--irq-dir", str(tmp_path / "two")], {}, tmp_path / "stray.log")
@@ -596,7 +596,7 @@ def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp
 
 
 def test_no_program_of_a_container_is_suggested(cores: Cores, tmp_path: Path) -> None:
-    """nsenter(1) would run another user's program as root, because that user can mount it over `inco-trio`."""
+    """nsenter(1) would run another user's program as root, because that user can mount the program over `inco-trio`."""
     ways = {"service": "--mount", "container": "--mount --user --map-root-user"}
     program = "import pathlib, signal, sys; pathlib.Path(sys.argv[-1]).touch(); signal.pause()"
     setup = ""
@@ -677,8 +677,8 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    # This user cannot tell in which network namespace the proxies of other test runs are. Therefore, the doctor may
-    # also list those proxies.
+    # This user cannot determine which network namespaces the proxies of other test runs use. Therefore, the doctor
+    # might also list those proxies.
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
 
 

@@ -306,7 +306,7 @@ def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatc
     }
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
-    # Let the passed descriptors start at a number that is certainly not open.
+    # Number the passed descriptors from a number that is certainly not in use.
     monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
     with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment(None, "a")
@@ -337,7 +337,7 @@ def test_a_descriptor_that_cannot_be_stored_is_one_error_line(second: str, monke
 def test_stored_descriptors_of_another_process_are_not_replaced(
     names: str, fdstore: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start without them would store new descriptors under the same names, so that the old queues were never read."""
+    """Without the check, the proxy would store new descriptors under the same names and never read the old queues."""
     variables = {
         "NOTIFY_SOCKET": "/n",
         "LISTEN_PID": "1",
@@ -418,7 +418,10 @@ class TestSystemd:
         assert received(systemd) == (["FDSTOREREMOVE=1", "FDNAME=link.9"], [])
 
     def test_of_two_descriptors_of_one_name_the_newer_is_used(self, systemd: socket.socket, tmp_path: Path) -> None:
-        """systemd allows this, and lists the newer one first. To remove one of them would remove both."""
+        """systemd can store two descriptors under one name.
+
+        It lists the newer one first. Removing the name would remove both.
+        """
         for content in ("newer", "older", "other"):
             (tmp_path / content).write_text(content)
         script = 'export LISTEN_PID=$$; exec "$@" 3<newer 4<older 5<other'

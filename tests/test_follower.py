@@ -1,4 +1,4 @@
-"""Tests of the Trio client of the control socket, also with servers that are not proxies."""
+"""Tests of the control socket's Trio client, including tests against servers that are not proxies."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
 NOW = (2 * 10**9, 10**17)
-"""The wall-clock time and the monotonic time of all notifications. Every pause of a follower ends earlier."""
+"""The wall-clock and monotonic times of all notifications. Any pause of a follower ends before this monotonic time."""
 FEW = 6
 
 
 def single_events(line: str) -> list[Event]:
-    """Return the events in one line. A `notifications` event contains several."""
+    """Return the events in one line. A `notifications` event contains several events."""
     reply = decode_reply(line.encode())
     if isinstance(reply, Event):
         return [reply]
@@ -101,7 +101,7 @@ class Walk(RuleBasedStateMachine):
         for name, number in sent.items():
             assert told[name] + self.merged[name] >= number
         if not self.killed:
-            # Without a kill, no notification arrives twice.
+            # Unless a process is killed, no notification arrives twice.
             assert told + self.merged == sent
         assert self.history.sequence == 41 + len(self.handled)
         self.patch.undo()
@@ -117,7 +117,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady or self.follower is None)
     @rule(batches=st.booleans())
     def follow(self, batches: bool) -> None:
-        """Start another follower, which may receive unacknowledged notifications a second time."""
+        """Start another follower, which can receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.last = [], 0
         self.follower = Follower(batches=batches, transmit=self._receive)
@@ -126,7 +126,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady)
     @rule()
     def restart(self) -> None:
-        """Open the history again, like a new process that inherits its memory."""
+        """Reopen the history, as a new process that inherits the memory does."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.follower = [], None
         other = Inflight.open(os.dup(self.inflight.fd))
@@ -140,7 +140,7 @@ class Walk(RuleBasedStateMachine):
         follower = self.follower
         assert follower is not None
         self._receive("".join(follower._stored()).encode())
-        if not follower._behind:  # Wait for events, as `take` does. The follower then transmits new events at once.
+        if not follower._behind:  # Wait for events, as `take` does. The follower then transmits new events immediately.
             follower._arrived, follower._is_idle = trio.Event(), True
 
     def _receive(self, lines: bytes) -> int:
@@ -400,12 +400,12 @@ def test_a_large_backlog_does_not_delay_other_boards(new_history: Callable[[], H
 class SlowClient:
     """A control socket client that reads only when `read` is called. Its connection has a tiny send buffer."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, user: int | None = None) -> None:
         proxy, self._client = socket.socketpair()
         proxy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self._client.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(proxy))
-        self.connection = Connection(stream, Peer(1, os.geteuid()), feed, "0", self._reload)
+        self.connection = Connection(stream, Peer(1, os.geteuid() if user is None else user), feed, "0", self._reload)
         self._received = b""
         self.closing = contextlib.ExitStack()
         for each in (proxy, self._client):
@@ -416,15 +416,29 @@ class SlowClient:
 
     async def send(self, *requests: Mapping[str, object]) -> None:
         """Send requests, and wait until the connection has handled them or is waiting for the client."""
-        self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+        self.put(*requests)
         await wait_all_tasks_blocked()
+
+    def put(self, *requests: Mapping[str, object]) -> None:
+        """Send requests without waiting."""
+        self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+
+    async def receive(self) -> bytes:
+        """Return up to 64 KiB that the proxy has written, or b"" if it has written nothing."""
+        await wait_all_tasks_blocked()
+        try:
+            return self._client.recv(1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
     async def read(self) -> list[dict[str, Any]]:
         """Return all lines that the proxy has written and that `read` has not returned yet."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                await wait_all_tasks_blocked()
-                self._received += self._client.recv(1 << 16)
+        while data := await self.receive():
+            self._received += data
         *lines, self._received = self._received.split(b"\n")
         return [json.loads(line) for line in lines]
 

@@ -29,7 +29,7 @@ def package_log() -> Iterator[None]:
     before = package.handlers, package.propagate, package.level
     yield
     for handler in package.handlers:
-        handler.flush()  # Otherwise, held lines would appear in the output of the next test.
+        handler.flush()  # Print held lines now, not in the output of the next test.
     package.handlers, package.propagate = before[:2]
     package.setLevel(before[2])
 

@@ -152,7 +152,7 @@ Complete = Callable[[Path, str], set[str]]
 
 
 def in_bash(cwd: Path, line: str) -> set[str]:
-    """Return bash's completions of `line`. Call the completion function in the same way as readline."""
+    """Return bash's completions of `line`. Call the completion function in the same way as readline does."""
     words = line.split(" ")
     script = f"""
         . {BASH}
@@ -227,7 +227,7 @@ def in_zsh(cwd: Path, line: str) -> set[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return a directory for PATH as pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
+    """Return a directory for PATH like pipx's: `inco-trio` is a symlink into the wheel's environment."""
     environment = tmp_path / "environment"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for source, where in wheel["shared-data"].items():

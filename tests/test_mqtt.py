@@ -21,7 +21,7 @@ from tests.mosquitto import Gateway, Reader
 from tests.support_control import FRAME, Board
 from tests.support_mqtt import Bench
 
-pytestmark = pytest.mark.tools
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
 
 PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
 
@@ -200,7 +200,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
         for name in ("b2", "b3"):
             peer.sendto(FRAME, f"{bench.home}/{name}-0")
         assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # Notifications that precede the removal of a board still arrive once the broker runs again.
+        # Notifications that precede the removal of a board still arrive once the broker is running again.
         bench.broker.end()
         for _ in range(200):
             peer.sendto(FRAME, f"{bench.home}/b3-0")

@@ -25,7 +25,7 @@ from tests.support_control import FRAME
 from tests.support_mqtt import Bench, Relay, check_order
 from tests.support_proxy import write_udrv
 
-pytestmark = pytest.mark.tools
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
 
 SIGNALS = [f"s{number}" for number in range(10)]
 
@@ -138,7 +138,7 @@ def test_requests_are_sent_in_the_order_of_the_broker(tmp_path: Path, stack: Exi
 
 
 def test_only_topics_of_requests_send_signals(tmp_path: Path, stack: ExitStack) -> None:
-    """Another program that uses the gateway's client identifier may leave subscriptions in the gateway's session."""
+    """Another program that uses the gateway's client identifier can leave subscriptions in the gateway's session."""
     bench = Bench(tmp_path, stack)
     bench.broker.start()
     peer = with_signals(bench)
@@ -157,7 +157,7 @@ def test_only_topics_of_requests_send_signals(tmp_path: Path, stack: ExitStack) 
 
 
 def test_boards_do_not_wait_for_the_requests_of_each_other(tmp_path: Path, stack: ExitStack) -> None:
-    """Core 1 of one board has no socket, so that board's link does not accept frames."""
+    """Core 1 of one board has no socket. Therefore, the link of this board does not accept frames."""
     boards = tmp_path / "boards"
     boards.mkdir()
     for name in ("b1", "b2"):
@@ -183,7 +183,7 @@ def test_boards_do_not_wait_for_the_requests_of_each_other(tmp_path: Path, stack
 
 @pytest.mark.parametrize("prefix", [None, "answers"])
 def test_no_request_makes_the_gateway_publish_elsewhere(tmp_path: Path, stack: ExitStack, prefix: str | None) -> None:
-    """The gateway must not lend its permissions to a client, whether or not the signal is permitted."""
+    """No client may use the gateway's permissions to publish, whether or not the signal is permitted."""
     bench = Bench(tmp_path, stack)
     bench.broker.start()
     peer = with_signals(bench)

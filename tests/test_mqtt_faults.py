@@ -324,7 +324,7 @@ def test_a_stopped_broker_is_lost_after_10_s(tmp_path: Path, stack: ExitStack) -
         async with open_connection(at(broker.port), Credentials(), "test") as connection:
             assert broker.process is not None
             wait_stopped(broker.process.pid)
-            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks are waiting.
             await connection.publish([Message("lab/x", b"")] * 100)
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
@@ -339,7 +339,7 @@ def test_sending_more_does_not_hide_that_a_broker_is_lost(tmp_path: Path, stack:
         async with open_connection(at(broker.port), Credentials(), "test") as connection:
             assert broker.process is not None
             wait_stopped(broker.process.pid)
-            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks are waiting.
             for _ in range(12):
                 connection.send(Receipts(1, [None]), [(0, Message("lab/x", b""))])
                 await trio.sleep(1)  # The clock is simulated.

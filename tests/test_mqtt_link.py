@@ -41,7 +41,7 @@ from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, MAC
 from tests.support_proxy import write_udrv
 
-pytestmark = pytest.mark.tools
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
 
 TOPICS = ("frames", "written", "status")
 
@@ -115,7 +115,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def counters(bridge: Gateway, published: int = 0) -> dict[str, int]:
-    """Return the counters that a bridge logs on SIGUSR1, once `published` frames have been acknowledged."""
+    """Wait until `published` frames have been acknowledged. Return the counters that a bridge logs on SIGUSR1."""
     for times in itertools.count(bridge.log.count("statistics: ") + 1):
         bridge.process.send_signal(signal.SIGUSR1)
         bridge.wait_log("statistics: ", times)
@@ -368,7 +368,8 @@ def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
     deadline = time.monotonic() + HANG
-    # Some brokers report the takeover to the first process. Otherwise, the process with the lower random ID ends.
+    # Some brokers report the takeover to the first process. With other brokers, the process with the lower random ID
+    # ends.
     while bridge.process.poll() is None and other.process.poll() is None:
         assert time.monotonic() < deadline
     ended, left, path = (bridge, other, "other") if other.process.poll() is None else (other, bridge, "wire0")
@@ -382,7 +383,7 @@ def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
 
 
 def test_a_broker_restored_from_an_older_state_is_accepted(bench: Bench) -> None:
-    """An old retained status of a predecessor must not count as a second process for the same side."""
+    """An old retained status of a predecessor must not count as a second process on the same side."""
     bench.joined()[0].end()
     bench.broker.end()  # On SIGTERM, mosquitto saves its state.
     older = (bench.broker.directory / "mosquitto.db").read_bytes()
@@ -454,7 +455,7 @@ def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplo
         names.close()
 
     trio.run(main)
-    assert "the inherited socket has another address" in caplog.text
+    assert "the inherited socket has a different address" in caplog.text
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -489,7 +490,7 @@ def test_statistics_can_be_logged_before_opening() -> None:
 
 
 def test_a_number_that_the_next_process_cannot_use_is_refused() -> None:
-    """Otherwise, any client that may publish to the topic could make the next process discard all numbers."""
+    """Any client that is allowed to publish to the topic could otherwise make the next process discard all numbers."""
     for first, is_valid in ((NUMBER_MAX - 2, True), (NUMBER_MAX - 1, False), ((1 << 63) - 1, False)):
         data = Batch(bytes(8), first, [b"x", b"y"]).encode()
         if not is_valid:
@@ -649,7 +650,7 @@ def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> Non
         threading.Event().wait(choice.random() / 2)
     assert kills
     for flow in flows:
-        # Each kill may duplicate two frames: one that was being written and one that was not yet acknowledged.
+        # Each kill can duplicate two frames: one that was being written and one that was not yet acknowledged.
         assert flow.check() <= 2 * kills
     assert "Traceback" not in running.log
     assert "never came" not in running.log

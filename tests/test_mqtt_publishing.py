@@ -189,7 +189,7 @@ def test_refused_notifications_are_sent_again_before_later_ones(ending: str, cap
             assert source.acknowledged == [1, 2, 3, 4]
 
     run(main)
-    is_logged = ending == "works again"  # The broker accepts the other proxy's notifications at once.
+    is_logged = ending == "works again"  # The broker accepts the other proxy's notifications immediately.
     assert caplog.text.count("the broker refused notifications: Not authorized") == is_logged
     assert caplog.text.count("works again") == is_logged
 

@@ -256,7 +256,7 @@ def test_messages_that_the_caller_has_not_handled_count_towards_the_limit() -> N
 
 
 def test_a_message_that_is_repeated_on_the_same_connection_ends_the_connection() -> None:
-    """Otherwise, a broker could fill the memory with messages that have the same packet identifier."""
+    """A broker could otherwise fill the memory with messages that have the same packet identifier."""
     session = opened()
     session.feed(incoming(7))
     session.acknowledge(session.received[0])

@@ -96,7 +96,7 @@ def changed(write: Callable[[memoryview, dict[str, int]], None]) -> int:
 
 
 def use(memory: Inflight) -> None:
-    """Use the memory in the same way as the proxy, the gateway and the status report."""
+    """Use the memory in the same way as the proxy, the gateway and the status report do."""
     for bank in (*memory.frames, *memory.events):
         bank.begin(bank.sequence + 1)
     for bank in memory.frames:

@@ -17,6 +17,8 @@ from netns.fixtures import StartProxy
 from netns.hang import HANG
 from tests.support_proxy import trigger, write_udrv
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 SAMPLE = str(Path(__file__).parent / "data" / "udrv.json")
 RUN = [sys.executable, "-m", "inco_trio"]
 LOGGED = re.compile(rb"([-0-9]+ [:.0-9]+ )?inco-trio: info: ")
@@ -474,7 +476,7 @@ def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores,
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # No file may be opened with the descriptor number of a closed stream, because it would receive log lines.
+        # Files must not be opened with the descriptor number of a closed stream, because they would receive log lines.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()

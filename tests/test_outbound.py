@@ -95,7 +95,7 @@ class World:
                     await wait_all_tasks_blocked()
                     for act in acts:
                         act()
-                        # Trio only notices a readable descriptor when its event loop runs again.
+                        # Trio notices a readable descriptor only when its event loop runs again.
                         while self.inotify.queued:
                             await trio.lowlevel.checkpoint()
                         await wait_all_tasks_blocked()
@@ -237,7 +237,7 @@ def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: Wo
                 nursery.cancel_scope.cancel()
         return trio.current_time() - started
 
-    # The test's clock advances only while all tasks wait.
+    # The test's clock advances only while all tasks are waiting.
     took = trio.run(main, clock=MockClock(autojump_threshold=0))
     assert len(link.sent) == 500
     assert took <= 2 * 500 * duration

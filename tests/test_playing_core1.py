@@ -232,7 +232,7 @@ def test_a_closed_core1_raises_and_can_be_reopened(tmp_path: Path) -> None:
             await trio.testing.wait_all_tasks_blocked()
         assert len(refused) == 1
         assert not await trio.Path(tmp_path / "core1").exists()
-        async with core1, open_proxy(config) as proxy:  # open the same `core1` object again
+        async with core1, open_proxy(config) as proxy:  # reopen the same `core1` object
             with core1.events() as arrivals:
                 await proxy.send(NOTIFY)
                 await arrivals.receive()

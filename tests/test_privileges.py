@@ -1,4 +1,4 @@
-"""Tests of what a running daemon may do: its locked memory, its capabilities and its sandbox."""
+"""Tests of what a running daemon is allowed to do: its locked memory, its capabilities and its sandbox."""
 
 from __future__ import annotations
 

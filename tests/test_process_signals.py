@@ -165,7 +165,7 @@ def test_a_stop_that_the_parent_blocked_before_exec_is_obeyed(number: signal.Sig
 
 
 def test_other_commands_die_of_sigint() -> None:
-    # Restore the handler of SIGINT: if a shell runs the tests in the background, SIGINT may be ignored.
+    # Restore the handler of SIGINT: if a shell runs the tests in the background, SIGINT might be ignored.
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = heeded + AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
     assert run(script, "inco_trio.cli.check", [signal.SIGINT]) == (-signal.SIGINT, "")

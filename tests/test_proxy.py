@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -41,6 +42,7 @@ from inco_trio import (
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.links.packet import PacketLink
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.persist.inflight import FRAME_STEP, Inflight
 from inco_trio.proxy.proxy import open_supervised
 from inco_trio.registers.states import SLICE
@@ -143,7 +145,7 @@ def test_a_frame_that_is_too_long_is_malformed(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # Repeat this with a batch of frames, in which the receive buffer truncates the long frame.
+    # Repeat this with a batch of frames: in a batch, the receive buffer truncates the long frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)
@@ -209,7 +211,7 @@ def test_garbage_changes_only_counters(
     counters = running.counters()
     assert counters["unknown"] >= 4
     assert counters["malformed"] >= 6
-    # A few of the random raw frames may have our EtherType and a broadcast address by chance.
+    # A few of the random raw frames might have our EtherType and a broadcast address by chance.
     assert 1 + len(lengths) + 10 <= counters["received"] <= 1 + 2 * len(lengths) + 10
     assert counters["unknown"] + counters["malformed"] == counters["received"] - 1
     assert counters["delivered"] == 1
@@ -255,57 +257,89 @@ def test_1000_quick_triggers_make_1000_frames(proxy: StartProxy, udrv: Path, irq
     assert running.counters()["sent"] == 1001
 
 
-def test_a_burst_of_20000_frames_loses_none(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
-    running = proxy("--irq-dir", irq_dir)
-    resets = watch(irq_dir / "message_4_state")
-    # Send all frames in one burst if they fit into the receive queue, otherwise in several bursts.
-    for start in range(0, 20_000, room(running)):
-        end = min(start + room(running), 20_000)
-        for _ in range(start, end):
-            core1.send(b"ihub_reset_irq")
-        resets.wait(end)
-    counters = running.counters()
+@contextlib.contextmanager
+def counted(irq_dir: Path) -> Iterator[Callable[[], list[int]]]:
+    """Watch each state file. Yield a function that returns how many notifications each file has received since then.
+
+    Each file has a separate inotify queue, which holds 16,384 events, and each notification causes two: a write and a
+    close. So the function counts up to 8,192 notifications of each file, even though nothing reads the queue before.
+    """
+    with contextlib.ExitStack() as stack:
+        watches = [stack.enter_context(contextlib.closing(Inotify())) for _ in INBOUND]
+        for watch, register in zip(watches, INBOUND.values(), strict=True):
+            watch.watch(str(irq_dir / register), IN_MODIFY | IN_CLOSE_WRITE)
+        yield lambda: [number_of_closes(watch) for watch in watches]
+
+
+def number_of_closes(watch: Inotify) -> int:
+    closes = 0
+    buffer = memoryview(bytearray(1 << 16))
+    while length := watch.read_into(buffer):
+        for _wd, mask, _name in parse_events(buffer[:length]):
+            assert not mask & IN_Q_OVERFLOW
+            closes += bool(mask & IN_CLOSE_WRITE)
+    return closes
+
+
+def send_to_each(core1: Peer, numbers: range) -> None:
+    """Send a frame for each number, to one inbound signal after the other."""
+    names = [name.encode() for name in INBOUND]
+    for number in numbers:
+        core1.send(names[number % len(names)])
+
+
+def test_a_burst_of_20000_frames_loses_none(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> None:
+    running = proxy("--config", udrv)
+    with counted(irq_dir) as closes:
+        # Send all frames in one burst if they fit into the receive queue, otherwise in several bursts.
+        for start in range(0, 20_000, room(running)):
+            end = min(start + room(running), 20_000)
+            send_to_each(core1, range(start, end))
+            while (counters := running.counters())["delivered"] < end:
+                pass
+        assert closes() == [6667, 6667, 6666]
     assert (counters["received"], counters["delivered"], counters["dropped"]) == (20_000, 20_000, 0)
 
 
 def test_a_burst_of_20000_frames_waits_for_a_slow_proxy(
-    proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
+    proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer
 ) -> None:
-    running = proxy("--irq-dir", irq_dir)
-    resets = watch(irq_dir / "message_4_state")
-    os.kill(running.pid, signal.SIGSTOP)
-    count = min(20_000, room(running))
-    for _ in range(count):
-        core1.send(b"ihub_reset_irq")
-    os.kill(running.pid, signal.SIGCONT)
-    # Wait for all deliveries before the stop: a stopping proxy gives up at its deadline.
-    resets.wait(count)
-    assert running.stop() == 0
+    running = proxy("--config", udrv)
+    with counted(irq_dir) as closes:
+        os.kill(running.pid, signal.SIGSTOP)
+        count = min(20_000, room(running))
+        send_to_each(core1, range(count))
+        os.kill(running.pid, signal.SIGCONT)
+        # Wait for all deliveries before the stop: a stopping proxy gives up at its deadline.
+        while running.counters()["delivered"] < count:
+            pass
+        assert running.stop() == 0
+        assert closes() == [len(range(first, count, 3)) for first in range(3)]
     counters = final_counters(running.log)
     assert (counters["delivered"], counters["dropped"]) == (count, 0)
 
 
 def test_frames_dropped_by_the_kernel_are_counted(
-    proxy: StartProxy, irq_dir: Path, core1: Peer, cores: Cores, watch: Watch
+    proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, cores: Cores
 ) -> None:
-    running = proxy("--irq-dir", irq_dir)
-    resets = watch(irq_dir / "message_4_state")
-    os.kill(running.pid, signal.SIGSTOP)
-    before = arrived(cores)
-    # Send more frames than any receive buffer holds. Large frames fill it faster.
-    large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
-    for _ in range(40_000):
-        core1.send_raw(large)
-    # A busy kernel also drops frames before they reach the interface; the proxy cannot count those.
-    sent = arrived(cores) - before
-    os.kill(running.pid, signal.SIGCONT)
-    running.wait_log("frames dropped: the receive queue was full")
-    counters = running.counters()
-    while counters["received"] + counters["dropped"] < sent or counters["delivered"] < counters["received"]:
+    running = proxy("--config", udrv)
+    with counted(irq_dir) as closes:
+        os.kill(running.pid, signal.SIGSTOP)
+        before = arrived(cores)
+        # Send more frames than any receive buffer holds. Large frames fill it faster.
+        large = [encode(name.encode(), core1.mac).ljust(1514, b"\0") for name in INBOUND]
+        for number in range(40_000):
+            core1.send_raw(large[number % len(large)])
+        # A busy kernel also drops frames before they reach the interface; the proxy cannot count such frames.
+        sent = arrived(cores) - before
+        os.kill(running.pid, signal.SIGCONT)
+        running.wait_log("frames dropped: the receive queue was full")
         counters = running.counters()
-    assert counters["dropped"] > 0
-    assert counters["received"] + counters["dropped"] == sent
-    resets.wait(counters["delivered"])
+        while counters["received"] + counters["dropped"] < sent or counters["delivered"] < counters["received"]:
+            counters = running.counters()
+        assert counters["dropped"] > 0
+        assert counters["received"] + counters["dropped"] == sent
+        assert sum(closes()) == counters["delivered"]
 
 
 def arrived(cores: Cores) -> int:
@@ -393,7 +427,7 @@ def test_the_proxy_uses_a_recreated_link(
         cores.make_link()
         core1.rebind()
         running.wait_log("watch: works again", after=said)
-        # The first frame is lost if the proxy sends it before core 1 listens again, so trigger once more.
+        # The first frame is lost if the proxy sends it before core 1 is listening again, so trigger once more.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         core1.send(b"ihub_reset_irq")
@@ -581,7 +615,7 @@ def test_systemd_is_notified_once_link_and_watches_work(
 
 def test_the_notification_fd_is_closed_after_its_newline(proxy: StartProxy, irq_dir: Path) -> None:
     running = proxy("--irq-dir", irq_dir)
-    # The fixture has read the newline; end of file must follow while the process still runs.
+    # The fixture has read the newline; end of file must follow while the process is still running.
     assert os.read(running.ready_fd, 1) == b""
     assert running.process.poll() is None
 
@@ -695,7 +729,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 70
-    assert "inco-trio: error: internal error: this is a bug in inco-trio, please report it" in done.stderr
+    assert "inco-trio: error: internal error: this is a bug in inco-trio; please report it" in done.stderr
     assert "RuntimeError: put in by the test" in done.stderr
 
 
@@ -1196,7 +1230,7 @@ def test_a_send_cancelled_before_the_link_accepted_it_does_not_count(
                     senders.start_soon(proxy.send, "redun_notify_irq")
                 await wait_all_tasks_blocked()
                 senders.cancel_scope.cancel()
-            # The send task already holds one notification and waits for the link; the other four are cancelled.
+            # The send task already holds one notification and is waiting for the link; the other four are cancelled.
             assert proxy.stats.triggered == 1
             nursery.cancel_scope.cancel()
 
@@ -1255,7 +1289,7 @@ def test_writing_pending_notifications_yields_to_other_tasks(
             nursery.cancel_scope.cancel()
 
     in_core0(main)
-    # Allow two slices: Trio may run the proxy last in one round of its tasks and first in the next round.
+    # Allow two slices: Trio might run the proxy last in one round of its tasks and first in the next round.
     assert 0 < largest <= 2 * SLICE
 
 

@@ -64,7 +64,7 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # The program misses signals that arrive before it listens, so send one every 0.05 s until it answers.
+            # The program misses signals that arrive before it is listening, so send one every 0.05 s until it answers.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None

@@ -186,7 +186,7 @@ def test_a_link_that_flips_displaces_no_other_events(memory: memoryview) -> None
 
 
 def test_the_past_is_decoded_while_it_is_read(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request for the history must not delay notifications. It must not miss records that are overwritten either."""
+    """Reading the history must neither delay notifications nor miss records that are overwritten meanwhile."""
     recorder = Recorder(memory, 1000)
     record_many(recorder, range(1000))
     decoded = 0
@@ -233,7 +233,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
         shifts.append(shift)
         recorder.append([IN])
     shifts.append(86_400 * 10**9)
-    recorder = Recorder(memory)  # The clock was set while no process ran.
+    recorder = Recorder(memory)  # The clock was set while no process was running.
     assert [note.text for note in recorder.notes() if note.kind == "clock"] == [
         "the wall clock was set forward by 3600.0 s",
         "the wall clock was set back by 3600.0 s",
@@ -244,7 +244,7 @@ def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: p
 
 
 def record_many(recorder: Recorder, names: Iterable[int]) -> None:
-    """For each number, record a notification of one signal and an event about another."""
+    """For each number, record a notification of one signal and an event about another signal."""
     for number in names:
         signal = Signal(f"s{number}_irq", Direction.OUTBOUND, Path("/irq"), "out")
         recorder.append([signal])
@@ -274,7 +274,9 @@ def test_a_full_table_of_names_keeps_the_records(memory: memoryview, few_names: 
     assert len(recorder._names) == few_names
 
 
-def test_more_recorded_names_than_fit_keep_the_newest_records(memory: memoryview, few_names: int) -> None:
+def test_more_recorded_names_than_fit_keep_the_newest_records(
+    memory: memoryview, few_names: int, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = Recorder(memory, kept=few_names)
     recorder.note("problem", "a problem")
     for number in range(4 * few_names):
@@ -286,6 +288,7 @@ def test_more_recorded_names_than_fit_keep_the_newest_records(memory: memoryview
     recorder.note("problem", "a problem")
     assert list(recorder.notes())[-1].count == 1
     assert recorder.boot == Recorder(memory).boot
+    assert caplog.messages == [f"the recorded history has {few_names} signal names: deleting its oldest records"]
 
 
 def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memoryview, few_names: int) -> None:

@@ -78,7 +78,7 @@ class Board:
             await trio.sleep_forever()
 
     def memory(self) -> Inflight:
-        """Return the in-flight buffer. Call this only while no proxy runs."""
+        """Return the in-flight buffer. Call this only while no proxy is running."""
         return Inflight.open(os.dup(self.store.kept["inflight"]))
 
     def peer(self) -> Peer:

@@ -142,7 +142,7 @@ def test_mode_follows_the_umask(start: StartWorld, notify: Signal, reset: Signal
 
 
 def test_a_temporary_file_of_a_killed_process_is_reused(start: StartWorld, irq: Path, notify: Signal) -> None:
-    # In a container, the proxy may have the same PID after each start.
+    # In a container, the proxy can have the same PID after each start.
     irq.mkdir(parents=True)
     (irq / f".inco-trio.{os.getpid()}").touch()
     world = start(notify)
@@ -339,7 +339,7 @@ def test_a_missing_state_file_is_recreated_and_then_written(
     world = start(reset, hwwd)
     reset.path.unlink()
     world.write(reset)
-    # The proxy recreates the file later, because the process that removed it may be about to remove the directory.
+    # The proxy recreates the file later, because the process that removed it might be about to remove the directory.
     assert list(irq.iterdir()) == [hwwd.path]
     assert world.pending == {"ihub_reset_irq": 1}
     assert world.triggered() + world.later() == []
@@ -742,7 +742,7 @@ def test_a_removed_directory_is_left_to_the_application_for_a_moment(
     assert world.pending == {"ihub_reset_irq": 2}
     irq.mkdir()
     write(notify.path)
-    # The proxy reacts at once, because it watches the parent directory.
+    # The proxy reacts immediately, because it watches the parent directory.
     assert world.triggered() + world.restore() + world.triggered() == ["redun_notify_irq"]
     assert world.later() == []
     assert reset.path.read_text() == "1"
@@ -1127,7 +1127,7 @@ def test_a_trigger_created_in_a_directory_that_was_then_replaced_counts(
     irq.rename(irq.with_name("first"))
     irq.mkdir()
     assert world.triggered() == []
-    # The application creates and writes the trigger. The proxy is killed before it reads the event of this write.
+    # The application creates and writes the trigger. The proxy is killed before it reads the event for this write.
     write(notify.path)
     successor = world.again()
     irq.rename(irq.with_name("second"))

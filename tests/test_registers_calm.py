@@ -60,7 +60,7 @@ class Calm(RuleBasedStateMachine):
         """How many times each trigger must have been reported since the last `follow`."""
         self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
-        """Triggers that were written since the last `follow` while not in the table. Reporting them is optional."""
+        """Triggers written since the last `follow` while they were outside the table. Reporting them is optional."""
         self.replaced: set[Path] = set()
         """Triggers that were replaced since the last `follow`: the proxy does not watch their new files yet."""
         self.dropped: set[Path] = set()
@@ -229,7 +229,7 @@ class Calm(RuleBasedStateMachine):
             self.rest()
         elif self.dropped & {signal.path for signal in table}:
             # If a reload drops a file that the proxy has just created, and the next reload adds the file again, the
-            # proxy does not recognise the event of the creation as its own.
+            # proxy does not recognise the creation event as its own.
             self.follow()
         self.leave_out(table)
         self.report(self.world.reload(table))

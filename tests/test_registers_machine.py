@@ -174,7 +174,8 @@ class Walk(RuleBasedStateMachine):
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
-            # The proxy opens a new directory at once, but checks the files in it only at the next retry that is due.
+            # The proxy opens a new directory immediately, but checks the files in it only at the next retry that is
+            # due.
             seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
@@ -208,7 +209,7 @@ class Walk(RuleBasedStateMachine):
         try:
             self.take(self.world.reload(table))
         except IncoError:
-            self.world.table = before  # The old table stays in force.
+            self.world.table = before  # The old table remains in use.
         self.written &= {signal.path for signal in self.world.table.outbound.values()}
 
     @rule(triggers=st.none() | st.sets(places), states=st.sets(state_places))

@@ -1,4 +1,4 @@
-"""Tests of `inco-trio replay`, which plays a recording to a real proxy."""
+"""Tests of `inco-trio replay`, which replays a recording to a real proxy."""
 
 from __future__ import annotations
 

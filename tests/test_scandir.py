@@ -126,10 +126,10 @@ class Tree:
 
     @contextmanager
     def becoming_ready(self, interface: str) -> Iterator[None]:
-        """At the end of the block, wait until a service is ready. s6-svscan may discover it during the block."""
+        """At the end of the block, wait until a service is ready. s6-svscan can discover it during the block."""
         event = f"{self.service(interface)}/event"
         subprocess.run(["s6-mkfifodir", event], check=True)
-        # s6-ftrig-listen1 runs `echo` once it listens.
+        # s6-ftrig-listen1 runs `echo` once it is listening.
         with subprocess.Popen(
             ["s6-ftrig-listen1", "-t", "20000", event, "U", "echo"], stdout=subprocess.PIPE
         ) as listener:
@@ -147,7 +147,7 @@ class Tree:
     def close(self) -> None:
         self._report.close()
         if self._process.poll() is None:
-            # SIGTERM has the same effect as s6-svscanctl -t, which may fail at this point.
+            # SIGTERM has the same effect as s6-svscanctl -t, which might fail at this point.
             self._process.terminate()
             self._process.wait(HANG)
 
@@ -195,7 +195,7 @@ class Tree:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """Yield a directory with a short path that every user may enter."""
+    """Yield a directory with a short path that every user can enter."""
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         yield Path(home)
@@ -242,7 +242,8 @@ class TestUnderS6:
         tree.send("core0", f"exit {code}")
         tree.wait_down("core0")
         assert tree.state("core0") == {"up": "false", "wantedup": "false", "exitcode": str(code)}
-        # Do not use -wU: s6-supervise may still report the earlier failure, which -wU would mistake for a new failure.
+        # Do not use -wU: s6-supervise might still report the earlier failure, which -wU would mistake for a new
+        # failure.
         tree.svc("-u", "core0")
         assert tree.next_report() == "core0 started 2"
         tree.stop()

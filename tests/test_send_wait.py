@@ -149,7 +149,7 @@ def test_the_documented_example_of_wait_works(board: Board) -> None:
     line = "inco-trio wait redun_notify_irq --timeout 5 --after 'echo 1 > irq/message_6_trig'"
     board.core1()
     board.running()
-    # Select the test's proxy, because other proxies may be running on this machine.
+    # Select the test's proxy, because other proxies might be running on this machine.
     named = re.sub(r"--timeout \d+", f"--control {board.path} --timeout {HANG}", line)
     done = subprocess.run(
         ["/bin/sh", "-c", named], cwd=board.home, capture_output=True, text=True, timeout=HANG, check=False
@@ -343,7 +343,7 @@ def test_wait_follows_replaced_files_and_directories(
 
 
 def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
-    """Write until `wait` has seen two notifications. Nothing else shows when `wait` has found the new directory."""
+    """Write until `wait` has seen two notifications. No event shows when `wait` has found the new directory."""
     deadline = time.monotonic() + HANG
     while waiting.poll() is None:
         assert time.monotonic() < deadline
@@ -512,7 +512,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     for words in (("--irq-dir", board.irq), ("--as", "core1", f"unix:{board.home}/c,peer={board.home}/core1")):
         done = run("send", "redun_notify_irq", *words, "--count", "9", "--rate", "1e-3", "--timeout", "10ms")
         assert (done.returncode, done.stdout) == (1, "")
-        # If the start is slow, the time may run out before the first notification.
+        # If the start is slow, the time can run out before the first notification.
         assert re.fullmatch("inco-trio: redun_notify_irq: [01] of 9 were sent\n", done.stderr)
 
 
@@ -555,7 +555,7 @@ def test_the_interface_of_core0_is_refused_for_core1(
 
 @pytest.mark.netns
 def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Peer) -> None:
-    """A proxy for a link with the same name is starting in another namespace. Another program listens on this link."""
+    """A proxy for a link of this name is starting in another namespace. Another program is listening on this link."""
     starting = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", cores.link]
     with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -69,7 +69,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     done = s6(tmp_path / "scan", "--mqtt", broker.url, "--gateway", tmp_path / "gateway.json")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "scan/inco-trio-mqtt/run"
-    # Select the test's proxy, because other proxies may be running on this machine.
+    # Select the test's proxy, because other proxies might be running on this machine.
     run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
     service = running(stack, tmp_path / "scan", "mqtt")
     board.trigger()
@@ -217,7 +217,7 @@ def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Pa
     assert f"inco-trio: warning: {create}\n" in printed.stderr
     directory.mkdir(mode=0o700)
     service = link_service("x", config)
-    # The user may be unable to run this test's Python interpreter, for example if it is in root's home directory.
+    # The user might be unable to run this test's Python interpreter, for example if it is in root's home directory.
     # Every user can run /bin/sh.
     found = list(access_warnings(service, "daemon", "/bin/sh"))
     write = f"warning: {directory}: the user daemon may not write to it: run as root: {command}"

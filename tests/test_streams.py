@@ -151,7 +151,7 @@ def test_an_unwritable_help_of_the_drop_in_is_an_error(help_option: str, unbuffe
 def test_closed_streams_do_not_cause_a_failure(closed: list[int], tmp_path: Path) -> None:
     code, _, err = finished(["s6", str(tmp_path / "scan"), "--user", "root", "--config", str(SAMPLE)], closed=closed)
     assert (code, err) == (71 if 1 in closed else 0, b"")
-    # No output may go to a file that was opened with the descriptor number of a closed stream.
+    # Output must not go to a file that was opened with the descriptor number of a closed stream.
     service = tmp_path / "scan" / "inco-trio-rpmsg4000"
     assert (service / "run").read_text().startswith("#!/bin/sh\n")
     assert (service / "notification-fd").read_text() == "3\n"

@@ -31,7 +31,7 @@ FOREIGN = bytes.fromhex("02005e100099")
 
 
 class World:
-    """A directory for two sockets: our socket at `local`, and that of core 1 at `peer`."""
+    """A directory for two sockets: our socket at `local`, and core 1's socket at `peer`."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.local, self.peer = directory / "core0", directory / "core1"
@@ -99,7 +99,7 @@ def receive(link: UnixLink, count: int = 100, step: int = ROOM) -> list[bytes | 
 
 
 def names_of(sock: socket.socket) -> list[bytes | None]:
-    """Return the signal names in all frames that are queued at `sock`."""
+    """Return the signal names in all frames that are queued on `sock`."""
     names = []
     while True:
         try:
@@ -629,7 +629,7 @@ def test_each_waiting_link_gets_only_its_own_changes(world: World, tmp_path: Pat
                 nursery.start_soon(scoped)
             await wait_all_tasks_blocked()
             woken.clear()
-            # Cancel each waiter in turn, because one of them reads the shared descriptor for all.
+            # Cancel each waiter in turn, because one of them reads the shared descriptor for all of them.
             for ending in (0, 1, 2):
                 scopes[ending].cancel()
                 await wait_all_tasks_blocked()

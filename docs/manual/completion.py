@@ -16,7 +16,7 @@ from inco_trio.signals import Direction, builtin_signals
 __all__ = ["complete"]
 
 # The shell functions that complete links, users and programs. zsh and fish have them built in; BASH defines them for
-# bash. They list the interfaces for each completion, because interfaces appear and disappear.
+# bash. They list the interfaces at every completion, because interfaces appear and disappear.
 LINKS = {"bash": "_inco_trio_links", "zsh": "_net_interfaces", "fish": "(__fish_print_interfaces)"}
 USERS = {"bash": "_inco_trio_users", "zsh": "_users", "fish": "(__fish_complete_users)"}
 PROGRAMS = {"bash": "_inco_trio_programs", "zsh": "_command_names -e", "fish": "(__fish_complete_command)"}

@@ -28,14 +28,14 @@ ENVIRONMENT = (
     ("NO_COLOR", "--color", "if set, the output has no colours"),
     ("FORCE_COLOR", "--color", "if set, the output has colours even if it is not a terminal"),
 )
-"""The environment variables: name, option, meaning. The commands with this option read the variable."""
+"""The environment variables: name, option, meaning. Commands that have the option read the variable."""
 FILES = (
     ("udrv.json", "--config", "the board's configuration, see udrv.json(5)"),
     ("/run/inco-trio/", "--control", "control sockets of the proxies of root and of services"),
     ("$XDG_RUNTIME_DIR/inco-trio/", "--control", "control sockets of the proxies of another user"),
     ("/tmp/inco-trio-UID/", "--control", "the same, if XDG_RUNTIME_DIR is not set"),  # noqa: S108 - a text
 )
-"""The files: path, option, meaning. The commands with this option use the file."""
+"""The files: path, option, meaning. Commands that have the option use the file."""
 SERVICE_SIGNALS = (
     ("SIGHUP", "reload the configuration; if it is invalid, keep the old one"),
     ("SIGUSR1", "log the counters"),
@@ -230,7 +230,7 @@ class _Words:
         return made + _escaped(text[end:])
 
     def paragraph(self, text: str) -> list[str]:
-        """Return the text as lines of roff of at most 79 characters."""
+        """Return the text as roff lines of at most 79 characters."""
         wrapped = textwrap.wrap(self.roff(" ".join(text.split())), 79, break_long_words=False, break_on_hyphens=False)
         return [_line(line) for line in wrapped]
 

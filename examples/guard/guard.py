@@ -1,6 +1,6 @@
 """Guard a service of core 0: python guard.py COMMAND [ARGUMENT ...]
 
-ihub_hwwd_irq: core 1 got no sign of life from the service; the guard restarts the service.
+ihub_hwwd_irq: core 1 has received no sign of life from the service; the guard restarts the service.
 ihub_reset_irq: core 1 is about to reset the board; the guard stops the service and exits.
 The guard answers both with redun_notify_irq when it has finished. UDRV_JSON_PATH is the path of the board's file.
 """
@@ -20,7 +20,7 @@ from inco_trio import read_board
 
 async def stop(service: trio.Process) -> None:
     """Terminate the service, and kill it if it does not exit."""
-    with trio.move_on_after(5):  # A service may ignore SIGTERM.
+    with trio.move_on_after(5):  # A service might ignore SIGTERM.
         service.terminate()
         await service.wait()
     service.kill()

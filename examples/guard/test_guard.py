@@ -1,4 +1,4 @@
-"""Test the guard next to a real proxy; the tests act as core 1."""
+"""Test the guard alongside a real proxy; the tests act as core 1."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_watchdog_restarts_the_service(inco_board: Board, starts: Path) -> N
         assert inco_board.core0.count("ihub_hwwd_irq") == runs - 1
     inco_board.core1.send("ihub_reset_irq")
     inco_board.core1.expect("redun_notify_irq")
-    # The last service may have been stopped before it wrote its PID.
+    # The last service might have been stopped before it wrote its PID.
     services = [int(line) for line in starts.read_text().split()]
     assert 1 <= len(services) <= 4
     assert not [service for service in services if Path(f"/proc/{service}").exists()]

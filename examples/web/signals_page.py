@@ -38,7 +38,7 @@ class SignalsPage:
         self._changed = asyncio.Event()
 
     async def follow(self) -> None:
-        """Count the notifications of the proxy until it closes."""
+        """Count the proxy's notifications until the proxy closes."""
         with self._proxy.events() as events:
             async for event in events:
                 row = self._rows[event.signal.name]

@@ -1,7 +1,7 @@
 """The proxy for asyncio code.
 
-`open_proxy` is for asyncio programs: the proxy runs in its own thread beside the asyncio loop. `on_notification` and
-`run` are for asyncio code in a Trio program. On first use, they import trio-asyncio. This import replaces asyncio's
+`open_proxy` is for asyncio programs: the proxy runs in a separate thread, alongside the asyncio loop. `on_notification`
+and `run` are for asyncio code in a Trio program. On first use, they import trio-asyncio. This import replaces asyncio's
 event loop policy for the whole process.
 """
 
@@ -34,7 +34,7 @@ BATCH = 64
 
 
 def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
-    """Run a proxy in its own thread while the block runs, and stop the proxy cleanly when the block ends.
+    """Run a proxy in a separate thread while the block runs, and stop the proxy cleanly when the block ends.
 
     A busy asyncio loop therefore never delays a notification. Raises the errors of `inco_trio.open_proxy`.
     """

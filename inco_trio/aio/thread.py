@@ -34,7 +34,7 @@ class _Call(Generic[T]):
     results: list[T] = attrs.Factory(list)
     """The result of the function; empty until the function has returned."""
     error: Exception = attrs.Factory(lambda: ClosedError("the proxy is closed"))
-    """The exception that the function raised, or the reason why it was not called."""
+    """The exception that the function raised, or the reason why the function was not called."""
 
     def result(self) -> T:
         if not self.results:
@@ -100,7 +100,7 @@ class Beside:
                 raise cancelled
             return
         if cancelled is not None and self._task.cancelling() > self._cancelling:
-            # The error hides the cancellation, so cancel the task again at its next `await`, like asyncio.TaskGroup.
+            # The error hides the cancellation, so cancel the task again at its next `await`, as asyncio.TaskGroup does.
             self._task.uncancel()
             self._task.cancel()
         if self._failure is None:
@@ -160,7 +160,7 @@ class Beside:
         await asyncio.wait({self._ended})
 
     def _in_trio(self, function: Callable[..., object], *args: object) -> None:
-        """Let the Trio thread call a function. Raises ClosedError once Trio has stopped."""
+        """Schedule a function call in the Trio thread. Raises ClosedError once Trio has stopped."""
         assert self._token is not None  # noqa: S101 - the block is entered
         try:
             self._token.run_sync_soon(function, *args)
@@ -180,7 +180,8 @@ class Beside:
                 except asyncio.CancelledError as error:
                     cancelled = error
         finally:
-            # The thread has usually ended. `_join` blocks only after a second Ctrl-C, or if the loop was discarded.
+            # The thread has usually ended already. `_join` blocks only after a second Ctrl-C, or if the loop was
+            # discarded.
             self._join()
         return cancelled
 
@@ -274,6 +275,6 @@ class Beside:
             self._in_loop(call.ended.set_result, None)
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
-        """Let the asyncio loop call a function. Do nothing if the loop is closed."""
+        """Schedule a function call in the asyncio loop. Do nothing if the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)

@@ -1,4 +1,4 @@
-"""Fill the gaps of a recording with events from the proxy's flight recorder.
+"""Fill the gaps in a recording with events from the proxy's flight recorder.
 
 A monitor misses events while the proxy restarts, or when the monitor reads too slowly. The flight recorder keeps these
 events, even those that a killed proxy could not report.

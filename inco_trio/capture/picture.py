@@ -41,12 +41,12 @@ LANES = 12
 BINS = 200
 """Maximum number of time steps in the plot of rates."""
 IN_BIN = 4
-"""Minimum average number of notifications per step, for the most frequent signal. Fewer would not show a rate."""
+"""Minimum average number of notifications per step for the busiest signal. Fewer than this would not show a rate."""
 ANSWER_BINS = 100
 WIDE = 100
 """If the slowest response time exceeds the fastest one by this factor, their axis is logarithmic."""
 MARKS_MAX = 20
-"""Maximum number of marks in the list. The plot shows only the positions of further marks."""
+"""Maximum number of marks in the list. For any further marks, the plot shows only their positions."""
 FLAG = 0.05
 """Minimum distance between two numbered flags, as a fraction of the plot's width. Closer marks share a flag."""
 TICKS_MAX = 9
@@ -113,7 +113,7 @@ _PENDING: Any = {"facecolor": "none", "edgecolor": ALARM, "hatch": "////", "line
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
-    """Return up to `most` flows, those with the most notifications, in their original order."""
+    """Return the flows with the most notifications (at most `most` flows) in their original order."""
     chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
     return [flows[number] for number in sorted(chosen)]
 
@@ -249,7 +249,7 @@ def _draw_flags(axis: Axes, flags: list[tuple[float, list[Mark]]]) -> None:
 
 
 def _listed(summary: Summary, flags: list[tuple[float, list[Mark]]]) -> list[tuple[str, str]]:
-    """Return the lines of the list of marks: number and time (empty in continuation lines), and text."""
+    """Return the lines of the list of marks: the number and time (empty in continuation lines), and the text."""
     listed = []
     for number, mark in enumerate((mark for _, marks in flags for mark in marks), 1):
         when = f"{number}   {_local(mark.time_ns):%H:%M:%S}.{mark.time_ns % BILLION // 10**6:03}"

@@ -1,4 +1,4 @@
-"""Play one side of a recording, and count the notifications of the other side.
+"""Play one side of a recording, and count the notifications from the other side.
 
 As core 1, the player sends inbound notifications as frames on a link, and receives outbound notifications from the
 link. As core 0, it writes trigger files for outbound notifications and watches state files for inbound ones.
@@ -31,11 +31,11 @@ TURN = 64
 
 @attrs.define
 class Side:
-    """The core that a replay simulates, the signals that it can send, and the labels of those that can arrive."""
+    """The core that a replay simulates, the signals that it can send, and the labels of the signals that can arrive."""
 
     core: Core0 | Core1
     direction: Direction
-    """The direction of the notifications to play. Notifications of the other direction are counted."""
+    """The direction of the notifications to play. Notifications in the other direction are counted."""
     playable: Collection[str] | None = None
     """The names of the signals that this side can send, or None for all signals."""
     labels: Mapping[str, str] | None = None
@@ -84,14 +84,14 @@ class Side:
 
 @asynccontextmanager
 async def core1(address: str) -> AsyncIterator[Side]:
-    """Yield core 1 on the link at `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
+    """Simulate core 1 on the link at `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
     async with Core1(address) as core:
         yield Side(core, Direction.INBOUND)
 
 
 @asynccontextmanager
 async def applications(table: SignalTable) -> AsyncIterator[Side]:
-    """Yield core 0. Raises ProxyNotFoundError if registers are missing, PermissionDeniedError, ResourceError."""
+    """Simulate core 0. Raises ProxyNotFoundError if registers are missing, PermissionDeniedError, ResourceError."""
     states: dict[Path, list[str]] = {}
     for signal in table.inbound.values():
         states.setdefault(signal.path, []).append(signal.name)
@@ -106,7 +106,7 @@ class Played:
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)
-    """Recorded notifications of the other direction, which should come back."""
+    """Recorded notifications in the other direction, which are expected to come back."""
     came: Counter[str] = attrs.Factory(Counter)
     unknown: Counter[str] = attrs.Factory(Counter)
     """Notifications that were skipped because the direction or the register of the signal is unknown."""

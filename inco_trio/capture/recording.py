@@ -1,10 +1,11 @@
 """Recordings of notifications: write pcapng files, and read the notifications in any capture.
 
-A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains marks,
-such as a link that went down, and notifications without a frame. Its packets have the EtherType 0x88B5, which IEEE 802
-reserves for local experiments, and contain a JSON object with `signal`, `direction`, `register` and `board`, or with
-`mark`. Custom Blocks would not be visible in tshark, and libpcap refuses files with several link types. The flags of a
-packet contain its direction as core 0 sees it. The comment of a packet contains the signal and the register.
+A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains
+notifications without a frame, and marks for events such as a link that went down. Its packets have the EtherType
+0x88B5, which IEEE 802 reserves for local experiments, and contain a JSON object with `signal`, `direction`, `register`
+and `board`, or with `mark`. Custom Blocks would not be visible in tshark, and libpcap refuses files with several link
+types. The flags of a packet contain its direction as core 0 sees it. The comment of a packet contains the signal and
+the register.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 
 
 class Recorder:
-    """A writer of notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
+    """A writer that stores notifications and marks in the file at `path`. Like tcpdump, it replaces an existing file.
 
     The path `-` is standard output. If the file is a pipe whose reader has exited, raise BrokenPipeError.
 
@@ -74,7 +75,7 @@ class Recorder:
         self._fd = -1
         self._numbered = (size_max, seconds_max) != (None, None)
         self._earlier = _numbered_files(path) if self._numbered else {}
-        """The files of earlier recorders by number, the oldest first."""
+        """The files of earlier recorders, keyed by number, oldest first."""
         self._number = max(self._earlier, default=0)
         self._size = self._entries = 0
         self._clock, self._begun = clock, 0.0
@@ -146,7 +147,7 @@ class Recorder:
         self._entries += 1
 
     def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
-        """Return the block of a packet. If the interface is new in the file, put its block first."""
+        """Return the block of a packet. If the interface is new in the file, prepend the interface's block."""
         number = self._interfaces.get(interface, len(self._interfaces))
         head = b"" if interface in self._interfaces else interface_block(interface)
         return head + packet_block(number, time_ns, data, direction, comment)
@@ -218,11 +219,11 @@ class Recorder:
 
     @property
     def pipe(self) -> int | None:
-        """The file's descriptor if the file is a pipe. It is readable for select(2) once the reader has exited."""
+        """The file's descriptor if the file is a pipe. select(2) reports it as readable once the reader has exited."""
         return self._fd if self._fd >= 0 and stat.S_ISFIFO(os.fstat(self._fd).st_mode) else None
 
     def close(self) -> None:
-        """Close the file. Do nothing if it is closed already."""
+        """Close the file. Do nothing if it is already closed."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -414,7 +415,7 @@ def _unframed(content: Mapping[str, object]) -> bytes:
 
 
 def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
-    """Return the entry or mark that `_unframed` encoded (None if invalid), and how many notifications it stands for."""
+    """Return the entry or mark that `_unframed` encoded (None if invalid), and how many notifications it represents."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):

@@ -17,7 +17,7 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
-"""The latest valid time, in nanoseconds since 1970. It is in the year 2262."""
+"""The latest valid time, in nanoseconds since 1970. It falls in the year 2262."""
 TOLERANCE = 10**6
 """Maximum difference, in nanoseconds, between two records of the time when a notification became pending."""
 AT_ONCE = 2**16
@@ -182,7 +182,7 @@ def _pair_numbers(pair: Pair) -> dict[str, object]:
 
 
 def _spread(values: Iterable[int]) -> dict[str, float] | None:
-    """Return the distribution, in seconds, of durations in nanoseconds."""
+    """Return the distribution of `values` in seconds. The values are durations in nanoseconds."""
     rest, parts = iter(values), []
     while some := sorted(islice(rest, AT_ONCE)):
         parts.append(array("q", some))

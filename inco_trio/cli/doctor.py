@@ -24,7 +24,7 @@ from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
-"""The exit code of the command, for each level of the worst result."""
+"""The exit code of the command, by the level of the worst result."""
 
 NAMES = {Level.FAIL: "problems", Level.WARN: "warnings", Level.OK: "ok"}
 """The JSON key for the number of results at each level."""

@@ -11,7 +11,7 @@ from inco_trio.cli.streams import say_text
 from inco_trio.service import process_signals
 
 PRIVILEGED = 1024
-"""The first port that does not need CAP_NET_BIND_SERVICE (ip(7))."""
+"""The lowest port that does not require CAP_NET_BIND_SERVICE (ip(7))."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

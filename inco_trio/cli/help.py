@@ -1,4 +1,4 @@
-"""`inco-trio help`: print the help of all commands, of one command, or the exit codes."""
+"""`inco-trio help`: print the help for all commands or for one command, or explain the exit codes."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def past_of(client: Client, board: str | None, seconds: float | None) -> list[Pa
 
 
 def _overwritten(past: Past, recorded: RecorderStatus | None) -> Iterator[str]:
-    """Yield a note about notifications and one about events if newer records may have replaced older ones."""
+    """Yield a note about notifications, another about events, or both, if older records may have been overwritten."""
     if recorded is None:
         return
     notifications = [event for event in past.events if event.event == "notification"]
@@ -87,7 +87,7 @@ def _overwritten(past: Past, recorded: RecorderStatus | None) -> Iterator[str]:
 
 
 def past_events(pasts: Iterable[Past]) -> Iterator[Event]:
-    """Yield the events of several boards in the order of their times."""
+    """Yield the events of several boards in chronological order."""
     return heapq.merge(*(past.events for past in pasts), key=operator.attrgetter("monotonic_ns"))
 
 

@@ -18,7 +18,7 @@ from inco_trio.signals import Direction
 __all__ = ["Lines", "arguments", "run"]
 
 COLUMNS = "local time, direction, signal, + time since the previous notification of the same signal"
-"""The columns of a notification's line, which the header lists."""
+"""The columns of a notification line, as listed in the header."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print events until `--count` notifications are printed; return the exit code. Raises IncoError."""
+    """Print events until `--count` notifications have been printed; return the exit code. Raises IncoError."""
     direction = direction_of(args)
     try:
         client = connect(args.link, args.control)
@@ -67,7 +67,7 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """A formatter for events. It shows the time between a notification and the previous one of the same signal."""
+    """A formatter for events. It shows the time since the previous notification of the same signal."""
 
     def __init__(self, boards: int = 1) -> None:
         self._last: dict[tuple[str, Direction, str], int] = {}
@@ -109,6 +109,6 @@ class Lines:
 
 
 def _repeated(event: Event) -> Iterator[str]:
-    """Yield how often a recorded event occurred, if it occurred more than once."""
+    """Yield how many times a recorded event occurred, if it occurred more than once."""
     if event.last_ns:
         yield f"({event.count} times within {(event.last_ns - event.monotonic_ns) / 1e9:.1f} s)"

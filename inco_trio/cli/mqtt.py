@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
             config = GatewayConfig() if path is None else read_gateway(path)
             config.check_response_prefix(broker)
-            config.broker.read()  # Report invalid credentials before the start.
+            config.broker.read()  # Report invalid credentials before the service starts.
             return Gateway(broker, config, controls).run
 
         return run_service(

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
             def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
                 config = GatewayConfig() if path is None else read_gateway(path)
-                config.broker.read()  # Report invalid credentials before the start.
+                config.broker.read()  # Report invalid credentials before the service starts.
                 return functools.partial(bridge.run, config.broker)
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)
@@ -73,5 +73,5 @@ def check_end(link: str | None) -> UnixAddress:
 
 
 def bridge_label(address: UnixAddress) -> str:
-    """Return the label of a bridge, which names its service and its stored descriptors."""
+    """Return a bridge's label, which is part of the names of its service and stored descriptors."""
     return f"wire-{address.label}"

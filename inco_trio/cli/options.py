@@ -1,4 +1,4 @@
-"""Options that several commands share, and the checks of their values."""
+"""Options that several commands share, and checks of the option values."""
 
 from __future__ import annotations
 
@@ -227,5 +227,5 @@ def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
 
 
 def boards_label(directory: Path) -> str:
-    """Return the label of a directory of boards, which names its service and its stored descriptors."""
+    """Return a boards directory's label, which is part of the names of its service and stored descriptors."""
     return f"boards-{blake2b(os.fsencode(directory), digest_size=4).hexdigest()}"

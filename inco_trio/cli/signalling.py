@@ -118,7 +118,7 @@ def direction_of(args: argparse.Namespace) -> Direction | None:
 
 
 def may_listen(link: str | None) -> bool:
-    """Return whether `link` is an interface, on which `monitor` and `record` can listen without a proxy."""
+    """Return whether `link` is an interface. If so, `monitor` and `record` can listen on it without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
 
 
@@ -148,7 +148,7 @@ def check_core1(link: str) -> None:
 
 
 def _core1_of(address: InterfaceAddress | UnixAddress) -> str:
-    """Describe core 1's side of the link whose address on core 0 is `address`."""
+    """Describe core 1's side of a link. `address` is the address of the link on core 0."""
     if isinstance(address, UnixAddress):
         local, peer = (path.replace(",", ",,") for path in (address.local, address.peer))
         return f"unix:{peer},peer={local}"

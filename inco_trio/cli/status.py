@@ -30,7 +30,7 @@ LAST_WIDTH = len("59 min ago")
 NUMBERS = range(2, 7)
 """The indexes of the right-aligned columns."""
 Proxies = Mapping[str, Sequence[BoardStatus]]
-"""For each proxy's name, the status of the proxy's boards."""
+"""The status of each proxy's boards, keyed by the name of the proxy."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -156,7 +156,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
 
 
 def _uptime(status: Status, now: float) -> float:
-    """Return for how many seconds the proxy has been open. Older versions report only when it was opened."""
+    """Return how many seconds the proxy has been open. Older proxies report only the time when they were opened."""
     return status.uptime or now - status.since
 
 

@@ -18,7 +18,7 @@ STYLES = (
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Regular expressions, each with the rich style for its matches. The name of a named group is its style."""
+"""Regular expressions, each with the rich style for its matches. The name of a named group is the group's style."""
 
 
 def is_terminal() -> bool:

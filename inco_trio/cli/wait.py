@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXIT_NOT_ARRIVED = 1
 EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt it."""
+"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt the call."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -103,8 +103,8 @@ class _Waiting:
             yield None
             return
         try:
-            # With a process group, a timeout can end all processes of the command. Use /dev/null as its standard input,
-            # because the kernel stops a background process that reads from the terminal.
+            # With a process group, a timeout can end all processes of the command. Use /dev/null as the command's
+            # standard input, because the kernel stops a background process that reads from the terminal.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:

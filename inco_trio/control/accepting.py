@@ -14,7 +14,7 @@ ACCEPT_AGAIN = 0.1
 
 
 async def accept(listener: trio.SocketListener, subject: str, problems: Problems) -> trio.SocketStream:
-    """Accept a client. While no descriptor is free, log that once and retry.
+    """Accept a client. While no descriptor is free, log the problem once and retry.
 
     trio.serve_listeners would log a traceback for each attempt.
     """

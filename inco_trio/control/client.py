@@ -38,7 +38,7 @@ __all__ = [
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one select(2) in seconds. A process signal just before the call does not interrupt it."""
+"""Maximum timeout of one select(2) in seconds. A process signal just before the call does not interrupt the call."""
 PATIENCE = 10.0
 """Timeout for the greeting and for each response, in seconds."""
 SEARCH = 3.0
@@ -99,7 +99,7 @@ class Channel:
         self._lines: deque[bytes] = deque()
 
     def _feed(self, data: bytes) -> None:
-        """Store received bytes. Raises ProxyNotFoundError at the end of the connection."""
+        """Store received bytes. Raises ProxyNotFoundError if the connection has ended."""
         if not data:
             raise self._ended()
         try:  # Do not use `_obeying`: the context manager is slow (see `_next`).
@@ -229,13 +229,13 @@ class Client(Channel, AbstractContextManager["Client"]):
         return events
 
     def _read_event(self, deadline: float) -> Response | None:
-        """Wait for a line. Return a response; store an event for `events` or `arrived`, and return None."""
+        """Wait for a line and return it if it is a response. Otherwise, store the event for `events` or `arrived`."""
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
-                raise MessageError("the proxy sent an event `notifications`, which was not requested")
+                raise MessageError("the proxy sent a `notifications` event, which was not requested")
         self._events.append(reply)
         return None
 
@@ -356,7 +356,7 @@ def sockets() -> list[Path]:
 def _entries(directory: Path) -> list[Path]:
     """Return the entries of a directory, or an empty list if it is missing or not readable.
 
-    Raises OSError if no descriptors or memory are left. Path.glob ignores this from Python 3.12 on.
+    Raises OSError if no descriptors or memory are left. Since Python 3.12, Path.glob ignores such errors.
     """
     try:
         return list(directory.iterdir())

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["Batch", "Feed", "Reload", "Served"]
+__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Reload", "Served"]
 
+HISTORIES_MAX = 4
+"""Maximum number of `history` requests of other users that are answered at the same time. Each needs up to 4 MB."""
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
-"""A function that reloads the configuration and returns what was refused."""
+"""A function that reloads the configuration and returns a description of each part that was refused."""
 
 
 class Served(Protocol):
@@ -75,6 +77,9 @@ class Feed:
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
         self.wants_frames = self.after_crash = False
+        self.turn = trio.Lock()
+        """The turn of clients of other users: all other tasks run at least once before the next client has its turn."""
+        self.histories = trio.Semaphore(HISTORIES_MAX)
         self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:
@@ -166,7 +171,7 @@ class _LogTap(logging.Handler):
         self._thread = 0
 
     def attach(self, *, listening: bool) -> None:
-        """Add this handler to the package's logger if `listening`, or else remove it."""
+        """Add this handler to the package's logger if `listening`; otherwise remove it."""
         package = logging.getLogger("inco_trio")
         if listening and self not in package.handlers:
             self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()

@@ -20,7 +20,7 @@ __all__ = ["Conversation", "converse"]
 DELAY = 0.02
 """Seconds for which `send_acknowledgements` collects acknowledgements, because each request delays the proxy."""
 URGENT = 256
-"""Number of acknowledgements to send without delay. The proxy allows more unacknowledged notifications than this."""
+"""Number of acknowledgements to send without delay. The proxy's limit on unacknowledged notifications is higher."""
 POSITIONS_MAX = 100
 """Maximum number of boards in one request. It keeps the request's line shorter than `protocol.LINE_MAX`."""
 
@@ -37,7 +37,7 @@ class Conversation(Channel):
         """For each board, the history (`boot`) and the last sequence number to acknowledge."""
         self._has_positions, self._has_many = trio.Event(), trio.Event()
         self._number = 0
-        """How often `acknowledge` was called since the last request."""
+        """How many times `acknowledge` has been called since the last request."""
 
     async def write(self, request: Request) -> None:
         """Send a request, without waiting for the response."""
@@ -48,7 +48,7 @@ class Conversation(Channel):
                 raise self._ended() from error
 
     def acknowledge(self, board: str, boot: str, sequence: int) -> None:
-        """Let `send_acknowledgements` acknowledge the notifications of a board up to `sequence`."""
+        """Make `send_acknowledgements` acknowledge the notifications of a board up to `sequence`."""
         self._positions[board] = boot, sequence
         self._has_positions.set()
         self._number += 1
@@ -116,7 +116,7 @@ class Conversation(Channel):
 async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tuple[Conversation, Greeting]]:
     """Connect to the proxy at `path`, which must send its greeting within `patience` seconds. Raises IncoError.
 
-    Raises ResourceError if the proxy has too many clients, or if this process has too many descriptors.
+    Raises ResourceError if the proxy has too many clients, or if this process has too many open descriptors.
     """
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

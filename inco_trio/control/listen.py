@@ -69,7 +69,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         return events
 
     def rest(self) -> Iterator[Event]:
-        """Yield the events that have arrived but were not read when the recording ends."""
+        """Yield the events that had arrived but had not been read when the recording ended."""
         yield from self.arrived()
 
     def _receive(self, flags: int) -> Iterator[Event]:

@@ -44,9 +44,9 @@ class Monitor:
     _lost: int = 0
     _ended: bool = False
     _rest: str = ""
-    """The unsent remainder of lines that were only partly sent."""
+    """The unsent remainder of lines that were only partially sent."""
     _is_idle: bool = False
-    """Whether `take` waits for events."""
+    """Whether `take` is waiting for events."""
     _arrived: trio.Event = attrs.Factory(trio.Event)
     _ending: trio.Event = attrs.Factory(trio.Event)
 
@@ -78,7 +78,7 @@ class Monitor:
         self._append(event_now("flushed"))
 
     def end(self) -> None:
-        """Let `take` return b"" once the queue is empty."""
+        """Make `take` return b"" once the queue is empty."""
         self._ended = True
         self._arrived.set()
         self._ending.set()
@@ -108,7 +108,7 @@ class Monitor:
                     self._is_idle = False
 
     def take_rest(self) -> str:
-        """Return the unsent part of lines that were partly sent. The caller must send it before any other line."""
+        """Return the unsent part of partially sent lines. The caller must send it before any other line."""
         rest, self._rest = self._rest, ""
         return rest
 
@@ -274,7 +274,7 @@ class _Cursor:
             record = self.records.popleft()
             if record.sequence <= self.history.merged_to:  # The history merged this record after it was sent.
                 done.append(Merged(record.direction, record.name, 1))
-        # Each event `merged` has its own number; see `_take_merged`.
+        # Each `merged` event has its own number; see `_take_merged`.
         number = max(0, sequence - self.merged_to + len(self.merged))
         done += self.merged[:number]
         self.merged = self.merged[number:]
@@ -312,8 +312,8 @@ class Follower(Monitor):
     def begin(self, board: str, history: History) -> None:
         """Follow `history` from its oldest notification. First queue the rest of the history that it replaces.
 
-        If the board was reopened with the same memory, continue after the last notification that was sent,
-        so that none is sent twice.
+        If the board was reopened with the same memory, continue after the last notification that was sent, so that no
+        notification is sent twice.
         """
         before = self.cursors.get(board)
         if before is not None and before.history.boot == history.boot:
@@ -335,7 +335,7 @@ class Follower(Monitor):
             self._put(batch, len(batch.signals))
 
     def appended(self, board: str, signals: Sequence[Signal], at: Times) -> None:
-        """Send notifications that were just stored in a board's history. If the follower is idle, send them at once."""
+        """Send notifications that were just stored in a board's history. An idle follower sends them immediately."""
         cursor = self.cursors.get(board)
         if cursor is None:
             return

@@ -78,7 +78,7 @@ def _private_directory() -> Path:
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether `path` is a directory (not a symlink) that this user owns and no other user may access."""
+    """Return whether `path` is a directory (not a symlink) that this user owns and no other user can access."""
     try:
         status = path.lstat()
     except OSError:

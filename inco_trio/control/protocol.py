@@ -129,7 +129,10 @@ class AcknowledgeRequest:
 
 @attrs.frozen(slots=False)
 class AcknowledgeAllRequest:
-    """A request to delete notifications of several boards. A position is a board, its `boot` and a sequence number."""
+    """A request to delete notifications of several boards.
+
+    A position consists of a board, its `boot` and a sequence number.
+    """
 
     positions: Sequence[tuple[str, str, int]]
 
@@ -152,7 +155,7 @@ class HistoryRequest:
 
 @attrs.frozen(slots=False)
 class ReloadRequest:
-    """Reload the configuration, as SIGHUP does, and report what was refused."""
+    """A request to reload the configuration, as SIGHUP does, and to report what was refused."""
 
 
 Request = (
@@ -213,7 +216,7 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
         raise RequestError("not-json", str(error)) from None
     tag = {"id": message["id"]} if "id" in message else {}
     if not _is_flat(tag.get("id")):
-        raise RequestError("invalid", "id: must not contain nested lists or objects")
+        raise RequestError("invalid", "id: must not contain nested lists or objects, or numbers above 1e308")
     try:
         kind: type[Request] = _REQUEST(message.get("request"))
     except InvalidValueError as error:
@@ -228,9 +231,12 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
 
 
 def _is_flat(value: object) -> bool:
-    """Return whether a value contains no nested lists or objects. Encoding a deeply nested value may fail."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not any(isinstance(each, (list, dict)) for each in inner)
+    """Return whether a value contains no nested lists or objects, and no number that is too large for a float.
+
+    Encoding a deeply nested value may fail. Python decodes 1e999 as infinity, which JSON cannot represent.
+    """
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return not any(isinstance(each, (list, dict)) or (isinstance(each, float) and math.isinf(each)) for each in inner)
 
 
 @attrs.frozen(slots=False)
@@ -270,7 +276,7 @@ class BoardStatus:
     status: Status | None = None
     """The status of the board's proxy; None if the board is not open."""
     history: HistoryStatus | None = None
-    """The state of the board's history, or None if the board never had a follower."""
+    """The state of the board's history, or None if the board has never had a follower."""
 
 
 @attrs.frozen(slots=False)
@@ -290,12 +296,12 @@ class Past:
     boot: str
     """The identifier of the recorder; see `RecorderStatus`."""
     events: tuple[Event, ...]
-    """The events, in the order of their monotonic times."""
+    """The events, ordered by monotonic time."""
 
 
 @attrs.frozen(slots=False)
 class Response:
-    """The response of a proxy: an error, or the value that the request asked for."""
+    """The response of a proxy: an error, or the requested value."""
 
     status: tuple[BoardStatus, ...] = ()
     sent: int = 0
@@ -335,15 +341,26 @@ def encode_board(board: BoardStatus) -> str:
     return _json(fields)
 
 
-def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded boards into a response. The caller encodes each board separately, to let other tasks run."""
-    return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
+def encode_status(boards: Iterable[str], tag: Mapping[str, object]) -> Iterator[str]:
+    """Yield the response to a StatusRequest in parts. Take each encoded board only when its part is needed."""
+    yield f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": ['
+    yield from _separated(boards)
+    yield "]}\n"
 
 
-def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
-    head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
+def encode_history(board: str, boot: str, events: Iterable[str], tag: Mapping[str, object]) -> Iterator[str]:
+    """Yield the response to a HistoryRequest in parts. Take each encoded event only when its part is needed."""
+    yield json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2] + ', "events": ['
+    yield from _separated(event.rstrip() for event in events)
+    yield "]}}\n"
+
+
+def _separated(items: Iterable[str]) -> Iterator[str]:
+    """Yield items of a JSON list, each after the first one with a separator."""
+    separator = ""
+    for item in items:
+        yield separator + item
+        separator = ", "
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
@@ -459,21 +476,21 @@ def encode_notifications(
     items: Sequence[tuple[int, float, int]],
 ) -> str:
     """Encode an event with the fields of Notifications."""
-    # Formatting takes a quarter of the time of json.dumps().
+    # Formatting the text takes a quarter of the time that json.dumps() takes.
     text = ", ".join([f"[{index}, {time!r}, {number}]" for index, time, number in items])
     head = _encode_history(board, boot)
     return f'{head}, "sequence": {sequence}, "signals": {_encode_signals(signals)}, "items": [{text}]}}\n'
 
 
 def encode_alone(board: str, boot: str, sequence: int, signal: tuple[Direction, str], at: tuple[int, int]) -> str:
-    """Encode an event with a single notification faster than `encode_notifications`. `at` is its time, as `Times`."""
+    """Encode an event with one notification, faster than `encode_notifications`. `at` is its time (see `Times`)."""
     head, middle = _around_alone(board, boot, signal)
     return f"{head}{sequence}{middle}{at[0] / 1e9!r}, {at[1]}]]}}\n"
 
 
 @functools.lru_cache(maxsize=1024)
 def _around_alone(board: str, boot: str, signal: tuple[Direction, str]) -> tuple[str, str]:
-    """Return the parts of the event before the sequence number and before the time."""
+    """Return the part of the event before the sequence number, and the part between that number and the time."""
     head = _encode_history(board, boot)
     return f'{head}, "sequence": ', f', "signals": {_encode_signals((signal,))}, "items": [[0, '
 

@@ -1,4 +1,7 @@
-"""Core 1 for blocking code: a plain socket. It shares no code with the proxy's links, because it tests them."""
+"""Core 1 for blocking code: a plain socket.
+
+It shares no code with the proxy's links, because it is used to test them.
+"""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Watch:
         """Report queued notifications without waiting. Exceptions that `report` raises propagate to the caller."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
-                if mask & _WRITES:  # Handle writes first and fast, so that many writes do not overflow the queue.
+                if mask & _WRITES:  # Handle writes first and quickly, so that many writes do not overflow the queue.
                     if mask & _CLOSE_WRITE:
                         for directory in self._directories.get(wd, ()):
                             for signal in directory.signals.get(name, ()) if wd == directory.wd else ():

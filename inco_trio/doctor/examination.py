@@ -90,7 +90,7 @@ def _status_of(boards: Sequence[BoardStatus]) -> Status | None:
 
 
 def _boards_of(proxy: Process, answers: Answers, link: str, netns: Path | None) -> list[BoardStatus]:
-    """Return the boards of a proxy with this link. Interfaces in different network namespaces can have the same name.
+    """Return the boards of a proxy that use a link. Interfaces in different network namespaces can have the same name.
 
     If no board is known to use the namespace `netns`, return the boards whose namespace cannot be identified.
     """

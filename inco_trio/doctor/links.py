@@ -74,7 +74,7 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
 
 
 def short_names(found: Interface, signals: Iterable[Signal]) -> Iterator[Result]:
-    """Check that the kernel sends the frames of all outbound signals."""
+    """Check that the kernel can send the frames of all outbound signals."""
     from inco_trio.links.packet import too_short  # Import lazily: `unix:` links do not need this.
 
     outbound = (signal.name.encode() for signal in signals if signal.direction is Direction.OUTBOUND)

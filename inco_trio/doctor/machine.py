@@ -34,7 +34,7 @@ def proc(processes: Processes) -> Iterator[Result]:
 
 
 def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:
-    """Check that this process may open a packet socket."""
+    """Check that this process is permitted to open a packet socket."""
     status = status_of(root / "proc/self")
     if "CapEff" not in status:
         return

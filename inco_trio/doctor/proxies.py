@@ -55,13 +55,16 @@ def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator
 
 
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
-    """Check that no two proxies watch the trigger files of a directory."""
+    """Check that no two proxies watch the trigger files of the same directory."""
     found = [process for process in watchers(signals, processes) if process.pid != os.getpid()]
     yield from _check_alone(str(directory), found, "watches its triggers", "sends each notification")
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that only one process uses `subject`. `does` and `harm` describe the effect of one proxy and of several."""
+    """Check that only one process uses `subject`.
+
+    `does` describes what a single process does; `harm` describes what each of several proxies does.
+    """
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
@@ -121,7 +124,7 @@ def configuration(path: Path, wanted: Config | Sequence[Signal], proxy: Process,
     """Check that a proxy uses the current content of its configuration file.
 
     `wanted` is the content: the signals of a udrv.json, or the whole configuration that a board file describes. The
-    check compares contents, because the times of files and processes are misleading after the clock has been changed.
+    check compares contents, because timestamps of files and processes are misleading after the clock has been changed.
     """
     signals = wanted.signals if isinstance(wanted, Config) else wanted
     used = {(each.signal, each.direction, each.register) for each in status.signals}

@@ -24,7 +24,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
-"""Filesystems on which stat(2) and the watches in /proc show different device numbers."""
+"""Filesystems on which stat(2) reports a different device number than the watches in /proc."""
 
 
 def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
@@ -168,7 +168,7 @@ def _reason(error: OSError) -> str:
 
 
 def _opening_is_reported(path: Path) -> bool:
-    """Return whether inotify reports that a directory is opened. Raises OSError."""
+    """Return whether inotify reports the opening of a directory. Raises OSError."""
     from inco_trio.linux.inotify import IN_OPEN, Inotify, parse_events
 
     with contextlib.closing(Inotify()) as inotify:

@@ -16,7 +16,7 @@ __all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "refused", "summ
 
 
 _HIDDEN = "permission"
-"""The check name of results that report missing permissions."""
+"""The name of the check in results that report missing permissions."""
 
 
 class Level(enum.IntEnum):
@@ -38,7 +38,7 @@ class Result:
     """The interface, path or setting that was checked."""
     found: str
     fix: str | None = None
-    """The command that fixes the problem; it may need root. If it is None, `found` says what to do."""
+    """The command that fixes the problem; it may need root. If it is None, `found` explains what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
         return {

@@ -1,7 +1,8 @@
 """Find files that do not answer, such as those of a FUSE filesystem (fuse(4)) whose server hangs.
 
-stat(2) and open(2) of such a file wait, and not even a signal may end them. A process can exit only after all its
-threads have ended. Therefore a child process tries the files first, and the doctor does not wait for it to exit.
+Calling stat(2) or open(2) on such a file blocks, and sometimes not even a signal can end the call. A process can exit
+only after all its threads have ended. Therefore a child process tries the files first, and the doctor does not wait for
+it to exit.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail
-from inco_trio.linux.processes import lines_of
+from inco_trio.linux.processes import lines_of, status_of
 
 __all__ = ["silent"]
 
-_ANSWER = 3.0
-"""Timeout in seconds for the child process."""
+_PAUSE = 0.1
+"""Pause in seconds between two looks at the child process."""
+_LOOKS = 30
+"""The child process hangs if this number of looks in a row find it in the same wait.
+
+There is no timeout. On a busy host, the child process may take long, but it is runnable or enters further waits.
+"""
 _WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs(?! systemd-1 )|vboxsf)")
 """The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo.
 
@@ -29,7 +35,7 @@ This excludes the automount points of systemd, which every host has for binfmt_m
 
 
 def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool = False) -> Result | None:
-    """Return a failure of `check` if `use`, which uses the files at `path`, would not end in time. Otherwise None.
+    """Return a failure of `check` if `use`, which accesses the files at `path`, would hang; otherwise None.
 
     If no mounted filesystem can keep the doctor waiting, return None without calling `use`. With `elsewhere`, the path
     leads to another mount namespace, whose filesystems are unknown.
@@ -38,18 +44,16 @@ def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool
         return None
     if _ends(use):
         return None
-    text = (
-        f"does not answer within {_ANSWER:g} s: restart the program or host that serves its filesystem, or unmount it"
-    )
+    text = "does not answer: restart the program or host that serves its filesystem, or unmount it"
     return fail(check, path, text)
 
 
 def _ends(use: Callable[[], object]) -> bool:
-    """Return whether a call of `use` in a child process ends in time. Ignore its result and its exceptions."""
+    """Call `use` in a child process. Return True if it ends, or False if it hangs. Ignore its result and exceptions."""
     child = os.fork()
     if child == 0:  # pragma: no cover - coverage.py does not measure this process
         try:
-            # Keep no copy of our output open: its reader would wait for the end of this process.
+            # Do not keep a copy of our output open: the reader would wait until this process ends.
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(3):
                 os.dup2(null, fd)
@@ -58,7 +62,11 @@ def _ends(use: Callable[[], object]) -> bool:
             os._exit(0)
     fd = os.pidfd_open(child)
     try:
-        ended = bool(select.select([fd], [], [], _ANSWER)[0])
+        ended, looks, before = False, 0, ""
+        while not ended and looks < _LOOKS:
+            ended = bool(select.select([fd], [], [], _PAUSE)[0])
+            now = _wait_of(child)
+            looks, before = looks + 1 if now and now == before else 0, now
     finally:
         os.close(fd)
     if not ended:
@@ -66,3 +74,10 @@ def _ends(use: Callable[[], object]) -> bool:
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0 if ended else os.WNOHANG)
     return ended
+
+
+def _wait_of(process: int) -> str:
+    """Return the number of the current wait of a process, counted from its start, or "" if it is runnable."""
+    status = status_of(Path(f"/proc/{process}"))
+    is_runnable = status.get("State", "").strip().startswith("R")
+    return "" if is_runnable else status.get("voluntary_ctxt_switches", "unknown")

@@ -1,4 +1,4 @@
-"""The examination of all proxies that run on this machine."""
+"""Examine all proxies that are running on this machine."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _registers(process: Process) -> tuple[Signal, ...]:
 
 
 def _configuration(process: Process) -> Path | None:
-    """Return the udrv.json of a process, or None if it uses none or this user cannot see it."""
+    """Return a process's udrv.json, or None if the process does not use one or this user cannot see the path."""
     if value_of("--irq-dir", process.command) is not None:
         return None
     given = value_of("--config", process.command)

@@ -81,7 +81,9 @@ class Link(Protocol):
         """Set the names of the signals. `restrict` lets the frames of inbound signals pass."""
 
     def restrict(self, on: bool) -> bool:
-        """Start filtering if `on`, else stop. The filter drops frames without an expected name, except a random sample.
+        """Start filtering if `on`, otherwise stop.
+
+        The filter drops frames without an expected name, except a random sample.
 
         Return whether the kernel now drops such frames.
         """

@@ -60,7 +60,7 @@ def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
 
 
 def _compare(names: Sequence[bytes], start: int, length: int) -> list[Instruction]:
-    """Return code that accepts frames with one of `names`, of `length` bytes. Other frames continue after the code.
+    """Return code that accepts frames with one of `names` (`length` bytes each). For other frames, the next code runs.
 
     All `names` have the same first `start` bytes. The caller truncates them if the filter compares fewer bytes.
     """

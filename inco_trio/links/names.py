@@ -39,7 +39,7 @@ class Watched:
 
 
 class Names:
-    """A watcher that reports when a path may refer to another file. Raises OSError (inotify_init(2))."""
+    """A watcher that reports when a path may refer to a different file. Raises OSError (inotify_init(2))."""
 
     def __init__(self) -> None:
         self._inotify = Inotify()
@@ -97,7 +97,7 @@ class Names:
         return found
 
     async def wait(self, watched: Watched) -> None:
-        """Wait until one of the paths may refer to another file."""
+        """Wait until one of the paths may refer to a different file."""
         # The first waiting task reads events for all waiting tasks. When it stops waiting, another task takes over.
         while not watched.changed:
             watched.woken = trio.Event()

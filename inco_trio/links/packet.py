@@ -30,7 +30,7 @@ __all__ = ["PacketLink"]
 logger = logging.getLogger(__name__)
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Requested receive buffer in bytes. The kernel doubles it, so 20,000 frames fit even if each of them takes 2.4 kB."""
+"""Requested receive buffer in bytes. The kernel doubles it, so 20,000 frames fit even if each of them needs 2.4 kB."""
 
 HEAD: tuple[Instruction, ...] = (
     # Accept only frames of our EtherType.
@@ -56,7 +56,7 @@ def _from_interface(index: int) -> tuple[Instruction, ...]:
 
 
 def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
-    """Return which of the names the kernel may be unable to send on this interface, and why, or None.
+    """Return the names that the kernel may be unable to send on this interface, with the reason, or None.
 
     Without transmit offload, the kernel drops a tagged frame with one byte of payload.
     """
@@ -139,7 +139,7 @@ class PacketLink:
 
     @property
     def fits(self) -> bool:
-        """Whether the socket has one of our filters and is not bound to another interface."""
+        """Whether the socket has one of our filters and is not bound to a different interface."""
         try:
             bound, protocol = self._socket.getsockname()[:2]
             return (
@@ -175,7 +175,8 @@ class PacketLink:
         """Update the address and the state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
         interface = self._interface = self._rtnetlink.interface(self.name)
-        # If the interface was renamed, the socket is still bound to it. With index 0, the filter rejects its frames.
+        # If the interface was renamed, the socket is still bound to it. A filter for index 0 rejects the interface's
+        # frames.
         index = 0 if interface is None else interface.index
         if index != self._index:
             self._index = index
@@ -242,7 +243,7 @@ class PacketLink:
             logger.warning("%s: %s", self.name, self._too_short)
 
     def _log_master(self, master: str) -> None:
-        """Log when the interface joins or leaves a bridge, bond or other master, which takes the received frames."""
+        """Log when the interface joins or leaves a bridge, bond or other master. The master takes received frames."""
         before, self._master = self._master, master
         if master and master != before:
             text = f"a port of the {master}, which takes all frames (use {master.rpartition(' ')[2]} as the interface)"

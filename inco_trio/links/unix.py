@@ -130,7 +130,7 @@ class UnixLink:
         return ""
 
     def _why_not(self, error: OSError) -> str:
-        """Describe why no frame reaches the peer."""
+        """Describe why frames cannot reach the peer."""
         peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
         why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
         return f"{why} ({error.strerror})"
@@ -170,7 +170,8 @@ class UnixLink:
     def _recognize(self) -> None:
         """Fill `note` again if our inherited socket is the only socket that is bound to its path.
 
-        The fd store may have lost the memory that contains the note, or another version of inco-trio has written it.
+        The fd store may have lost the memory that contains the note, or another version of inco-trio may have written
+        it.
         """
         from inco_trio.linux.processes import unix_sockets  # Import lazily: this is rarely needed.
 
@@ -384,7 +385,8 @@ class UnixLink:
             if self._closed:
                 raise
         except OSError:
-            # The next `send` reports the error. Pause, because without a free descriptor, this method fails at once.
+            # The next `send` reports the error. Pause, because without a free descriptor, this method fails
+            # immediately.
             await trio.sleep(UNWATCHED)
         finally:
             self._room = None

@@ -51,7 +51,7 @@ def program(instructions: Iterable[Instruction]) -> bytes:
 
 
 def attach_filter(sock: socket.socket, code: bytes) -> None:
-    """Let the kernel queue only frames that the filter accepts. An old filter is replaced atomically. Raises OSError.
+    """Make the kernel queue only frames that the filter accepts. An old filter is replaced atomically. Raises OSError.
 
     Attaching fails with ENOMEM if the filter needs more memory than net.core.optmem_max.
     """

@@ -50,7 +50,7 @@ def mount_id(fd: int) -> int:
 
 
 def fuse_user(fd: int) -> int | None:
-    """Return the user who serves the files of a FUSE filesystem (fuse(4)), or None on another filesystem."""
+    """Return the ID of the user who serves the files of a FUSE filesystem (fuse(4)), or None for other filesystems."""
     try:
         number = b"%d" % mount_id(fd)
         with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123
@@ -80,7 +80,7 @@ def open_output(path: Path) -> int:
             found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
                 if os.fstat(found).st_uid not in (0, os.geteuid()):
-                    raise PermissionError(errno.EACCES, "it is a symlink of another user")
+                    raise PermissionError(errno.EACCES, "it is a symlink that another user owns")
                 target = Path(os.readlink("", dir_fd=found))
             finally:
                 os.close(found)

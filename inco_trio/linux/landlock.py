@@ -27,7 +27,7 @@ _ALL = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
 _TCP = 0b11
 """The rights to bind and to connect TCP sockets (since ABI 4)."""
 _SCOPE_SIGNAL = 0b10
-"""LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can only send signals to processes in its sandbox (since ABI 6)."""
+"""LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can send signals only to processes in its sandbox (since ABI 6)."""
 
 
 def abi() -> int:
@@ -36,9 +36,9 @@ def abi() -> int:
 
 
 def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None:
-    """Let this thread and the threads that it creates write only below `writable` and execute only `executable`.
+    """Allow this thread and the threads that it creates to write only below `writable` and execute only `executable`.
 
-    Reading stays allowed. The kernel also refuses TCP if it can (since ABI 4). Requires no_new_privs. Raises OSError.
+    Reading remains allowed. Since ABI 4, the kernel also refuses TCP. Requires no_new_privs. Raises OSError.
     """
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ

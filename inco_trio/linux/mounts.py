@@ -24,7 +24,7 @@ class Mounts:
         self.followers: set[Callable[[], int]] = set()
         self._fds: list[int] = []
         self._scope = trio.CancelScope()
-        # poll(2) reports a change once for each descriptor, as POLLPRI. Trio can only wait for POLLIN, which an epoll
+        # poll(2) reports a change once for each descriptor, as POLLPRI. Trio can wait only for POLLIN, which an epoll
         # descriptor reports. `_missed` reports a change that occurs before Trio waits. Do not use poll(2) for this,
         # because it fails with EINVAL while RLIMIT_NOFILE is too low.
         self._waited = select.epoll()

@@ -19,7 +19,7 @@ MCL_ONFAULT = 4
 
 
 def end_with_parent(parent: int) -> bool:
-    """Let the kernel kill this process when the thread that started it ends. Return False if `parent` has ended.
+    """Make the kernel kill this process when the thread that started it ends. Return False if `parent` has ended.
 
     This function can be the `preexec_fn` of a subprocess: it imports nothing and takes no lock.
     """

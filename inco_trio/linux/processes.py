@@ -43,7 +43,7 @@ _LISTENS = 0x10000
 NS_GET_USERNS = 0xB701
 """The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20
-"""Number of bits of the minor number in a device number in fdinfo (include/linux/kdev_t.h)."""
+"""Number of bits that the minor number occupies in the device numbers in fdinfo (include/linux/kdev_t.h)."""
 
 
 def read(path: Path) -> str | None:
@@ -268,8 +268,8 @@ def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
 def is_same_system(process: Process, root: Path = Path("/")) -> bool:
     """Return whether a process sees the programs of this system, not those of a container or of another user.
 
-    The mount namespace must belong to the user namespace of this process. Another user can create user namespaces, and
-    may mount any program over another one there.
+    The mount namespace must belong to the user namespace of this process. Another user can create a user namespace and,
+    in it, mount any program over another one.
     """
     place = root / f"proc/{process.pid}"
     try:

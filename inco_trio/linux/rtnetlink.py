@@ -230,7 +230,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes of a message by type."""
+    """Return the attributes of a message, keyed by type."""
     found = {}
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)

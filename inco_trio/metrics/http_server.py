@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 PATIENCE = 2.0
 """Timeout in seconds for a proxy's greeting, so that a suspended proxy does not delay the scrape."""
 BUSY = 2.0
-"""Seconds for which the exporter asks a proxy with too many clients again."""
+"""Seconds for which the exporter retries its query to a proxy that has too many clients."""
 ALL = 5.0
 """Timeout in seconds for all proxies. Prometheus waits 10 seconds for the response by default."""
 AT_ONCE = 256
 """Maximum number of proxies that are queried concurrently."""
 CONNECTIONS_MAX = 1024
-"""Maximum number of HTTP connections. It is lower if the process may not open twice as many descriptors."""
+"""Maximum number of HTTP connections, or half of the limit on open descriptors (RLIMIT_NOFILE) if that is lower."""
 REQUEST_MAX = 8192
 """Maximum size of a request in bytes."""
 REQUEST_PATIENCE = 5.0

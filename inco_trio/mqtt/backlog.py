@@ -97,12 +97,12 @@ class Board:
         self.push()
 
     def is_duplicate(self, entry: Entry) -> bool:
-        """Return whether a notification was published before."""
+        """Return whether a notification has already been published."""
         boot, number = self._last
         return not entry.merged and entry.boot == boot and entry.sequence <= number
 
     def finish(self, entry: Entry, generation: int, *, counts: bool) -> None:
-        """Remove `entry` from the queue unless another `generation` has begun. With `counts`, count it as published."""
+        """Remove `entry` from the queue unless a new `generation` has begun. With `counts`, count it as published."""
         if generation == self.generation:
             self.waiting.popleft()
         if counts:

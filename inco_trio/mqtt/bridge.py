@@ -64,7 +64,7 @@ SESSION = 86_400
 AGAIN = 2.0
 """Seconds until the next attempt to publish a message that the broker refused or that had no subscriber."""
 SUSPICION = 60.0
-"""Maximum time in seconds between two statuses that together prove that another process runs on this side."""
+"""Maximum time in seconds between two status messages that prove that another process is running on this side."""
 
 
 @attrs.define
@@ -224,7 +224,7 @@ class Bridge:
         return f"{self._broker.prefix}/{end}/{what}"
 
     async def _exchange(self, connection: Connection) -> None:
-        # The other side has at most 400 messages in flight. If a broker sends more, reports wait for the writes.
+        # The other side has at most 400 messages in flight. If a broker sends more, reports must wait for the writes.
         entry, batches = trio.open_memory_channel[Received](2 * RECEIVE_MAX)
         async with plain_nursery() as nursery:
             nursery.start_soon(self._sort, connection, entry)
@@ -251,7 +251,7 @@ class Bridge:
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
                     elif received.topic != self._topic(self._end, "status"):
-                        self._refuse(received)  # Another program has left a subscription in the session of this side.
+                        self._refuse(received)  # Another program has left a subscription in this side's session.
                     elif not received.retain:
                         self._announced |= instance == self._instance
                     elif self._is_taken(instance, state, number):
@@ -279,7 +279,7 @@ class Bridge:
         """Return whether another process has taken over this side. Not every broker reports this itself."""
         if not self._announced or instance == self._instance or state == "left":
             return False
-        # A status does not prove that its process still runs: the broker may have restored an older state, even
+        # A status does not prove that its process is still running: the broker may have restored an older state, even
         # repeatedly. A higher connection number proves it, because only a running process connects again.
         before, known, earlier = self._suspected
         self._suspected = (trio.current_time(), instance, number)
@@ -401,11 +401,11 @@ class Bridge:
 
 
 def _open_link(address: UnixAddress, held: int | None, note: memoryview, names: Names) -> UnixLink:
-    """Return the link. It uses the inherited socket `held` if that is bound to the right address."""
+    """Return the link. It uses the inherited socket `held` if that socket is bound to the right address."""
     if held is not None:
         link = UnixLink.take(address, held, note, names)
         if link.fits:
             return link
-        logger.warning("%s: the inherited socket has another address: its queued frames are lost", link.name)
+        logger.warning("%s: the inherited socket has a different address: its queued frames are lost", link.name)
         link.close()
     return UnixLink.open(address, note, names)

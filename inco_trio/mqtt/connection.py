@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 10.0
 """Timeout in seconds for each answer from the broker."""
 KEEPALIVE = 30
-"""Maximum time in seconds between two packets from the client, unless the broker sets another limit."""
+"""Maximum time in seconds between two packets from the client, unless the broker sets a different limit."""
 FAREWELL = 1.0
 """Timeout in seconds for sending DISCONNECT."""
 CHUNK = 1 << 16
@@ -122,8 +122,9 @@ class Connection:
     async def publish(self, messages: Sequence[Message], *, heard: bool = False) -> list[Refusal | None]:
         """Publish the messages in order at QoS 1, and wait until the broker has acknowledged all of them.
 
-        Return for each message why it was not published, or None. With `heard`, a message without subscribers counts as
-        refused, if the broker reports this (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
+        For each message, return the reason why it was not published, or None. With `heard`, a message without
+        subscribers counts as refused, if the broker reports this (MQTT 5, 3.4.2.1). Raises BrokerLostError if the
+        connection ends.
         """
         self._check()
         session, receipts = self._session, Receipts(len(messages), [None] * len(messages), heard)
@@ -137,7 +138,7 @@ class Connection:
         if receipts.left:
             await receipts.done.wait()
             self._check()
-        else:  # No message was sent: there was none, or all were refused locally.
+        else:  # No message was sent: `messages` was empty, or every message was refused locally.
             self.room_changed()
             await trio.lowlevel.checkpoint()
         return receipts.refusals
@@ -213,7 +214,7 @@ class Connection:
         self.room_changed()  # Acknowledgements may have arrived together with the broker's DISCONNECT.
 
     def _send_now(self) -> None:
-        """Send packets without waiting. A task sends the packets that the socket does not accept now."""
+        """Send packets without waiting. A task sends the packets that the socket does not accept immediately."""
         session = self._session
         if self._flushing or not session.out:
             return
@@ -326,7 +327,7 @@ class Connection:
                     self._lose(BrokerLostError(self._broker, what))
                     return
             if session.limits is not None and session.limits.keep_alive and not (self._flushing or self._is_pinging):
-                # Ping after half of the keep-alive time, so that a delayed ping is still in time.
+                # Ping after half of the keep-alive time, so that even a delayed ping arrives in time.
                 ping = self._last_sent + session.limits.keep_alive / 2
                 if now >= ping:
                     self._expect()
@@ -480,7 +481,7 @@ async def _open_stream(broker: Broker, credentials: Credentials, patience: float
 def _connect_error(broker: Broker, error: Exception) -> IncoError:
     cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
     if isinstance(cause, OSError) and isinstance(cause.__cause__, BaseExceptionGroup):
-        # Trio has tried several addresses. The first error is that of the preferred address.
+        # Trio has tried several addresses. The first error belongs to the preferred address.
         cause = cause.__cause__.exceptions[0]
     match cause:
         case ssl.SSLCertVerificationError():

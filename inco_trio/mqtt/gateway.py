@@ -53,7 +53,7 @@ LOOK_AGAIN = 0.5
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
 REQUESTS_MAX = 100
-"""Maximum number of requests of a board that the broker may send before the gateway has handled the first one."""
+"""Maximum number of requests for a board that the broker may send before the gateway has handled the first one."""
 REQUEST_MAX = 16 << 10
 """Maximum size of a request in bytes."""
 SHORT = 3.0
@@ -63,7 +63,7 @@ SHORT_ONES = 3
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 TWO_PROXIES = 1.0
-"""Seconds for which two proxies must have the same board before the gateway logs it. One of them may be ending."""
+"""Seconds for which two proxies must have the same board open before the gateway logs it. One of them may be ending."""
 
 
 class Gateway:
@@ -169,7 +169,7 @@ class Gateway:
         self._compare(board)
 
     def _compare(self, board: Board) -> None:
-        """Report whether more than one proxy has a board of this name open."""
+        """Report whether more than one proxy has a board with this name open."""
         if len(board.owners) > 1:
             text = "two proxies have a board with this name: publishing only the board that was opened last"
             self._problems.failed((board, "owners"), text, board.name)

@@ -50,7 +50,7 @@ class Publisher:
     def __init__(self, board: Board, topics: Topics, connection: Connection, problems: Problems) -> None:
         self._board, self._topics, self._connection, self._problems = board, topics, connection, problems
         self._flights: deque[_Flight] = deque()
-        """The notifications at the head of the queue that were sent, numbered from `_first`."""
+        """The notifications at the head of the queue that have been sent, numbered from `_first`."""
         self._first = self._unanswered = 0
         self._refused: dict[int, Refusal] = {}
         """The reason for each refusal, keyed by the notification's number, even if the notification was sent again."""
@@ -100,7 +100,7 @@ class Publisher:
                 self._stuck.set()
             room = self._room()
             numbers = [self._again.popleft() for _ in range(min(room, len(self._again)))] if self._again else []
-            # Send refused notifications before new notifications, so that the order changes little.
+            # Send refused notifications before new ones, so that the order changes as little as possible.
             new = () if self._refused or not room else tuple(islice(board.waiting, len(flights), len(flights) + room))
             for entry in new:
                 flight = _Flight(entry, board.source, board.generation, not board.is_duplicate(entry))
@@ -118,7 +118,7 @@ class Publisher:
                 return
 
     def _push_alone(self, entry: Entry) -> None:
-        """Send the only notification of the queue. This is faster than `push`, so that its latency is low."""
+        """Send the only notification in the queue. This is faster than `push` and keeps the latency low."""
         board = self._board
         is_new = not board.is_duplicate(entry)
         self._flights.append(_Flight(entry, board.source, board.generation, is_new, is_done=not is_new))
@@ -158,7 +158,7 @@ class Publisher:
 
 
 def _notification(topics: Topics, entry: Entry) -> Message:
-    # Formatting takes a quarter of the time of json.dumps(), and none of these values needs escapes.
+    # Formatting the text takes a quarter of the time that json.dumps() takes, and none of these values needs escapes.
     if entry.merged:
         body = f'{{"sequence": {entry.sequence}, "boot": "{entry.boot}", "count": {entry.merged}}}'
     else:

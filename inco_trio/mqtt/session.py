@@ -2,7 +2,7 @@
 
 This module does no I/O. The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the
 caller sends them. The caller passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as
-far as the broker allows them.
+far as the broker allows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 RECEIVE_MAX = 500
-"""Maximum number of unacknowledged messages from the broker (default). A bridge can have 400 of them."""
+"""Default maximum number of unacknowledged messages from the broker. A bridge can have up to 400 of them."""
 PACKET_MAX = 128 << 10
-"""Maximum size of a packet from the broker, in bytes (default). Messages from a bridge have up to 102,549 bytes."""
+"""Default maximum size of a packet from the broker, in bytes. Messages from a bridge are up to 102,549 bytes long."""
 EXCESS = 1024
 """Maximum memory for the unacknowledged messages from the broker, in packets of maximum size.
 
@@ -62,7 +62,7 @@ _QOS = mqtt5.QoS.AT_LEAST_ONCE
 
 
 def do_nothing() -> None:
-    """Do nothing; the default of callbacks."""
+    """Do nothing. This is the default callback."""
 
 
 class BrokerLostError(UnavailableError):
@@ -74,7 +74,7 @@ class ConnectionBrokenError(BrokerLostError):
 
 
 class SessionTakenError(BrokerLostError):
-    """Another process uses the client identifier of this connection."""
+    """Another process is using the client identifier of this connection."""
 
 
 class BrokerRefusedError(PermissionDeniedError):
@@ -201,7 +201,7 @@ class Session:
         self.dropped = 0
         """Number of QoS 0 messages that were dropped because `receive_max` messages were queued."""
         self.taken = 0
-        """Number of messages that the caller has taken from `received` and not handled yet."""
+        """Number of messages that the caller has taken from `received` but not handled yet."""
         self.goodbye = mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
         """The reason code for DISCONNECT."""
         self._subject, self._connect = subject, connect
@@ -225,7 +225,7 @@ class Session:
 
     @property
     def room(self) -> int:
-        """How many more messages the broker accepts before it acknowledges another one."""
+        """How many more messages can be sent before the broker acknowledges an earlier one."""
         return self.window - len(self._awaited)
 
     @property

@@ -32,7 +32,8 @@ def name_of(level: str) -> str:
 def client_id(topic: str) -> str:
     """Return the client identifier of the process that publishes below `topic`.
 
-    It has 23 letters, digits and `-`, because brokers may refuse longer ones and other characters (MQTT 5, 3.1.3.1).
+    It consists of 23 letters, digits and `-`: brokers may refuse longer identifiers and other characters (MQTT 5,
+    3.1.3.1).
     """
     digest = hashlib.sha256(topic.encode(errors="surrogateescape")).digest()
     return f"inco-trio-{base64.b32encode(digest).decode()[:13].lower()}"

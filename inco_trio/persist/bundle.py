@@ -30,7 +30,7 @@ READ_SIZE = 1 << 18
 """Bytes per read; every message is shorter. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""Errors that occur if the process cannot receive the descriptors now, although the bundle may be valid."""
+"""Errors that occur if the process cannot receive the descriptors at the moment, although the bundle may be valid."""
 _REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
 STORED, REMOVED = b"+", b"-"
 INVALID = "fd store: the stored bundle of descriptors is invalid: starting without it; the notifications in it are lost"

@@ -2,7 +2,7 @@
 
 A descriptor is stored under its name and a number (`link.2`). A replacement is stored under the next number before the
 old descriptor is deleted, so the fd store always has at least one of the two. After a crash, the descriptor with the
-higher number is the newer one. If the next number is already taken, another process uses the same names.
+higher number is the newer one. If the next number is already taken, another process is using the same names.
 
 See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds(3).
 """
@@ -83,7 +83,7 @@ def inherited_fd(fds: dict[str, int], name: str) -> int | None:
 
 
 def report_missing(fds: Container[str], names: Sequence[str]) -> None:
-    """Log a warning for each missing descriptor of `names`, which a proxy stores in this order.
+    """Log a warning for each descriptor in `names` that is missing. A proxy stores the descriptors in this order.
 
     If a descriptor was stored, all descriptors before it were stored too, so the fd store has lost the missing ones.
     """
@@ -121,7 +121,7 @@ class NoFdStore:
 
 
 class _NumberedFdStore(ABC):
-    """An fd store that numbers its descriptors, because no supervisor can replace one in a single step."""
+    """An fd store that numbers its descriptors, because no supervisor can replace a descriptor in a single step."""
 
     supervisor: str | None = None
 
@@ -130,7 +130,8 @@ class _NumberedFdStore(ABC):
         self._numbers: dict[str, int] = {}
         for name, number, fd in sorted(found, key=lambda entry: entry[1]):
             if self._numbers.get(name) == number:
-                # systemd allows this, and lists the newest one first. FDSTOREREMOVE=1 would remove all of them.
+                # systemd can store several descriptors under one name, and lists the newest first. FDSTOREREMOVE=1
+                # would remove all of them.
                 logger.warning("fd store: several descriptors are stored as %s.%d: using the newest one", name, number)
                 os.close(fd)
                 continue
@@ -161,8 +162,8 @@ class _NumberedFdStore(ABC):
 class S6FdStore(_NumberedFdStore):
     """An fd store in the s6-fdholder-daemon at `socket`, with identifiers that start with `prefix`.
 
-    The constructor removes the variables of `s6-fdholder-getdump` from the environment and closes descriptors of other
-    prefixes. It raises InvalidArgumentError if `s6-fdholder-getdump` did not start this process.
+    The constructor removes the variables of `s6-fdholder-getdump` from the environment and closes descriptors with
+    other prefixes. It raises InvalidArgumentError if `s6-fdholder-getdump` did not start this process.
     """
 
     supervisor: str | None = "s6-fdholder"

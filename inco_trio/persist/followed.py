@@ -88,7 +88,7 @@ class History:
 
     @property
     def boot(self) -> str:
-        """A random identifier of the history. It changes when the history ends and begins again."""
+        """A random identifier of the history. It changes when the history ends and a new one begins."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
@@ -103,7 +103,7 @@ class History:
 
     @property
     def floor(self) -> int:
-        """The sequence number up to which all notifications are acknowledged or merged."""
+        """The sequence number up to which all notifications have been acknowledged or merged."""
         return max(self._numbers[_ACKNOWLEDGED], self._numbers[_MERGED_TO])
 
     @property

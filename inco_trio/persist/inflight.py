@@ -1,8 +1,9 @@
 """The in-flight buffer: data read from the kernel but not processed yet, in a memfd that outlives the process.
 
-The kernel forgets a frame or an inotify event once it has been read. If the process died before acting on the data, the
-notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see `fdstore`), and
-blanks it only after processing the data. The next process repeats unfinished work, so delivery is at least once.
+The kernel forgets a frame or an inotify event once it has been read. If the process died before it had processed the
+data, the notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see
+`fdstore`), and blanks it only after processing the data. The next process repeats unfinished work, so each notification
+is delivered at least once.
 
 recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copy. All data that has
 left the kernel's queue is therefore complete in this memory. The proxy stores no length, because it could die before
@@ -23,9 +24,10 @@ import os
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
+from inco_trio.linux.inotify import parse_events
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.memory import check_memory, map_memory, new_memory
-from inco_trio.persist.queue import EventQueue
+from inco_trio.persist.queue import OVERFLOW, EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
@@ -39,7 +41,7 @@ MARK = 8
 FRAME_STEP = 128
 """Size in bytes of the slot for one frame, small enough that all slots of a batch fit into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""Size in bytes of the longest frame that fits into one slot. inco-trio's own frames have at most 82 bytes."""
+"""Size in bytes of the longest frame that fits into one slot. inco-trio's own frames are at most 82 bytes long."""
 FRAMES = 256
 """Maximum number of frames in a batch. Large batches reduce the cost of handing frames to another task."""
 EVENT_BANK = 4 * PAGE
@@ -115,7 +117,7 @@ class Inflight:
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """The memory of the history: a page, two tables and a ring (see `persist.followed`)."""
+    """The memory that holds the history: a page, two tables and a ring (see `persist.followed`)."""
     recorder: memoryview
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
@@ -184,6 +186,19 @@ class Inflight:
             at_once=at_once,
             inherited=inherited,
         )
+
+    def forget_watches(self) -> None:
+        """Forget the watches of a lost inotify descriptor: in a new one, the same numbers stand for other files.
+
+        Replace unfinished events of these watches by an overflow, so that each trigger is sent at least once.
+        """
+        first, second = self.events
+        if len(self.queue) or any(parse_events(bank.view) for bank in self.events):
+            first.view[:] = OVERFLOW + first.blank[len(OVERFLOW) :]
+            second.clear(len(second.view))
+            self.queue.clear()
+        for key in self.watches:
+            self.watches[key] = 0
 
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""

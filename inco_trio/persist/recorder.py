@@ -135,6 +135,8 @@ class Recorder:
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
         self._damaged = False
+        self._has_deleted = False
+        """Whether records were deleted because the table of names was full."""
         before: list[Recorded] = []
         notes: list[Note] = []
         if self._numbers[_MAGIC_AT] == _MAGIC:
@@ -184,7 +186,7 @@ class Recorder:
             raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
-            # An invalid name is harmless: a process was killed while it replaced a name that no record uses.
+            # An invalid name is harmless: a process was killed while it was replacing a name that no record uses.
             self._add(name.decode("ascii") if is_wire_name(name) else "")
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
@@ -263,6 +265,9 @@ class Recorder:
         self._unused = [index for index in range(NAMES_MAX) if index not in used]
         self._ids = {name: index for index, name in enumerate(self._names) if index in used}
         if not self._unused:
+            if not self._has_deleted:
+                self._has_deleted = True
+                logger.warning("the recorded history has %d signal names: deleting its oldest records", NAMES_MAX)
             newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than the table can hold.
             self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 
@@ -291,8 +296,8 @@ class Recorder:
     ) -> None:
         """Record an event. If it equals one of the last RECENT events, increment the count of that event instead.
 
-        Once the link peer has filled its share of the ring, treat its further events as equal, whatever their names.
-        Ignored frames are still counted separately for each reason.
+        Once the link peer has filled its share of the ring, treat its further events as equal, regardless of their
+        names. Ignored frames are still counted separately for each reason.
         """
         monotonic = real_clock.monotonic_ns()
         key: tuple[object, ...] = kind, text, signal, direction, state
@@ -351,7 +356,7 @@ class Recorder:
         self._noted = self._numbers[_NOTED] = self._noted + 1
 
     def note_start(self, supervisor: str | None = None, *, after_crash: bool = False) -> None:
-        """Record that this process started, and whether the previous process had stopped cleanly.
+        """Record that this process has started, and whether the previous process had stopped cleanly.
 
         If the recorder was not inherited, also record why. `supervisor` is the name of the fd store, or None if there
         is no fd store. `after_crash` is true if the previous process is known to have ended without a clean stop.
@@ -379,9 +384,10 @@ class Recorder:
         return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
 
     def snapshot(self) -> Recorder:
-        """Return a copy to read from, which does not change when the proxy records more.
+        """Return a copy for reading, which does not change when the proxy records more.
 
-        Copying the memory is fast. Decoding all records takes much longer, so other tasks must run in between.
+        Copying the memory is fast. Decoding all records takes much longer, so other tasks must be allowed to run in
+        between.
         """
         found = copy.copy(self)
         found._ring = memoryview(bytes(self._ring[: min(self._written, self._kept + 1) * _RECORD.size]))

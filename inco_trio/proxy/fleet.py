@@ -47,9 +47,9 @@ RECORDED_MIN = 256
 """By default, each board's flight recorder keeps at least this number of notifications."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""Seconds before the fleet tries again to open a board: PAUSE at first, then twice as long each time, up to PAUSE_MAX.
+"""Maximum pause in seconds before the fleet retries opening a board. The pause starts at PAUSE and doubles each time.
 
-Once a board has been open, the pause is PAUSE again.
+When a board has been opened, the pause is reset to PAUSE.
 """
 
 
@@ -142,7 +142,11 @@ class Proxies(Mapping[str, Proxy]):
         try:
             memory = Inflight.open(inherited_fd(whole, "inflight"))
             resources.callback(memory.close)
-            self._shared = SharedInotify(inherited_fd(whole, "inotify"), memory.events[0])
+            held = inherited_fd(whole, "inotify")
+            self._has_new_inotify = held is None
+            if self._has_new_inotify:
+                memory.forget_watches()
+            self._shared = SharedInotify(held, memory.events[0])
             resources.callback(self._shared.inotify.close)
             self._mounts = Mounts()
             resources.callback(self._mounts.close)
@@ -154,7 +158,7 @@ class Proxies(Mapping[str, Proxy]):
             if self._bundle.kept:
                 report_missing(whole, ("inflight", "inotify", "bundle"))
             if (former := whole.pop("bundle", None)) is not None:
-                os.close(former)  # In this old queue, sockets that no board uses any more would stay open.
+                os.close(former)  # This old queue would keep sockets open that no board uses anymore.
             # Create the share of each board before the first read, so that queued events reach their boards.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)
@@ -175,8 +179,10 @@ class Proxies(Mapping[str, Proxy]):
                 inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
         except OSError as error:
             raise refusal(error, "shared memory") from error
+        if self._has_new_inotify and inflight.inherited:
+            inflight.forget_watches()
         if self._bundle is not None and not inflight.inherited:
-            self._bundle.remove(f"{name}/inflight")  # The stored memory is invalid: the proxy stores its new memory.
+            self._bundle.remove(f"{name}/inflight")  # The stored memory is invalid: the proxy will store new memory.
         share = self._shared.share(inflight)
         fds = {"inflight": inflight.fd}
         ground = Ground(
@@ -351,7 +357,7 @@ class Proxies(Mapping[str, Proxy]):
                     except IncoError as error:
                         self._log_problem(board, error)
                     except Exception as error:
-                        logger.exception("internal error: this is a bug in inco-trio, please report it")
+                        logger.exception("internal error: this is a bug in inco-trio; please report it")
                         board.problem = f"internal error: {error!r}"
                     finally:
                         if board.proxy is not None:
@@ -393,7 +399,7 @@ class Proxies(Mapping[str, Proxy]):
 
 @asynccontextmanager
 async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
-    """Run a proxy for each board while the block runs. Stop all proxies cleanly when it ends or is cancelled.
+    """Run a proxy for each board while the block runs. Stop all proxies cleanly when the block ends or is cancelled.
 
     When the block starts, each board is open or listed in `Proxies.not_open`. The fleet keeps trying to open the listed
     boards. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup under the same

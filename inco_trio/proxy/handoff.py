@@ -123,13 +123,13 @@ class Handoff(Generic[Item]):
         await read_queued()
 
     def stop_reading(self) -> None:
-        """Let `run_reader` read the rest of the queue and return."""
+        """Make `run_reader` read the rest of the queue and return."""
         self._stopping = True
         if self._reading is not None:
             self._reading.cancel()
 
     def close(self) -> None:
-        """Let the consumer return once it has finished its current batch."""
+        """Make the consumer return once it has finished its current batch."""
         self._entry.close()
 
     def abort(self) -> None:

@@ -63,7 +63,7 @@ class Inbound:
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The in-flight buffer's frame slots, created on first use because many boards only receive single frames."""
+        """The in-flight buffer's frame slots, created on first use because many boards receive only single frames."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
@@ -166,7 +166,7 @@ class Inbound:
         burst = False
         while batch := self._read(self._link):
             if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
-                # No other batch is unfinished, so a hand-over would only delay this batch.
+                # All other batches are finished, so a hand-over would only delay this batch.
                 self._deliver(batch)
                 if batch.drained:
                     break

@@ -68,7 +68,7 @@ class Outbound:
         """Why the link accepts no frames at the moment, or "" if it accepts them."""
 
     def recover(self) -> None:
-        """Recover events that an earlier process read but did not finish. The task `triggers` sends them on."""
+        """Recover events that an earlier process read but did not finish. The task `triggers` passes them on."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -78,7 +78,7 @@ class Outbound:
         self._recovered.finished = trio.Event()
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
-        """Return a batch of the triggered signals, skipping the first `sent`."""
+        """Return a batch of the triggered signals without the first `sent` signals."""
         self._counters.triggered += len(triggered.signals)
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
@@ -130,7 +130,8 @@ class Outbound:
                 return
             last = length <= EVENT_BANK - EVENT_ROOM
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
-            # If no other notification is unfinished or queued, a hand-over would only delay these signals.
+            # If all earlier notifications are finished and no more are queued, a hand-over would only delay these
+            # signals.
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.items:
@@ -145,7 +146,7 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """If `events` only reports one closed trigger and no batch is unfinished, send the frame and return True."""
+        """If `events` reports only one closed trigger and no batch is in progress, send the frame and return True."""
         if self._handoff.unfinished:
             return False
         signal = self._triggers.closed_alone(events, length)
@@ -220,7 +221,7 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # If the link has changed, retry at once: it may have come up.
+                if before is changed:  # If the link has changed, retry immediately: it may have come up.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     self._delayed(error.strerror)
                     await changed.wait()

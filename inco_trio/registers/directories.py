@@ -233,7 +233,7 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Delete stored watches that neither the table nor `others` needs. Return those to remove from inotify."""
+        """Delete stored watches that neither the table nor `others` needs. Return the ones to remove from inotify."""
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
         stale = []

@@ -11,7 +11,7 @@ from inco_trio.registers.directory import Directory
 __all__ = ["FALLBACK", "Retries"]
 
 FALLBACK = 1.0
-"""Maximum seconds between two checks for a missing directory. Events do not always report that it reappeared."""
+"""Maximum number of seconds between checks for a missing directory. Events do not always report that it reappeared."""
 
 
 class Retries:
@@ -32,7 +32,7 @@ class Retries:
         self._troubled.discard(directory)
 
     def due(self) -> Iterator[Directory]:
-        """Yield each directory whose retry is due. The caller retries the operations and calls `retried`."""
+        """Yield each directory in which a retry is due. The caller retries the operations and calls `retried`."""
         now = real_clock.monotonic()
         for directory in tuple(self._troubled):
             if directory.retry_at <= now and directory in self._troubled:

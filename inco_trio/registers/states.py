@@ -48,7 +48,7 @@ class StateFile:
     reason: str = "older notifications are pending"
     """Why the last write failed."""
     runs: deque[list[int]] = attrs.Factory(deque)
-    """Pairs of a time (real_clock.monotonic_ns()) and how many notifications became pending then, oldest first."""
+    """Pairs of a time (real_clock.monotonic_ns()) and the number of notifications pending since then, oldest first."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -92,7 +92,7 @@ class StateFile:
         return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
 
     def pend(self) -> None:
-        """Record that a notification becomes pending now."""
+        """Record that a notification has become pending."""
         now = real_clock.monotonic_ns()
         if self.runs and (self.runs[-1][0] == now or len(self.runs) == RUNS):
             self.runs[-1][1] += 1
@@ -148,7 +148,10 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """Called after pending notifications were written, with their state files and when they became pending."""
+        """A function that is called after pending notifications have been written.
+
+        Its arguments are the state files and the time when the notifications became pending.
+        """
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""
@@ -268,7 +271,7 @@ class StateFiles:
         file.pend()
 
     def _write_renewed(self, files: Sequence[StateFile]) -> list[str | None]:
-        """Write to the current files of the signals. Some of `files` belong to the table before the last reload."""
+        """Write to the current files of the signals. Some of `files` belong to a table that a reload has replaced."""
         renewed = [self._files.get(file.signal.name) for file in files]
         known = [file for file in renewed if file is not None]
         self._counters.unknown += len(files) - len(known)

@@ -240,14 +240,15 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Send all triggers only once, not once per unknown event: a crash can leave hundreds of such events.
+            # Send one notification for each trigger, not one for each unknown event: a crash can leave hundreds of such
+            # events.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """Return the signal if the first `length` bytes of `view` report only the close of one trigger, else None."""
+        """Return the signal if the first `length` bytes of `view` report only the close of its trigger, else None."""
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
         elif length == ino.EVENT.size:
@@ -270,7 +271,7 @@ class Triggers:
         report(logger, logging.WARNING, text, "overflow")
         self._notify_all(triggered)
         for trigger in self.by_path.values():
-            self._forget_made(trigger, triggered)  # The IN_CREATE of this trigger may be lost.
+            self._forget_made(trigger, triggered)  # The IN_CREATE of this trigger may have been lost.
             # Check the file now: if it was renamed to this path, it is not watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()

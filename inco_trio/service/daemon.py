@@ -43,7 +43,7 @@ class Boards(Served, Protocol):
         """Keep the proxies open while the block runs. Raises IncoError."""
 
     async def reload(self) -> Sequence[str]:
-        """Reload the configuration; return why parts of it are refused. Raises IncoError if all of it is refused."""
+        """Reload the configuration; return why parts of it were refused. Raises IncoError if all of it was refused."""
 
     def log_statistics(self) -> None:
         """Log the counters. Do nothing if `open` has not been called yet."""
@@ -133,7 +133,7 @@ class Daemon:
             self._start_diagnosis(is_ready)
             self._restrict(self._boards.configs(), self._control_path)
             if control is not None:
-                control.after_crash = False  # No process served the boards that a reload adds before this process.
+                control.after_crash = False  # Before this process, no process served the boards that a reload adds.
             runner.ready()
             is_ready.set()
             await runner.follow_reloads()
@@ -178,7 +178,7 @@ class Daemon:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            # A proxy in another network namespace, with an interface of the same name, uses this path. Add our PID.
+            # A proxy in another network namespace, with an interface of the same name, is using this path. Add our PID.
             for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
                 with contextlib.suppress(OSError):
                     if not place.is_live(left):
@@ -187,7 +187,8 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self, is_ready: threading.Event) -> None:
-        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Without a thread, skip the diagnosis.
+        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Skip the diagnosis if no thread can
+        # start.
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 

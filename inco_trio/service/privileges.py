@@ -58,7 +58,7 @@ def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: boo
 
 
 def drop_capabilities(needed: Collection[int]) -> None:
-    """Keep only the `needed` capabilities, and forbid new privileges. If the kernel refuses, log that and continue."""
+    """Keep only the `needed` capabilities, and forbid new privileges. If the kernel refuses, log this and continue."""
     try:
         cap.no_new_privileges()
         cap.keep_capabilities(needed)

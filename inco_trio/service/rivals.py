@@ -118,7 +118,7 @@ def superfluous(proxies: Iterable[Process]) -> Process:
 def rivals(
     boards: Iterable[tuple[InterfaceAddress | UnixAddress, Path | None, Iterable[Signal]]],
 ) -> Iterator[str]:
-    """Yield a line for each other proxy that serves a link or a directory of this process.
+    """Yield a line for every other proxy that serves a link or a directory of this process.
 
     `boards` contains the link, the network namespace and the signals of each board.
     """

@@ -41,7 +41,7 @@ class Service(Protocol):
         """Run until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
 
     async def reload(self) -> Sequence[str]:
-        """Reload the configuration; return why parts of it are refused. Raises IncoError if all of it is refused."""
+        """Reload the configuration; return why parts of it were refused. Raises IncoError if all of it was refused."""
 
     def log_statistics(self) -> None:
         """Log the counters, if there are any. The runner also calls this method when the service ends."""
@@ -73,7 +73,7 @@ def run_service(
             raise ResourceError(
                 service.name, f"{refused.strerror}: raise the limit, or end other processes that use this resource"
             ) from error
-        logger.exception("internal error: this is a bug in inco-trio, please report it")
+        logger.exception("internal error: this is a bug in inco-trio; please report it")
         return os.EX_SOFTWARE
     return 0
 
@@ -160,7 +160,7 @@ class Runner:
                 self._service.log_statistics()
 
     async def follow_reloads(self) -> None:
-        """Reload the configuration at each SIGHUP and for `reload`, one reload at a time, once the service is ready."""
+        """Once the service is ready, reload the configuration on SIGHUP and for `reload` requests, one at a time."""
         await self._is_ready.wait()
         async for _ in self._hang_ups:
             waiting, self._waiting = self._waiting, []

@@ -27,7 +27,7 @@ def enter_sandbox(
     """Restrict this thread and the threads that it creates. With `log`, the kernel only logs violations.
 
     `control` is the control socket. With `grows`, a reload may add boards. The capabilities must already be dropped. If
-    the kernel lacks a part of the sandbox, log that and continue without that part.
+    the kernel does not support a part of the sandbox, log this and continue without that part.
     """
     try:
         if not log:
@@ -39,7 +39,9 @@ def enter_sandbox(
         logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without it", error.strerror)
     name = seccomp.machine()
     if name is None:
-        logger.warning("sandbox: cannot filter system calls (unknown machine): continuing without it")
+        logger.warning(
+            "sandbox: cannot filter system calls (unknown processor architecture): continuing without the filter"
+        )
         return
     families = [socket.AF_UNIX, socket.AF_NETLINK]
     if grows or any(isinstance(config.address, InterfaceAddress) for config in configs):

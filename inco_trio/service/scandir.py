@@ -199,5 +199,5 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
 
 
 def _quote_for_regex(text: str) -> str:
-    """Escape `text` for a POSIX extended regular expression, in which re.escape() would escape too many characters."""
+    """Escape `text` for a POSIX extended regular expression. re.escape() would escape too many characters."""
     return re.sub(r"[][.\\()*+?{}|^$]", r"\\\g<0>", text)

@@ -15,7 +15,7 @@ from inco_trio.service.lines import printable
 __all__ = ["runtime_directory", "systemd_unit"]
 
 _OF_SANDBOX = ("capset", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
-"""System calls for the sandbox that the unit's filter would otherwise forbid."""
+"""System calls that set up the sandbox and that the unit's filter would otherwise forbid."""
 
 
 def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], options: Sequence[str] = ()) -> str:

@@ -25,7 +25,7 @@ CAUSES_MAX = 1000
 
 @attrs.define
 class _Cause:
-    """When a cause was last logged, and the latest record and the number of records since then."""
+    """The time when a cause was last logged, the latest record, and the number of records since then."""
 
     logged: float
     held: tuple[logging.LogRecord, contextvars.Context] | None = None

@@ -38,9 +38,9 @@ _ANSWERS = {
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""For each outbound signal, the inbound signal that a QEMU guest answers with. Together, they cover every signal."""
+"""For each outbound signal, the inbound signal with which a QEMU guest answers. These pairs cover every signal."""
 _READY_DEADLINE = 60.0
-"""Timeout for waiting on a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
+"""Timeout for waiting for a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
 """A function that sets up a stage in a directory. It waits only with `Wait`, so that signals can stop it."""
 

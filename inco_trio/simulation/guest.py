@@ -44,7 +44,7 @@ _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdi
 
 
 class GuestError(UnavailableError):
-    """QEMU is missing, refused a command or ended, or the guest did not respond in time."""
+    """QEMU is missing, has refused a command or has exited, or the guest did not respond in time."""
 
 
 class QemuNotFoundError(GuestError, FileNotFoundError):
@@ -259,7 +259,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             raise GuestError(f"QEMU's monitor refused {command}: {answer['error']['desc']}")
 
     def wait_for(self, text: str) -> str:
-        """Wait for an output line that contains `text`, and return it. Start after the line that was returned last."""
+        """Wait for an output line that contains `text`, and return it. Continue after the last returned line."""
         deadline = real_clock.monotonic() + _DEADLINE
         self._running()
         while True:
@@ -282,7 +282,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         self.wait_for(self._ready)
 
     def wait_counters(self) -> dict[str, int]:
-        """Wait for the firmware's next report and return its counters. A signal requests it (`report_on=NAME`)."""
+        """Wait for the firmware's next report and return its counters. The signal in `report_on=NAME` requests it."""
         return parse_counters(self.wait_for("core1: counters"))
 
     def stop(self) -> None:

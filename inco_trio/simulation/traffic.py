@@ -1,8 +1,9 @@
 """Send, receive and count the notifications of the demonstration.
 
-A notification has arrived when core 1 has read the frame, or when inotify(7) has reported the close of the state file.
-With a QEMU guest as core 1, the demonstration counts round trips. A round trip ends when the state file of the answer
-is closed. Each signal has at most one notification in flight, so it is clear to which notification an arrival belongs.
+A notification has arrived when core 1 has read the frame, or when inotify(7) has reported that the state file was
+closed. With a QEMU guest as core 1, the demonstration counts round trips. A round trip ends when the state file of the
+answer is closed. Each signal has at most one notification in flight, so it is clear to which notification an arrival
+belongs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Waiting in the demonstration. A process signal can stop the demonstration only while it waits."""
+"""Wait for events in the demonstration. A process signal can stop the demonstration only while it is waiting."""
 
 from __future__ import annotations
 

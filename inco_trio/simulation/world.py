@@ -213,8 +213,8 @@ def wait_running(name: str, namespace: Namespace | None = None) -> None:
 class Cores:
     """Two cores and the link between them. The link has the same name in both namespaces.
 
-    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. Deleting core
-    0's end then leaves core 1's end in place.
+    If `switch` is set, the link passes through a bridge in that third namespace, as in the board's simulation. Deleting
+    core 0's end then leaves core 1's end in place.
     """
 
     core0: Namespace

@@ -53,8 +53,8 @@ class _Core:
     def expect(self, name: str, timeout: float = TIMEOUT) -> Happening:
         """Return the next notification of a signal at this core that `expect` has not returned before.
 
-        The notification may have arrived before the call. Raises InvalidArgumentError, and NotificationMissingError
-        (an AssertionError) after `timeout` seconds or if the proxy has ended by itself.
+        The notification may have arrived before the call. Raises InvalidArgumentError, and NotificationMissingError (an
+        AssertionError) after `timeout` seconds or if the proxy has ended on its own.
         """
         __tracebackhide__ = True
         self._check(name, timeout)
@@ -328,7 +328,10 @@ class Board:
         )
 
     def failure(self) -> str | None:
-        """Return why the board has failed since the last call, for example because the proxy has ended, or None."""
+        """Return why the board has failed since the last call, or None if it has not failed.
+
+        For example, the board fails if the proxy ends.
+        """
         self._settle()
         before, self._reported = self._reported, self._rig.history.failure
         return None if self._reported == before else self._reported
@@ -337,7 +340,7 @@ class Board:
         """Stop the proxy and remove its sockets, but no other files. Do nothing if the board is already closed."""
         _open.discard(self)
         if self._process != os.getpid():
-            return  # A forked process has neither the thread of the engine nor a proxy.
+            return  # A forked process has neither the engine's thread nor a proxy.
         if self._open_rig is not None:
             self._open_rig.history.fail("the board is closed")  # Wake the waiting threads.
         self._open_rig = None

@@ -50,7 +50,7 @@ class Carrier(Protocol):
         """Kill the proxy (SIGKILL)."""
 
     async def look(self) -> None:
-        """Check whether the proxy has ended by itself."""
+        """Check whether the proxy has ended on its own."""
 
     def log(self) -> str:
         """Return the log of the proxy."""

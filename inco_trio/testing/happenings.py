@@ -16,7 +16,7 @@ from inco_trio.signals import Direction
 __all__ = ["Happening", "History", "NotificationMissingError", "runs", "summary"]
 
 SINGLE = 3
-"""Maximum number of consecutive identical events that are shown one by one."""
+"""Maximum number of consecutive identical events that are shown individually."""
 LISTED = 20
 """Maximum number of events, or of runs of identical events, in an error message."""
 
@@ -43,7 +43,7 @@ class Happening:
 
 
 def runs(happenings: Iterable[Happening]) -> list[Sequence[Happening]]:
-    """Group consecutive identical events if there are more than `SINGLE`. Every other event is a group by itself."""
+    """Group consecutive identical events if there are more than `SINGLE`. Every other event forms a group by itself."""
     found: list[Sequence[Happening]] = []
     for _, group in itertools.groupby(happenings, key=lambda each: (each.core, each.what, each.name)):
         equal = list(group)
@@ -82,7 +82,7 @@ class History:
         self._wake()
 
     def fail(self, failure: str | None) -> None:
-        """Make current and later waits fail with the reason `failure`. None allows waits again."""
+        """Make current and later waits fail with the reason `failure`. With None, allow waits again."""
         self.failure = failure
         self._wake()
 

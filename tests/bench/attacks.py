@@ -2,7 +2,7 @@
 
 usage: python -m tests.bench.attacks ATTACK LINK DIRECTORY CONTROL
 
-The program prints a line when the attack has begun, and attacks until it is terminated.
+The program prints a line when the attack has begun, and continues the attack until it is terminated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def connected(control: str) -> socket.socket:
 
 
 def clients(control: str) -> Iterator[None]:
-    """Connect, read the greeting and disconnect, again and again without a pause."""
+    """Connect, read the greeting and disconnect, repeatedly and without a pause."""
     while True:
         with connected(control) as sock:
             sock.recv(4096)
@@ -93,7 +93,7 @@ def log_lines(control: str) -> Iterator[None]:
 
 
 def scrapes(control: str) -> Iterator[None]:
-    """Request the status again and again without a pause, as many exporters would."""
+    """Request the status repeatedly and without a pause, as many exporters would."""
     with connected(control) as sock, sock.makefile("rb") as replies:
         replies.readline()
         while True:

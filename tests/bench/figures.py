@@ -27,7 +27,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @attrs.frozen
 class Goal:
-    """A bound for a figure. The benchmark only reports whether the figure meets it."""
+    """A bound for a figure. The benchmark only reports whether the figure is within the bound."""
 
     relation: Literal["<=", "<", ">=", "="]
     bound: float
@@ -35,7 +35,7 @@ class Goal:
     """Text that is printed after the bound, such as "x C"."""
 
     def met(self, value: float) -> bool:
-        """Return whether `value` meets the bound."""
+        """Return whether `value` is within the bound."""
         return _RELATIONS[self.relation](value, self.bound)
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Figure:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Figure:
-        """Return the figure from the result of `as_dict`, which may have passed through JSON."""
+        """Return the figure from the result of `as_dict`, which might have been converted to JSON and back."""
         goal, ratio = document["goal"], document["ratio_of"]
         return cls(
             name=document["name"],

@@ -54,13 +54,13 @@ BUILTIN_TABLE = 3
 """Number of built-in signals, one of them outbound."""
 
 GAP_US = 500
-"""Pause in microseconds between an arrival and the next notification in a closed loop. All processes then sleep."""
+"""Microseconds between an arrival and the next notification in a closed loop. All processes sleep during this pause."""
 
 BURSTS = 3
 """Number of bursts per run when the benchmark compares two configurations of inco-trio."""
 
 _BEHIND = 0.03
-"""Maximum delay of the last frame, as a share of a probe's length. A slower program would fill its queue in 10 s."""
+"""Maximum delay of the last frame, as a fraction of a probe's length. A slower program's queue would fill in 10 s."""
 
 
 @attrs.frozen
@@ -69,7 +69,10 @@ class Size:
 
     pairs: int
     script_pairs: int
-    """Number of pairs in which the shell script also runs. It is slow to measure and misses every goal by far."""
+    """Number of pairs in which the shell script also runs.
+
+    The script is slow to measure and misses every goal by a wide margin.
+    """
     lone: int
     """Number of single notifications per latency run."""
     burst: int
@@ -91,7 +94,7 @@ class Size:
 
 
 FULL = Size(10, 3, 3000, 20_000, 1.0, 10.0, 10.0, 1_000_000, 3.0, 2.0)
-SMOKE = Size(1, 1, 50, 2000, 0.1, 0.2, 0.2, 8000, 0.2, 0.1, (3, 30), (1, 2), 8, 2, (500, 5000))
+SMOKE = Size(1, 1, 50, 500, 0.1, 0.2, 0.2, 8000, 0.2, 0.1, (3, 30), (1, 2), 8, 2, (500, 5000))
 
 
 @attrs.frozen
@@ -140,7 +143,7 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return a row that compares inco-trio with the floor and has a goal, and rows without goals for its rivals."""
+        """Return a row for the floor, which has a goal, and a row without a goal for each rival."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
@@ -263,7 +266,7 @@ def inbound_closed_loop(bench: Bench) -> Measured:
 
 
 def outbound_closed_loop(bench: Bench) -> Measured:
-    """Measure the time from closing a trigger until its frame reaches core 1. Write the next trigger 500 us later."""
+    """Measure the time from closing a trigger file until its frame reaches core 1. Write the next file 500 us later."""
     return _closed_loop(bench, "outbound")
 
 
@@ -273,7 +276,7 @@ def inbound_latency(bench: Bench) -> Measured:
 
 
 def outbound_latency(bench: Bench) -> Measured:
-    """Measure the time from closing a trigger until its frame reaches core 1, with triggers 1 ms apart."""
+    """Measure the time from closing a trigger file until its frame reaches core 1, with triggers 1 ms apart."""
     return _latency(bench, "outbound")
 
 
@@ -428,7 +431,7 @@ def burst(bench: Bench) -> Measured:
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
     """Send frames at `rate` for `seconds` seconds.
 
-    The rate is kept if no frame is lost and the last frame is at most `behind` seconds late.
+    The program sustains the rate if no frame is lost and the last frame is at most `behind` seconds late.
     """
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound

@@ -15,7 +15,7 @@ from .rivals import C_MODIFY, INCO, SCRIPT, C
 
 __all__ = ["draw"]
 
-# Use Okabe and Ito's palette for colour-blind readers. The lines also differ in their dashes.
+# Use Okabe and Ito's palette for colour-blind readers. The lines also have different dash patterns.
 _STYLES: dict[str, dict[str, Any]] = {
     INCO.name: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
     C.name: {"color": "#333333", "linewidth": 1.8, "linestyle": (0, (5, 2)), "zorder": 2},

@@ -44,7 +44,7 @@ def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
         assert tracer.stderr is not None
         if "attached" not in tracer.stderr.readline():
             return None
-        time.sleep(_SETTLE)  # Leave out the effects of attaching strace.
+        time.sleep(_SETTLE)  # Exclude the effects of attaching strace.
         start = time.time()
         time.sleep(seconds)  # Count the system calls during this time.
         end = time.time()

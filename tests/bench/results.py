@@ -61,7 +61,7 @@ class Results:
         return lines
 
     def save(self, directory: Path, order: Sequence[str]) -> None:
-        """Write results.json and results.md. If interrupted, keep the old files."""
+        """Write results.json and results.md. An interruption leaves the old files intact."""
         texts = {
             "results.json": json.dumps(attrs.asdict(self, recurse=False), indent=1),
             "results.md": as_markdown(self.figures(order), self.origins),

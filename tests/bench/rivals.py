@@ -203,7 +203,8 @@ class Running:
         With `gap_us`, the loop is closed: each notification is sent `gap_us` after the previous one has arrived. If the
         load generator cannot count all arrivals, print a message and repeat the run.
 
-        Raise `BenchError` if the load generator fails, and `UncountedError` if it cannot count all arrivals in any run.
+        Raise `BenchError` if the load generator fails, and `UncountedError` if there are uncounted arrivals in every
+        run.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))

@@ -22,7 +22,7 @@ _REACHED = 0.98
 """The generator has reached a rate if it sent at least this share of the rate."""
 
 _REPEATS = 3
-"""Maximum number of attempts at a probe whose rate was not reached, in case the generator briefly had no CPU."""
+"""Maximum number of attempts at a probe if the generator does not reach the rate, for example for lack of CPU time."""
 
 _LEAST = 50.0
 

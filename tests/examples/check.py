@@ -103,7 +103,7 @@ def make_environment(name: str) -> None:
 
 
 def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
-    """Copy the example, insert the fault if given, and run the copy's tests."""
+    """Copy the example, inject the fault if one is given, and run the copy's tests."""
     home = tmp_path / name
     shutil.copytree(EXAMPLES / name, home)
     if fault is not None:

@@ -60,7 +60,7 @@ class Recorder(threading.Thread):
         self.failure: BaseException | None = None
 
     def read_queued(self) -> None:
-        """Read everything that is queued at `fd`."""
+        """Read all data that is queued on `fd`."""
         raise NotImplementedError
 
     def run(self) -> None:
@@ -234,20 +234,20 @@ class Applications(Recorder):
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
-        """Rename `path` (the IRQ directory or a parent directory), and create an empty IRQ directory again."""
+        """Rename `path` (the IRQ directory or a parent directory), and create a new, empty IRQ directory."""
         with self._paths:
             path.rename(self._beside(path))
             self._directories[-1].ended = time.monotonic()
-            # The directory may exist already, because the proxy creates it during a reload.
+            # The directory might already exist, because the proxy creates it during a reload.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def remove_directory(self) -> None:
-        """Remove the IRQ directory with its contents, and create it again."""
+        """Remove the IRQ directory and its contents, and recreate the directory."""
         with self._paths:
             shutil.rmtree(self.directory)
             self._directories[-1].ended = time.monotonic()
-            # The directory may exist already, because the proxy creates it during a reload.
+            # The directory might already exist, because the proxy creates it during a reload.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 

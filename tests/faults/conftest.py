@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            # This timeout only stops a hang: a test of the full suite takes minutes.
+            # This timeout takes effect only if a test hangs: a test of the full suite takes minutes.
             item.add_marker(pytest.mark.timeout(7200))
 
 

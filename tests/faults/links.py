@@ -22,7 +22,7 @@ def command(cores: Cores, *words: str) -> str:
 
 
 def make_again(cores: Cores, peer: Peer, before: Callable[[], None] = lambda: None) -> None:
-    """Recreate the deleted link. Core 0 can send only once core 1 listens and `before` has run."""
+    """Recreate the deleted link. Core 0 can send only once core 1 is listening and `before` has run."""
     veth(cores.core0, cores.link, cores.core1, cores.link)
     cores.core1.run(lambda: subprocess.run(["ip", "link", "set", cores.link, "up"], check=True))
     peer.rebind()

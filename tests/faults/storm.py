@@ -1,8 +1,9 @@
 """The storm: send every signal once in both directions, while faults hit the proxy under a real s6-svscan.
 
 A notification is lost if it has not arrived within a generous time after the faults have stopped. A notification counts
-as sent only if the proxy could notice it. An inbound frame counts once core 0's kernel has queued it for the link,
-where a witness socket sees it. A trigger counts once an application has closed it in the current IRQ directory.
+as sent only if the proxy could notice it. An inbound frame counts as sent as soon as core 0's kernel has queued it for
+the link, where a witness socket sees it. A trigger counts as sent as soon as an application has closed it in the
+current IRQ directory.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class _Witness(Recorder):
         except BlockingIOError:
             return
         except OSError as error:
-            # The kernel reports once that the link went down.
+            # The kernel reports only once that the link went down.
             if error.errno != errno.ENETDOWN:
                 raise
 

@@ -46,7 +46,7 @@ def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
         for place in (path, *path.parents):
             with contextlib.suppress(OSError):
                 changes.watch(str(place), IN_MODIFY | IN_CREATE | IN_MOVED_TO)
-        # The file may have appeared before the watches were added.
+        # The file might have appeared before the watches were added.
         if not ready():
             left = max(0.0, deadline - time.monotonic())
             ready_to_read = select.poll()  # select(2) handles only descriptors below 1024.
@@ -156,5 +156,5 @@ def is_proxy(pid: int) -> bool:
 
 
 def environment_form() -> str:
-    """Return how much of the fault suite runs: `short` or `full`."""
+    """Return which form of the fault suite runs: `short` or `full`."""
     return os.environ.get("INCO_TRIO_FAULTS", "short")

@@ -1,4 +1,4 @@
-"""Tests of a system clock that jumps, as on a board that gets the time only after its start."""
+"""Tests of a system clock that jumps, as on a board that receives the time only after it has started."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_directory_that_appears_without_an_event_counts_as_written(board: Boar
     (tmp_path / "link").symlink_to(prepared.parent)
     (tmp_path / "link").rename(parent)
     board.wire.wait_seen("out_a")
-    # Wait until the proxy has created the file. If an application creates and writes it, the proxy may send two frames.
+    # Wait until the proxy has created the file. If an application creates and writes it, the proxy can send two frames.
     wait_path(board.directory / "out_b_trig")
     board.applications.trigger("out_b")
     board.wire.wait_seen("out_b")

@@ -101,7 +101,7 @@ class World:
         return True
 
     def _trigger(self) -> None:
-        """Write to the trigger files in turn, about 100 times per second: the kernel would merge identical events."""
+        """Write about 100 times per second. Alternate between the files: the kernel would merge identical events."""
         for number in range(sys.maxsize):
             name = TRIGGERS[number % len(TRIGGERS)]
             if self._calm.wait(0.01):
@@ -206,7 +206,7 @@ class World:
         merged = duplicates = 0
         last = self.last_sequence()
         boots = set()
-        # Do not stop after `last` notifications: a merged notification may arrive twice if the gateway was killed.
+        # Do not stop after `last` notifications: a merged notification can arrive twice if the gateway was killed.
         while last not in numbers:
             try:
                 told = self.reader.messages.get(timeout=HANG)
@@ -228,7 +228,7 @@ class World:
         return numbers, counts, merged, duplicates
 
 
-@pytest.mark.timeout(SECONDS + 7200)  # This timeout only stops a hang.
+@pytest.mark.timeout(SECONDS + 7200)  # This timeout takes effect only if the test hangs.
 def test_nothing_is_lost_when_gateway_proxy_and_broker_are_killed(tmp_path: Path) -> None:
     seed = int(os.environ.get("INCO_TRIO_SEED") or int.from_bytes(os.urandom(4), "big"))
     dice = random.Random(seed)  # noqa: S311 - repeatable

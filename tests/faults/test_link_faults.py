@@ -51,7 +51,7 @@ def down(board: Board) -> None:
 
 def no_carrier(board: Board) -> None:
     board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "down"], check=True))
-    # The kernel may take a second to report the lost carrier.
+    # The kernel can take a second to report the lost carrier.
     deadline = time.monotonic() + HANG
     while "state DOWN" not in command(board.cores, "ip", "-o", "link", "show", board.cores.link):
         assert time.monotonic() < deadline
@@ -101,7 +101,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         old, logged = mac(board.cores), len(board.proxy.log)
         board.cores.delete_link()
         board.applications.trigger("out_a")
-        # A proxy that is slow would otherwise see only the new interface.
+        # Otherwise, a slow proxy would see only the new interface.
         board.proxy.wait_log("the interface is gone", after=logged)
         begin = time.monotonic()
         make_again(board.cores, board.core1)

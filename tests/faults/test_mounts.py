@@ -42,7 +42,7 @@ def uncover(board: Board, mounted: list[Path]) -> None:
 
 
 def passes(board: Board) -> None:
-    """Assert that one trigger sends one frame, and that one frame writes the state file."""
+    """Assert that a trigger sends a frame, and that a frame from core 1 updates the state file."""
     sent = board.wire.seen["out_b"]
     wait_path(board.directory / "out_b_trig")
     # The proxy must notice the trigger even without an inbound notification.

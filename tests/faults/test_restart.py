@@ -1,4 +1,4 @@
-"""Tests of restart, crash, stop and reload under s6-svscan. While no proxy runs, notifications wait in the kernel."""
+"""Tests of restart, crash, stop and reload under s6. While no proxy is running, notifications wait in the kernel."""
 
 from __future__ import annotations
 
@@ -150,11 +150,12 @@ def test_restarts_and_a_reload_under_traffic_lose_nothing(supervise: Supervise, 
         assert "reloaded" not in world.service.log
 
 
-def test_a_stop_with_a_backlog_of_10_000_frames_loses_nothing(supervise: Supervise) -> None:
+def test_a_stop_with_a_backlog_of_8000_frames_loses_nothing(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     pid = main_process(world.service.directory)
     wait_stopped(pid)
-    for _ in range(10_000):
+    # Each delivery causes two events, so the queue of the applications (16,384 events) cannot overflow.
+    for _ in range(8_000):
         world.core1.send(b"in_a")
     world.service.control("-d")
     os.kill(pid, signal.SIGCONT)
@@ -163,8 +164,8 @@ def test_a_stop_with_a_backlog_of_10_000_frames_loses_nothing(supervise: Supervi
     world.begin()
     world.core1.send(b"in_b")
     world.applications.wait(lambda: world.applications.closes["in_b"] > 0, "in_b has not been delivered")
-    assert world.applications.closes["in_a"] == 10_000
-    assert by_the_first <= 10_000
+    assert world.applications.closes["in_a"] == 8_000
+    assert by_the_first <= 8_000
 
 
 def test_a_restart_with_other_signals(supervise: Supervise) -> None:
@@ -204,7 +205,7 @@ def test_a_stored_socket_that_does_not_match_is_replaced(supervise: Supervise, c
     world.end("d")
 
     def foreign() -> socket.socket:
-        # An earlier version of inco-trio may have stored a socket without the filter.
+        # An earlier version of inco-trio might have stored a socket without the filter.
         return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
 
     holder = str(world.service.scandir / "inco-trio-fdholder/s")

@@ -1,7 +1,8 @@
 """Run the fuzz targets, two at a time, and print a table: `python -m tests.fuzz [TARGET...] --minutes 30`.
 
-The targets share the time equally. The directory `--corpus` keeps the inputs that reach new code, and the next run
-starts with them. If a target fails, the program also keeps the input and prints a command that reproduces the failure.
+The targets share the time equally. The directory given with `--corpus` keeps the inputs that reach new code, and the
+next run starts with these inputs. If a target fails, the program also keeps the input and prints a command that
+reproduces the failure.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.fuzz.targets import TARGETS
 TOGETHER = 2
 """Number of targets that run at the same time."""
 INPUT_MAX = 4096
-"""Maximum size of a generated input in bytes. Seeds may be larger."""
+"""Maximum size of a generated input in bytes. Seeds can be larger."""
 FOUND = re.compile(r"^Test unit written to (.*)$", re.MULTILINE)
 
 

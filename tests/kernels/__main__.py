@@ -30,7 +30,7 @@ PARAMETERS = (
     *("root=/dev/vda", "rw", "console=ttyS0", "panic=-1"),
     # A login prompt would hang up the terminal of the checks (vhangup(2)).
     "systemd.mask=serial-getty@ttyS0.service",
-    # If the host is busy, the emulated timer is so late that the kernel's check of it panics.
+    # If the host is busy, the emulated timer is so late that the kernel's timer check causes a panic.
     "no_timer_check",
 )
 """Kernel command-line parameters of all boots."""
@@ -123,7 +123,7 @@ def build_tree(name: str, system: System) -> Path:
 
 
 def install(tree: Path) -> None:
-    """Install the wheel, its dependencies, pytest and the checks in the system."""
+    """Install the wheel, its dependencies, pytest and the checks on the system."""
     python = (tree / "usr/bin/python3").readlink().name
     shutil.rmtree(tree / "opt", ignore_errors=True)
     project, environment = tree / "opt/project", tree / "opt/inco-trio"
@@ -237,7 +237,7 @@ def report_boot(name: str, start: Boot, results: Iterator[dict[str, Any]]) -> bo
 
 
 def print_result(name: str, start: Boot, result: dict[str, Any]) -> None:
-    """Print the outcome of one check, what it has measured, and why it has failed."""
+    """Print the outcome of one check, its measurements, and the reason if it has failed."""
     figures = "".join(f", {what} {value}" for what, value in result["figures"])
     check = result["check"].removeprefix(f"{CHECKS}/")
     write(f"{name} {start.name} {result['outcome']:7} {check}{figures}")
@@ -246,7 +246,7 @@ def print_result(name: str, start: Boot, result: dict[str, Any]) -> None:
 
 
 def write(text: str) -> None:
-    """Print the text immediately, also to a pipe or a file."""
+    """Print the text immediately, even if standard output is a pipe or a file."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

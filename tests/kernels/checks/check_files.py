@@ -17,7 +17,7 @@ from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
 
 
 def shell(command: str) -> None:
-    """Run shell commands. If they fail, the check fails with their error output."""
+    """Run shell commands. If a command fails, the check fails with the command's error output."""
     done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
 

@@ -109,7 +109,7 @@ def on_core0(*commands: str) -> Callable[..., None]:
 def recreate_parent(cores: Cores, core1: Peer) -> None:
     Cores(cores.core0, cores.core1, "eth_rpmsg").make_link()
     add_vlan(cores.core1)
-    # Core 1 must listen before the proxy can send: an interface does not keep frames for later listeners.
+    # Core 1 must be listening before the proxy can send: an interface does not keep frames for later listeners.
     core1.rebind()
     add_vlan(cores.core0)
 

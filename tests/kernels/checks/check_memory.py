@@ -16,7 +16,7 @@ from tests.faults.supervised import resident_kib
 from tests.kernels.checks.conftest import Applications, Board
 from tests.support_proxy import INBOUND
 
-# The checks are exempt from the OOM killer, and their child processes inherit this. choom(1) ends the exemption.
+# The checks are exempt from the OOM killer, and their child processes inherit the exemption. choom(1) ends it.
 LIKE_THE_UNIT = ("choom", "-n", "-900", "--")
 LIKE_OTHERS = ("choom", "-n", "0", "--")
 

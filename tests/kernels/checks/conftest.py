@@ -34,7 +34,7 @@ def write_report(**report: object) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Report which check runs, so that the host can name it if the machine hangs."""
+    """Report which check is running, so that the host can name it if the machine hangs."""
     write_report(check=nodeid, outcome="started")
 
 
