@@ -438,7 +438,10 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited_fd(inherited, "inotify"))
+        held = inherited_fd(inherited, "inotify")
+        if held is None:
+            inflight.forget_watches()
+        inotify = Inotify(held)
         resources.callback(inotify.close)
         mounts = Mounts()
         resources.callback(mounts.close)
