@@ -236,7 +236,7 @@ class Client(Channel, AbstractContextManager["Client"]):
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
-                raise MessageError("the proxy sent an event `notifications`, which was not requested")
+                raise MessageError("the proxy sent a `notifications` event, which was not requested")
         self._events.append(reply)
         return None
 

@@ -193,7 +193,7 @@ def _reason(error: OSError) -> str:
 
 
 def _opening_is_reported(path: Path) -> bool:
-    """Return whether inotify reports that a directory is opened. Raises OSError."""
+    """Return whether inotify reports the opening of a directory. Raises OSError."""
     from inco_trio.linux.inotify import IN_OPEN, Inotify, parse_events
 
     with contextlib.closing(Inotify()) as inotify:
