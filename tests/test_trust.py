@@ -144,7 +144,7 @@ def test_a_path_through_a_stranger_is_refused(world: World, state: Signal, prepa
         world.open()
     assert str(caught.value) == (
         f"{state.directory}: not trusted: {component} belongs to uid {STRANGER} "
-        f"(use a directory below /run, or trust this user with --irq-owner {STRANGER})"
+        f"(run the proxy as this user, or trust this user with --irq-owner {STRANGER})"
     )
     assert sorted(state.directory.iterdir()) == before
 
@@ -706,7 +706,7 @@ def test_the_doctor_warns_of_an_untrusted_directory(home: Path) -> None:
     irq = give(home / "irq")
     (found,) = trusted(irq, Trust())
     assert (found.level, found.check) == (Level.WARN, "trusted")
-    assert found.found.startswith(f"not trusted: {irq} belongs to uid {STRANGER}; use a directory below /run, or ")
+    assert found.found.startswith(f"not trusted: {irq} belongs to uid {STRANGER}; run the proxy as this user, or ")
     assert [result.level for result in trusted(irq, Trust(STRANGER))] == [Level.OK]
     assert [*trusted(irq / "missing", Trust(STRANGER))] == []
 

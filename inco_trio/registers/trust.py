@@ -169,7 +169,7 @@ class _Walk:
             self._below = uid
         elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
-            raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
+            raise self._untrusted(what, f"run the proxy as this user, or trust this user with --irq-owner {uid}")
 
     def _check_fuse(self) -> None:
         """Check that no user serves this directory through FUSE.
