@@ -207,7 +207,6 @@ def test_record_ends_after_duration(board: Board, start: Callable[..., Running],
     recording = start(tmp_path / "g", "--control", board.path, "--duration", "1")
     assert proxy.stop() == 0
     assert recording.end() == 0
-    assert [each.text for each in everything(tmp_path / "g") if isinstance(each, Mark)][-1] == "the proxy has ended"
 
 
 def test_size_and_keep_rotate_the_files(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
