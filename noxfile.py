@@ -422,19 +422,17 @@ def run_fuzz(session: nox.Session, *args: str) -> None:
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
     """Run the quick form of the benchmark. Its figures are not meaningful."""
-    run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
+    need_programs(session)
+    install(session, "test", "bench")
+    session.run("pytest", "tests/bench/smoke.py", *FOUR_AT_A_TIME, *session.posargs)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Compare inco-trio with a minimal Trio loop, a C program and a script. `-- --beside PATH` includes a checkout."""
-    run_bench(session)
-
-
-def run_bench(session: nox.Session, *args: str) -> None:
     need_programs(session)
     install(session, "test", "bench")
-    session.run("python", "-m", "tests.bench", *args, *session.posargs)
+    session.run("python", "-m", "tests.bench", *session.posargs)
 
 
 @nox.session(default=False)

@@ -127,7 +127,7 @@ def parse_board(text: bytes, source: str) -> Board:
     return Board(tuple(places), tuple(notes))
 
 
-# attrs builds these classes at every proxy start. Omitting slots, repr and eq saves most of the time.
+# attrs builds these classes at every proxy start. Without slots, repr and eq, this takes much less time.
 @attrs.frozen(slots=False, repr=False, eq=False)
 class _Address:
     """A register in the form that udrv.json uses: "<device>.<register>"."""

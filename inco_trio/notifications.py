@@ -135,7 +135,7 @@ class Events:
             self.history.append(signals, at)
         self.listener.carried(signals, self._sequence + 1, frames, at, since)
         if self.recorder is not None:
-            self.recorder.append(signals, since, at)  # Record last, because followers wait for the listener.
+            self.recorder.append(signals, since, at)  # Append to the recorder last: followers wait for the listener.
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:

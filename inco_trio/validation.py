@@ -93,7 +93,7 @@ class InvalidValueError(ValueError):
     """A value violates its rule. The exception's message gives the reason."""
 
 
-# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+# attrs builds this class at every proxy start. Without slots, repr and eq, this takes much less time.
 @attrs.frozen(slots=False, repr=False, eq=False)
 class Rule:
     """A rule for a JSON value. `convert` returns the Python value, or raises InvalidValueError."""

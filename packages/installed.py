@@ -79,7 +79,7 @@ class Sender(threading.Thread):
         goal = self.sent.total() + count
         while self.sent.total() < goal:
             assert self.is_alive(), "the sender has failed"
-            time.sleep(PAUSE)  # The sender needs this time for one notification.
+            time.sleep(PAUSE)  # In this time, the sender sends about one notification.
 
     def stop(self) -> Counter[str]:
         self._stopping.set()

@@ -207,7 +207,7 @@ class Turns(trio.abc.Instrument):
         self._go.release()
 
     def _run_trio(self, main: Callable[[], Awaitable[None]], clock: trio.abc.Clock) -> None:  # noqa: ARG002
-        """Run `main` like `trio.run`, with a clock that stands still, and take turns with the loop."""
+        """Run `main` as `trio.run` does, but with a stopped clock, and take turns with the asyncio loop."""
 
         # The shield lets Trio take turns even while it shuts down after a system task has failed.
         keeping = trio.CancelScope(shield=True)

@@ -329,7 +329,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
+    assert "internal error: this is a bug in inco-trio; please report it" in caplog.text
 
 
 @in_trio
@@ -469,7 +469,7 @@ async def test_a_refused_reload_changes_nothing(place: Place) -> None:
         refused = await proxies.reload({"a": bad, "b": place.config("b")})
         assert list(refused) == ["a"]
         assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
-        # `keep` lists the boards with refused files, so board a stays open.
+        # `keep` lists the boards with refused files, so board "a" stays open.
         assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
         for name, peer in peers.items():
             place.trigger(name)

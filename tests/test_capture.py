@@ -125,6 +125,27 @@ def test_big_endian_files_and_other_time_resolutions_are_read() -> None:
     assert (one.time_ns, one.data, two.time_ns) == (101_500_000_000, b"a", 5)
 
 
+def test_packets_of_other_kinds_of_blocks_are_counted(tmp_path: Path) -> None:
+    """A Simple Packet Block has no timestamp. Only old programs write the obsolete Packet Block."""
+    frame = encode(b"ihub_reset_irq", MAC)
+    padded = frame + bytes(-len(frame) % 4)
+    bodies = {
+        3: struct.pack("<I", len(frame)) + padded,
+        2: struct.pack("<HHIIII", 0, 0, 0, 1, len(frame), len(frame)) + padded,
+        5: bytes(12),
+    }
+    data = HEAD + packet_block(0, 1, frame, None)
+    for kind, body in bodies.items():
+        data += struct.pack("<II", kind, len(body) + 12) + body + struct.pack("<I", len(body) + 12)
+    (tmp_path / "f").write_bytes(data + packet_block(0, 2, frame, None))
+    with open_recording(tmp_path / "f", TABLE) as recording:
+        assert len(list(recording)) == 2
+    assert recording.left_out == {
+        "in a Simple Packet Block, which has no timestamp": 1,
+        "in an obsolete Packet Block": 1,
+    }
+
+
 @pytest.mark.parametrize("content", [b"", b"abc", b"nonsense", section_block("x")[:20], b"\xd4\xc3\xb2\xa1\0"])
 def test_other_files_are_not_a_recording(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
@@ -178,8 +199,8 @@ def test_recorder_writes_notifications_marks_and_ignored_frames(tmp_path: Path) 
         recorder.append(NOW, Direction.INBOUND, "b", "", None, "rpmsg4000")
     assert recorder.count == 2
     assert everything(tmp_path / "f") == [
-        Entry(NOW, "ihub_reset_irq", Direction.OUTBOUND),
-        Entry(NOW + 1, "b", Direction.INBOUND, "/irq/ö"),
+        Entry(NOW, "ihub_reset_irq", Direction.OUTBOUND, board="rpmsg4000"),
+        Entry(NOW + 1, "b", Direction.INBOUND, "/irq/ö", board="rpmsg4000"),
         Mark(NOW + 2, "the link went down"),
     ]
     assert [kind for kind, _ in blocks((tmp_path / "f").read_bytes())] == [0x0A0D0D0A, 1, 1, 6, 6, 6, 1, 6]
@@ -280,6 +301,13 @@ def test_ignored_frames_are_marked_as_ignored(tmp_path: Path) -> None:
         ("b", True),
         ("c", False),
     ]
+
+
+def test_a_frame_whose_comment_was_removed_is_not_ignored(tmp_path: Path) -> None:
+    frame = encode(b"a", MAC)
+    data = section_block("inco-trio") + interface_block("b1") + packet_block(0, 1, frame, Direction.OUTBOUND)
+    (tmp_path / "f").write_bytes(data)
+    assert entries(tmp_path / "f") == [Entry(1, "a", Direction.OUTBOUND, board="b1")]
 
 
 def test_a_full_disk_leaves_a_valid_recording(tmp_path: Path) -> None:

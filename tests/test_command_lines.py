@@ -114,7 +114,7 @@ def options_of(command: str) -> Iterator[argparse.Action]:
 
 
 def lines_of(command: str, odd: Sequence[str]) -> Iterator[list[str]]:
-    """Return command lines: each option and argument of a command with each odd value."""
+    """Return command lines that combine each option and argument of a command with each odd value."""
     base = BASES.get(command, SERVICES.get(command, ()))
     for action in options_of(command):
         name = next(iter(action.option_strings), None)

@@ -191,6 +191,8 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
         (b"nonsense\n", "not-json"),
         (b"[1]\n", "not-json"),
         (b'{"request": "status", "id": NaN}\n', "not-json"),
+        (b'{"request": "status", "id": 1e999}\n', "invalid"),
+        (b'{"request": "status", "id": {"a": -1e999}}\n', "invalid"),
         (b"\xff\n", "not-json"),
         (b"[" * 60_000 + b"\n", "not-json"),
         (b"{}\n", "unknown-request"),

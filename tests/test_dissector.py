@@ -199,8 +199,18 @@ def test_pending_notifications_are_distinguished(home: Path) -> None:
     recorder.append(2, Direction.INBOUND, "a", "/irq/a", None, "rpmsg4000", delay=1.5)
     recorder.append(3, Direction.OUTBOUND, "b", "/irq/b", None, "rpmsg4000", pending="Network is down")
     recorder.append(4, Direction.OUTBOUND, "b", "/irq/b", encode(b"b", MAC), "rpmsg4000", delay=0.25)
+    recorder.append(5, Direction.INBOUND, "a", "", None, "rpmsg4000", delay=2e-7, count=3)
+    recorder.append(6, Direction.INBOUND, "a", "", frame, "rpmsg4000", pending="no room [left]")
     recorder.close()
-    assert tshark(home, home / "f", "inco.signal", "inco.register", "inco.pending", "frame.comment") == [
+    assert tshark(home, home / "f", "_ws.col.Info", "inco.delay", "inco.count") == [
+        ["core 1 > core 0  a (pending: cannot write: Is a directory)", "", ""],
+        ["core 1 > core 0  a (was pending for 1.500000 s, without a frame)", "1.5", ""],
+        ["core 0 > core 1  b (pending: Network is down, without a frame)", "", ""],
+        ["core 0 > core 1  b (was pending for 0.250000 s)", "0.25", ""],
+        ["core 1 > core 0  a (3 times, was pending for 0.000000 s, without a frame)", "2e-07", "3"],
+        ["core 1 > core 0  a (pending: no room [left])", "", ""],
+    ]
+    assert tshark(home, home / "f", "inco.signal", "inco.register", "inco.pending", "frame.comment")[:4] == [
         ["a", "/irq/a", "cannot write: Is a directory", "inbound a /irq/a [pending: cannot write: Is a directory]"],
         ["a", "/irq/a", "", "inbound a /irq/a [after 1.500000 s]"],
         ["b", "/irq/b", "Network is down", "outbound b /irq/b [pending: Network is down]"],

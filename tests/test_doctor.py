@@ -828,7 +828,7 @@ def test_the_proxy_of_a_missing_interface_is_examined() -> None:
     found = list(examine("gone0", (), everyone(proxy), answers, serving=proxy))
     assert next(each for each in found if each.check == "interface").found.startswith("no such interface (available: ")
     assert [each.found for each in found if each.check == "counters"] == [
-        "link_downs: 1 times the link went down: `inco-trio history` shows when"
+        "link_downs is 1: the link went down: `inco-trio history` shows when"
     ]
     _, (result,) = links.interface("gone0", Path("/run/netns/b1"))
     assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
@@ -857,6 +857,51 @@ def test_the_rights_of_the_doctor_do_not_matter_to_a_proxy_of_another_user(tmp_p
             found = examine(link, builtin_signals(irq), everyone(proxy), Answers(), serving=proxy)
             assert [each.level.name.lower() for each in found if each.check in ("directory", "registers")] == levels
     irq.chmod(0o700)
+
+
+def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(tmp_path: Path) -> None:
+    irq, link, uid = tmp_path / "irq", f"unix:{tmp_path}/a,peer={tmp_path}/b", os.geteuid() + 1
+    irq.mkdir()
+    signals = builtin_signals(irq)
+    state, trigger = (next(each for each in signals if each.direction is way) for way in Direction)
+    proxy = process(3, f"inco-trio run {link}", uid=uid)
+
+    def denied(*modes: int, user: int = uid) -> list[tuple[str, str | None]]:
+        for path, mode in zip((irq, state.path, trigger.path), modes, strict=False):
+            path.touch()
+            path.chmod(mode)
+        found = list(register_files.denied((state, trigger), attrs.evolve(proxy, uid=user)))
+        irq.chmod(0o700)
+        return [(f"{each.subject}: {each.found.partition(' may ')[2]}", each.fix) for each in found]
+
+    assert [*register_files.denied(builtin_signals(irq / "missing"), proxy)] == []
+    assert denied(0o755) == [(f"{irq}: not create files in it", f"chown {uid} {irq}")]
+    assert denied(0o755, 0o644, 0o600) == [
+        (f"{state.path}: not write it", f"chown {uid} {state.path}"),
+        (f"{trigger.path}: not read it", f"chown {uid} {trigger.path}"),
+    ]
+    assert denied(0o700, 0o646, 0o604) == [(f"{irq}: not use it", f"chown {uid} {irq}")]
+    assert denied(0o755, 0o646, 0o604) == []
+    own = os.geteuid()
+    assert denied(0o755, 0o444, 0o600, user=own) == [(f"{state.path}: not write it", f"chmod u+w {state.path}")]
+    irq.chmod(0o755)
+    for problem, fixes in (("cannot write: Permission denied; retried", [f"chown {uid} {state.path}"]), (None, [])):
+        state.path.chmod(0o644)
+        status = status_of(link, signals)
+        table = (each if each.signal != state.name else attrs.evolve(each, problem=problem) for each in status.signals)
+        status = attrs.evolve(status, signals=tuple(table))
+        for owner in (None, own):
+            answers = Answers({3: Answer("x", (BoardStatus("x", status=attrs.evolve(status, owner=owner)),))})
+            found = examine(link, signals, everyone(proxy), answers, serving=proxy)
+            named = [each.fix for each in found if each.check == "registers" and each.level is Level.FAIL]
+            assert named == ([] if owner is not None else fixes)
+
+
+def test_pending_notifications_are_described_by_direction() -> None:
+    status = status_of("l0", IN_RUN)
+    status = attrs.evolve(status, signals=tuple(attrs.evolve(each, pending=1) for each in status.signals))
+    texts = {each.found.partition(": ")[2] for each in proxies.counters(BoardStatus("l0", status=status))}
+    assert texts == {"not delivered yet (1 pending)", "not sent yet (1 pending)"}
 
 
 def test_a_stopped_process_is_a_fault_with_a_fix() -> None:

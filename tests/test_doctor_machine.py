@@ -645,12 +645,12 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     assert pending["found"].endswith(" (1 pending)")
     counted = [each["found"] for each in found if each["check"] == "counters"]
     # The link goes down when core 1's process ends; whether the proxy notices this depends on timing.
-    counted = [each for each in counted if not each.startswith("link_downs: ")]
+    counted = [each for each in counted if not each.startswith("link_downs is ")]
     assert len(counted) == 2
     assert counted[0].startswith(
-        "unknown: 1 frames had a name that is not an inbound signal: compare `inco-trio monitor`"
+        "unknown is 1: core 1 sent a name that is not an inbound signal: compare `inco-trio monitor`"
     )
-    assert re.match("write_failures: [1-9][0-9]* attempts to write a state file failed", counted[1])
+    assert re.match("write_failures is [1-9][0-9]*: writing a state file failed", counted[1])
 
 
 def test_a_second_proxy_warns_and_names_the_first(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:

@@ -400,12 +400,12 @@ def test_a_large_backlog_does_not_delay_other_boards(new_history: Callable[[], H
 class SlowClient:
     """A control socket client that reads only when `read` is called. Its connection has a tiny send buffer."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, user: int | None = None) -> None:
         proxy, self._client = socket.socketpair()
         proxy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self._client.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(proxy))
-        self.connection = Connection(stream, Peer(1, os.geteuid()), feed, "0", self._reload)
+        self.connection = Connection(stream, Peer(1, os.geteuid() if user is None else user), feed, "0", self._reload)
         self._received = b""
         self.closing = contextlib.ExitStack()
         for each in (proxy, self._client):
@@ -416,15 +416,29 @@ class SlowClient:
 
     async def send(self, *requests: Mapping[str, object]) -> None:
         """Send requests, and wait until the connection has handled them or is waiting for the client."""
-        self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+        self.put(*requests)
         await wait_all_tasks_blocked()
+
+    def put(self, *requests: Mapping[str, object]) -> None:
+        """Send requests without waiting."""
+        self._client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+
+    async def receive(self) -> bytes:
+        """Return up to 64 KiB that the proxy has written, or b"" if it has written nothing."""
+        await wait_all_tasks_blocked()
+        try:
+            return self._client.recv(1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
     async def read(self) -> list[dict[str, Any]]:
         """Return all lines that the proxy has written and that `read` has not returned yet."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                await wait_all_tasks_blocked()
-                self._received += self._client.recv(1 << 16)
+        while data := await self.receive():
+            self._received += data
         *lines, self._received = self._received.split(b"\n")
         return [json.loads(line) for line in lines]
 

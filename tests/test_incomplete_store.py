@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -43,8 +45,15 @@ class Board:
         home.mkdir(exist_ok=True)
         self.irq = home / "irq"
         self.config = Config(f"unix:{home}/core0,peer={home}/core1", builtin_signals(self.irq))
-        self.core1 = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
-        self.core1.bind(str(home / "core1"))
+        self._home, self._stack = home, stack
+        self.bind()
+
+    def bind(self) -> None:
+        """Open the socket of core 1."""
+        (self._home / "core1").unlink(missing_ok=True)
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        self.core1 = self._stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+        self.core1.bind(str(self._home / "core1"))
 
     def notify(self) -> None:
         """Send a notification in each direction while no proxy is running."""
@@ -229,5 +238,121 @@ def test_a_bridge_starts_without_its_frame_numbers(board: Board, caplog: pytest.
         assert caplog.messages == [lost_line("memory")]
         for store in stores:
             store.close()
+
+    run(main)
+
+
+def frames(board: Board) -> list[bytes | None]:
+    """Return the names in the frames that core 1 has received."""
+    received = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            received.append(decode(board.core1.recv(200)))
+    return received
+
+
+def replace(path: Path) -> None:
+    """Replace a file with a new one."""
+    (path.parent / "new").touch()
+    (path.parent / "new").rename(path)
+
+
+def replace_directory(path: Path) -> None:
+    """Replace the directory of a file with a new one, which contains a new file."""
+    path.parent.rename(path.parent.with_name("old"))
+    path.parent.mkdir()
+    path.touch()
+
+
+async def until_sent(proxy: Proxy, number: int) -> None:
+    while proxy.stats.sent < number:  # noqa: ASYNC110 - no event says that it has been sent
+        await trio.sleep(0.01)  # The interval between two checks.
+
+
+def test_a_lost_inotify_descriptor_causes_no_notification(board: Board) -> None:
+    """The new descriptor numbers the watch of a replaced trigger differently."""
+
+    async def main() -> None:
+        store = Cupboard()
+        async with open_supervised(board.config, store) as proxy:
+            replace(board.irq / "message_6_trig")
+            await until_sent(proxy, 1)
+        heir = remaining(store.kept, ["inflight", "link"])
+        store.close()
+        async with open_supervised(board.config, heir):
+            pass
+        assert frames(board) == [b"redun_notify_irq"]
+        heir.close()
+
+    run(main)
+
+
+def test_a_lost_inotify_descriptor_of_a_fleet_causes_no_notification(boards: dict[str, Board]) -> None:
+    """The boards open in another order, so the new descriptor gives the watch of one board to another board."""
+    configs = {name: board.config for name, board in boards.items()}
+
+    async def main() -> None:
+        store = Cupboard()
+        async with open_fleet(configs, store):
+            pass
+        heir = remaining(store.kept, ["inflight", "bundle"])
+        store.close()
+        async with open_fleet(dict(reversed(configs.items())), heir) as proxies:
+            trigger(boards["b2"].irq / "message_6_trig")
+            await until_sent(proxies["b2"], 1)
+        assert {name: frames(board) for name, board in boards.items()} == {"b1": [], "b2": [b"redun_notify_irq"]}
+        heir.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("in_fleet", [False, True])
+def test_unfinished_triggers_of_a_lost_inotify_descriptor_are_sent(board: Board, in_fleet: bool) -> None:
+    config = attrs.evolve(board.config, stop_deadline=0.0)
+
+    @contextlib.asynccontextmanager
+    async def opened(store: Cupboard) -> AsyncIterator[Proxy]:
+        if in_fleet:
+            async with open_fleet({"b1": config}, store) as proxies:
+                yield proxies["b1"]
+        else:
+            async with open_supervised(config, store) as proxy:
+                yield proxy
+
+    async def main() -> None:
+        store = Cupboard()
+        board.core1.close()
+        async with opened(store) as proxy:
+            trigger(board.irq / "message_6_trig")
+            while not proxy.stats.triggered:  # noqa: ASYNC110 - no event says that it has been read
+                await trio.sleep(0.01)  # The interval between two checks.
+        board.bind()
+        heir = remaining(store.kept, ["inflight", "link", "bundle"])
+        store.close()
+        async with opened(heir) as proxy:
+            await until_sent(proxy, 1)
+        assert frames(board) == [b"redun_notify_irq"]
+        heir.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("change", [replace, replace_directory])
+def test_a_trigger_that_was_replaced_before_a_fleet_waits_is_sent_once(
+    boards: dict[str, Board], change: Callable[[Path], None]
+) -> None:
+    """The fleet waits until all boards are open, because the fd store has lost the numbers of a board's watches."""
+    configs = {name: board.config for name, board in boards.items()}
+
+    async def main() -> None:
+        store = Cupboard()
+        async with open_fleet(configs, store):
+            pass
+        heir = changed(store, lambda bundle: bundle.remove("b1/inflight"))
+        change(boards["b2"].irq / "message_6_trig")
+        async with open_fleet(configs, heir) as proxies:
+            await until_sent(proxies["b2"], 1)
+        assert {name: frames(board) for name, board in boards.items()} == {"b1": [], "b2": [b"redun_notify_irq"]}
+        heir.close()
 
     run(main)

@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,10 +54,13 @@ def test_timestamps_are_added_unless_the_supervisor_does(tmp_path: Path, monkeyp
         for fd in pair:
             stack.callback(os.close, fd)
         _, pipe, _, terminal, file, null = pair
-        assert [needs_timestamps("auto", fd) for fd in (pipe, terminal, file, null)] == [True, True, True, False]
-        # The logger of an s6 service adds timestamps, but a terminal or a file does not.
-        s6 = [needs_timestamps("auto", fd, is_s6_service=True) for fd in (pipe, terminal, file)]
-        assert s6 == [False, True, True]
+        # Programs written for Node.js give their children sockets as standard streams.
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
+        targets = (pipe, terminal, file, sock, null)
+        assert [needs_timestamps("auto", fd) for fd in targets] == [True, True, True, True, False]
+        # The logger of an s6 service adds timestamps, but a terminal, a file or a socket does not.
+        s6 = [needs_timestamps("auto", fd, is_s6_service=True) for fd in targets]
+        assert s6 == [False, True, True, True, False]
         status = os.fstat(pipe)
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
         assert [needs_timestamps("auto", fd) for fd in (pipe, file)] == [False, True]

@@ -115,7 +115,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def counters(bridge: Gateway, published: int = 0) -> dict[str, int]:
-    """Return the counters that a bridge logs on SIGUSR1, once `published` frames have been acknowledged."""
+    """Wait until `published` frames have been acknowledged. Return the counters that a bridge logs on SIGUSR1."""
     for times in itertools.count(bridge.log.count("statistics: ") + 1):
         bridge.process.send_signal(signal.SIGUSR1)
         bridge.wait_log("statistics: ", times)
@@ -455,7 +455,7 @@ def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplo
         names.close()
 
     trio.run(main)
-    assert "the inherited socket has another address" in caplog.text
+    assert "the inherited socket has a different address" in caplog.text
 
 
 @pytest.mark.parametrize("topic", TOPICS)

@@ -64,20 +64,24 @@ def test_the_numbers_are_exact(night: Path) -> None:
         "to": 4,
         "signals": [
             {
+                "board": "rpmsg4000",
                 "signal": OUT,
                 "direction": "outbound",
                 "count": 3,
                 "pending": 0,
+                "late": 0,
                 "delay": None,
                 "rate": 0.75,
                 "interval": {"min": 1, "p50": 1, "p90": 1, "p99": 1, "max": 1},
                 "longest_gap": {"from": 0, "seconds": 1},
             },
             {
+                "board": "rpmsg4000",
                 "signal": IN,
                 "direction": "inbound",
                 "count": 3,
                 "pending": 0,
+                "late": 0,
                 "delay": None,
                 "rate": 0.75,
                 "interval": {"min": 0, "p50": 0, "p90": 2.25, "p99": 2.25, "max": 2.25},
@@ -109,7 +113,6 @@ def test_a_single_notification_can_be_plotted() -> None:
     (flow,) = signals
     assert (flow["count"], flow["rate"], flow["interval"], flow["longest_gap"]) == (1, None, None, None)
     assert (summary.pairs[0].unanswered, len(summary.pairs[0].taken)) == (1, 0)
-    assert Flow("a", None).label == "a"
     summary.take(Mark(9, "x"))
     assert summary.span == (5, 9)
 
@@ -422,21 +425,36 @@ def test_an_empty_recording_is_an_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: contains no notifications\n")
 
 
-def test_progress_is_shown_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_terminal(path: Path, end: bytes) -> tuple[int, str, bytes]:
+    """Plot with progress. Return the exit code, the standard output, and what the terminal shows until `end`."""
     code = "import inco_trio.cli.plot as plot; plot.SHOWN = -1.0; plot.OFTEN = 1"
     start = f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", start, "plot", str(night), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave) as process:
+    command = [sys.executable, "-c", start, "plot", str(path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True) as process:
         os.close(slave)
         out, _ = process.communicate(timeout=HANG)
-    assert process.returncode == 0
-    assert json.loads(out)["to"] == 4
     shown = b""
-    while b" %\r\x1b[K" not in shown:  # The kernel delivers the output with a delay.
+    while end not in shown:  # The kernel delivers the output with a delay.
         shown += os.read(master, 4096)
     os.close(master)
+    return process.returncode, out, shown
+
+
+def test_progress_is_shown_on_a_terminal(night: Path) -> None:
+    code, out, shown = on_a_terminal(night, b" %\r\x1b[K")
+    assert (code, json.loads(out)["to"]) == (0, 4)
     assert shown.startswith(b"\r\x1b[K")
+
+
+def test_an_error_never_continues_the_line_of_the_progress(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    recorder.mark(SECOND, "the link went down")
+    recorder.mark(2**63, "x")
+    recorder.close()
+    code, out, shown = on_a_terminal(tmp_path / "f", b"or from before 1970\r\n")
+    assert (code, out) == (65, "")
+    assert b" %\r\x1b[Kinco-trio: error: " in shown
 
 
 def test_pending_notifications_are_counted_and_plotted(tmp_path: Path) -> None:
@@ -449,12 +467,43 @@ def test_pending_notifications_are_counted_and_plotted(tmp_path: Path) -> None:
     done = plot(tmp_path / "f", "--json", "--out", tmp_path / "f.svg")
     found = json.loads(done.stdout)
     assert (found["from"], found["to"]) == (1, 4)
-    signals = {each["signal"]: (each["count"], each["pending"], each["delay"]) for each in found["signals"]}
+    keys = ("count", "pending", "late", "delay")
+    signals = {each["signal"]: tuple(each[key] for key in keys) for each in found["signals"]}
     two = dict.fromkeys(("min", "p50", "p90", "p99", "max"), 2)
-    assert signals == {IN: (1, 1, two), OUT: (0, 1, None)}
-    assert {f"{OUT} (outbound): 0, 1 pending", "became pending", "pending until delivered"} <= comments(
-        tmp_path / "f.svg"
-    )
+    assert signals == {IN: (1, 0, 1, two), OUT: (0, 1, 0, None)}
+    labels = {f"{IN} (inbound): 1, 1 of them late", f"{OUT} (outbound): 0, 1 pending"}
+    assert labels | {"became pending", "pending"} <= comments(tmp_path / "f.svg")
+
+
+def test_notifications_are_pending_until_the_recording_ends_if_they_are_not_delivered() -> None:
+    flow = Flow("a", None)
+    for second in (1, 2, 5, 6):
+        flow.pending.append(second * SECOND)
+    for second, delay in ((3, 2 * SECOND + 1000), (3, SECOND - 1000)):
+        flow.late.append(second * SECOND)
+        flow.delays.append(delay)
+    assert list(flow.unfinished()) == [5 * SECOND, 6 * SECOND]
+    assert flow.waits(9 * SECOND) == [(SECOND - 1000, 3 * SECOND), (5 * SECOND, 9 * SECOND)]
+    flow.times.append(8 * SECOND)
+    assert list(flow.unfinished()) == []
+
+
+def test_boards_are_plotted_separately(tmp_path: Path) -> None:
+    """A board that is silent must not be hidden by another board with the same signals."""
+    recorder = Recorder(tmp_path / "f")
+    for number in range(4):
+        for board in ("b1", "b2") if number < 2 else ("b1",):
+            recorder.append(2 * number * SECOND, Direction.OUTBOUND, OUT, "", encode(OUT.encode(), MAC), board)
+            frame = None if number else encode(IN.encode(), MAC)
+            recorder.append((2 * number + 1) * SECOND, Direction.INBOUND, IN, "", frame, board)
+    recorder.close()
+    done = plot(tmp_path / "f", "--json", "--out", tmp_path / "f.svg", "--pair", OUT, IN)
+    found = json.loads(done.stdout)
+    counts = {(each["board"], each["signal"]): each["count"] for each in found["signals"]}
+    assert counts == {("b1", OUT): 4, ("b1", IN): 4, ("b2", OUT): 2, ("b2", IN): 2}
+    (pair,) = found["pairs"]
+    assert (pair["answered"], pair["unanswered"], pair["taken"]["max"]) == (6, 0, 1)
+    assert {f"b1: {IN} (inbound): 4", f"b2: {IN} (inbound): 2"} <= comments(tmp_path / "f.svg")
 
 
 def test_overlapping_waits_of_a_signal_are_one_period() -> None:
@@ -462,4 +511,4 @@ def test_overlapping_waits_of_a_signal_are_one_period() -> None:
     for late, delay in ((9, 2), (4, 3), (5, 3), (5, 4)):
         flow.late.append(late)
         flow.delays.append(delay)
-    assert flow.waits() == [(1, 5), (7, 9)]
+    assert flow.waits(20) == [(1, 5), (7, 9)]

@@ -101,6 +101,7 @@ def test_a_missing_signal_shows_what_both_cores_did(pytester: pytest.Pytester) -
             r"counters: received=1 delivered=1",
             r"log of the proxy:",
             r"[-\d]+ [:.\d]+ inco-trio: info: .*/core0: ready",
+            r"what the counters mean: https://github.com/.*/docs/testing.md#a-failed-test",
         ]
     )
     recorded = re.search(r"recorded in (.*)", result.stdout.str())
@@ -211,6 +212,7 @@ def test_a_missing_qemu_is_an_error(pytester: pytest.Pytester, monkeypatch: pyte
     result.assert_outcomes(failed=1, errors=1)
     hint = r"qemu-system-riscv64 is not installed .* \(or set inco_trio_missing = skip in pytest's configuration\)"
     result.stdout.re_match_lines([hint, hint])
+    assert "another exception" not in result.stdout.str()
     result = run(pytester, test, "-o", "inco_trio_missing=skip", "-rs")
     result.assert_outcomes(skipped=2)
     result.stdout.re_match_lines([r"SKIPPED \[\d\] .*qemu-system-riscv64 is not installed"])

@@ -85,7 +85,7 @@ def test_a_request_and_its_response_round_trip(request_: Request, value: object,
 
 
 def test_a_status_round_trips() -> None:
-    line = protocol.encode_status([protocol.encode_board(board) for board in BOARDS], {"id": 1})
+    line = "".join(protocol.encode_status(map(protocol.encode_board, BOARDS), {"id": 1})).encode()
     decoded = decode_reply(line)
     assert isinstance(decoded, Response)
     assert decoded.status == BOARDS

@@ -274,7 +274,9 @@ def test_a_full_table_of_names_keeps_the_records(memory: memoryview, few_names: 
     assert len(recorder._names) == few_names
 
 
-def test_more_recorded_names_than_fit_keep_the_newest_records(memory: memoryview, few_names: int) -> None:
+def test_more_recorded_names_than_fit_keep_the_newest_records(
+    memory: memoryview, few_names: int, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = Recorder(memory, kept=few_names)
     recorder.note("problem", "a problem")
     for number in range(4 * few_names):
@@ -286,6 +288,7 @@ def test_more_recorded_names_than_fit_keep_the_newest_records(memory: memoryview
     recorder.note("problem", "a problem")
     assert list(recorder.notes())[-1].count == 1
     assert recorder.boot == Recorder(memory).boot
+    assert caplog.messages == [f"the recorded history has {few_names} signal names: deleting its oldest records"]
 
 
 def test_a_kill_while_an_unused_name_is_replaced_keeps_the_records(memory: memoryview, few_names: int) -> None:

@@ -1127,7 +1127,7 @@ def test_a_trigger_created_in_a_directory_that_was_then_replaced_counts(
     irq.rename(irq.with_name("first"))
     irq.mkdir()
     assert world.triggered() == []
-    # The application creates and writes the trigger. The proxy is killed before it reads the event of this write.
+    # The application creates and writes the trigger. The proxy is killed before it reads the event for this write.
     write(notify.path)
     successor = world.again()
     irq.rename(irq.with_name("second"))

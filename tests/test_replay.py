@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from inco_trio.capture.pcapng import interface_block, packet_block, section_block
 from inco_trio.capture.recording import Entry, Mark, Recorder, open_recording
+from inco_trio.cli.signalling import left_out
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
@@ -269,7 +271,22 @@ def test_a_classic_pcap_of_a_recording_keeps_directions_and_marks(mixed: Path, t
     out = tmp_path / "out.pcap"
     subprocess.run(["editcap", "-F", "nsecpcap", str(mixed), str(out)], check=True, timeout=HANG)
     kept = [entry for entry in entries(out) if isinstance(entry, Mark) or entry.signal == "b_irq"]
-    assert kept == entries(mixed)[1:3]
+    first, mark = entries(mixed)[1:3]
+    assert isinstance(first, Entry)
+    assert kept == [attrs.evolve(first, board=""), mark]
+
+
+@pytest.mark.parametrize("command", ["editcap -F nsecpcap IN OUT", "tcpdump -Z root -r IN -w OUT"])
+def test_frames_without_the_comments_of_a_recording_are_counted(mixed: Path, tmp_path: Path, command: str) -> None:
+    """Without the comments, a notification that was pending looks like one that was delivered."""
+    for words, number in ((["cp", str(mixed), str(tmp_path / "out")], 0), (command.split(), 3)):
+        words = [{"IN": str(mixed), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
+        subprocess.run(words, check=True, timeout=HANG)
+        with open_recording(tmp_path / "out", SignalTable(())) as recording:
+            list(recording)
+            notes = left_out(recording)
+        assert [note.partition(" ")[0] for note in notes] == [str(number)] * bool(number)
+        assert all(" frames without a comment of inco-trio: another program" in note for note in notes)
 
 
 def test_a_replay_reads_standard_input(mixed: Path, tmp_path: Path) -> None:
@@ -294,6 +311,20 @@ def test_a_replay_that_plays_nothing_fails(mixed: Path, tmp_path: Path) -> None:
     assert (
         err == f"inco-trio: error: {mixed}: nothing was played: the file contains no notifications that core0 sends\n"
     )
+
+
+def test_a_replay_of_several_boards_is_noted(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    for board in ("b2", "b1"):
+        recorder.append(1, Direction.OUTBOUND, OUT, "", encode(OUT.encode(), MAC), board)
+    recorder.close()
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    code, out, _ = replay(tmp_path / "f", "--irq-dir", irq, "--wait", "0", "--fast")
+    hint = "all were played together (`record --board NAME` records only one)"
+    note = f"note: {tmp_path}/f: contains 2 boards, b1, b2: {hint}"
+    assert (code, out) == (0, f"{OUT}: 2 sent\n{note}\n")
 
 
 def test_packets_that_a_replay_leaves_out_are_counted_by_reason(tmp_path: Path) -> None:

@@ -566,6 +566,21 @@ def test_silent_sockets_are_asked_at_the_same_time(tmp_path: Path, monkeypatch: 
         assert not together.broken
 
 
+def test_a_proxy_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process still has its control socket, so "start one" would be the wrong advice."""
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    monkeypatch.setattr("inco_trio.control.client.SEARCH", 0.1)
+    path = tmp_path / "x.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        text = f"{path} exists, but its proxy does not answer (`inco-trio doctor` shows why), or name its socket"
+        for link, wanted in ((None, "no running proxy"), ("l0", "no proxy of l0")):
+            with pytest.raises(ProxyNotFoundError) as caught:
+                connect(link, None)
+            assert str(caught.value).startswith(f"{wanted} answers in {tmp_path}: {text}")
+
+
 def test_connect_waits_for_a_full_backlog(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     with ExitStack() as stack:
@@ -647,6 +662,8 @@ def test_a_board_is_described_in_words() -> None:
     assert row.split()[-3:] == ["2", "3", "/s"]
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
+    failing = attrs.evolve(status, tasks=(TaskStatus("send", 0, "cannot send", None),))
+    assert [*_board_lines(BoardStatus("b", "", failing), None, None)][-1] == "  send: cannot send"
     once = attrs.evolve(status, tasks=(attrs.evolve(task, restarts=1),), last_down=1.0, counters=Stats(link_downs=1))
     down_now = BoardStatus("b", "", attrs.evolve(status, running=False, down_reason="no carrier"))
     assert next(_board_lines(down_now, None, None)).startswith("b: down (no carrier), open since ")

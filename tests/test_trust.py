@@ -144,7 +144,7 @@ def test_a_path_through_a_stranger_is_refused(world: World, state: Signal, prepa
         world.open()
     assert str(caught.value) == (
         f"{state.directory}: not trusted: {component} belongs to uid {STRANGER} "
-        f"(use a directory below /run, or trust this user with --irq-owner {STRANGER})"
+        f"(run the proxy as this user, or trust this user with --irq-owner {STRANGER})"
     )
     assert sorted(state.directory.iterdir()) == before
 
@@ -398,7 +398,7 @@ def test_the_files_of_a_recording_follow_no_symlink_of_a_stranger(home: Path) ->
     link_of_a_stranger(links[1], victim)
     with pytest.raises(PermissionDeniedError) as refused:
         recorder.mark(1, "x" * 1000)
-    assert str(refused.value) == f"{links[1]}: cannot be written: it is a symlink of another user"
+    assert str(refused.value) == f"{links[1]}: cannot be written: it is a symlink that another user owns"
     assert victim.read_text() == "precious"
     assert all(map(Path.is_symlink, links))
 
@@ -420,7 +420,7 @@ def test_a_recording_follows_no_symlink_of_a_stranger(home: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-    text = f"inco-trio: error: {link}: cannot be written: it is a symlink of another user"
+    text = f"inco-trio: error: {link}: cannot be written: it is a symlink that another user owns"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (77, text)
     assert victim.read_text() == "precious"
 
@@ -437,7 +437,7 @@ def test_an_output_may_be_a_symlink_of_our_own(home: Path) -> None:
     write(chain, b"through two links")
     assert target.read_bytes() == b"through two links"
     os.lchown(home / "link", STRANGER, STRANGER)
-    with pytest.raises(PermissionError, match="it is a symlink of another user"):
+    with pytest.raises(PermissionError, match="it is a symlink that another user owns"):
         write(chain, b"lost")
     ours, theirs = os.pipe()
     write(Path(f"/proc/self/fd/{theirs}"), b"a pipe")
@@ -560,7 +560,7 @@ def test_a_checked_file_is_checked_again_once_the_group_may_change_the_directory
     victim.write_text("untouched")
     state.path.unlink()
     state.path.hardlink_to(victim)
-    world.write(state)  # The proxy has not read the events of the replacement yet.
+    world.write(state)  # The proxy has not yet read the events that the replacement caused.
     assert victim.read_text() == "untouched"
     assert world.pending == {state.name: 1}
 
@@ -706,7 +706,7 @@ def test_the_doctor_warns_of_an_untrusted_directory(home: Path) -> None:
     irq = give(home / "irq")
     (found,) = trusted(irq, Trust())
     assert (found.level, found.check) == (Level.WARN, "trusted")
-    assert found.found.startswith(f"not trusted: {irq} belongs to uid {STRANGER}; use a directory below /run, or ")
+    assert found.found.startswith(f"not trusted: {irq} belongs to uid {STRANGER}; run the proxy as this user, or ")
     assert [result.level for result in trusted(irq, Trust(STRANGER))] == [Level.OK]
     assert [*trusted(irq / "missing", Trust(STRANGER))] == []
 

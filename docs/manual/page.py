@@ -230,7 +230,7 @@ class _Words:
         return made + _escaped(text[end:])
 
     def paragraph(self, text: str) -> list[str]:
-        """Return the text as lines of roff of at most 79 characters."""
+        """Return the text as roff lines of at most 79 characters."""
         wrapped = textwrap.wrap(self.roff(" ".join(text.split())), 79, break_long_words=False, break_on_hyphens=False)
         return [_line(line) for line in wrapped]
 

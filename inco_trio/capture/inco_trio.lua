@@ -8,9 +8,11 @@ local signal = ProtoField.string("inco.signal", "Signal")
 local direction = ProtoField.string("inco.direction", "Direction", "As core 0 sees it")
 local register = ProtoField.string("inco.register", "Register", "The file of the signal on core 0")
 local pending = ProtoField.string("inco.pending", "Pending", "Why it could not be delivered or sent at this time")
+local delay = ProtoField.double("inco.delay", "Delay", "How long it had been pending, in seconds")
+local count = ProtoField.uint32("inco.count", "Count", base.DEC, nil, nil, "How many notifications the packet stands for")
 local mark = ProtoField.string("inco.mark", "Mark", "An event that is not a notification")
 local padding = ProtoField.bytes("inco.padding", "Padding")
-inco.fields = { signal, direction, register, pending, mark, padding }
+inco.fields = { signal, direction, register, pending, delay, count, mark, padding }
 
 local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
 local incomplete =
@@ -24,6 +26,7 @@ local addresses = { Field.new("eth.dst"), Field.new("eth.src") }
 local NAME_MAX = 64
 -- The proxy ignores longer frames. The limit also avoids scanning up to 200 kB of padding.
 local FRAME_MAX = 1600
+local COUNT_MAX = 1048576
 local WAYS = { [1] = "inbound", [2] = "outbound" }
 local ARROWS = { inbound = "core 1 > core 0  ", outbound = "core 0 > core 1  " }
 local ZEROS = "000000000000"
@@ -55,22 +58,31 @@ local function recorded(name)
     return way, nil
 end
 
-local function add_recorded(tree, way, file)
+-- Add what a recording contains beside the signal. Return the same as text for the column Info.
+local function add_recorded(tree, way, file, reason, seconds, number)
+    local texts = {}
     if way then
         tree:add(direction, way):set_generated()
     end
-    if not file then
-        return
-    end
-    -- The comment of a notification that was pending ends with the reason, or with the delay.
-    local reason = file:match("%[pending: (.+)%]$")
-    file = file:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
-    if file ~= "" then
+    if file and file ~= "" then
         tree:add(register, file):set_generated()
+    end
+    if number and number > 1 and number <= COUNT_MAX and number % 1 == 0 then
+        tree:add(count, number):set_generated()
+        texts[#texts + 1] = number .. " times"
     end
     if reason then
         tree:add(pending, reason):set_generated()
+        texts[#texts + 1] = "pending: " .. reason
+    elseif seconds then
+        tree:add(delay, seconds):set_generated()
+        texts[#texts + 1] = string.format("was pending for %.6f s", seconds)
     end
+    return texts
+end
+
+local function in_brackets(texts)
+    return #texts > 0 and " (" .. table.concat(texts, ", ") .. ")" or ""
 end
 
 function inco.dissector(buffer, pinfo, root)
@@ -95,12 +107,16 @@ function inco.dissector(buffer, pinfo, root)
     end
     local way, file = recorded(name)
     tree:add(signal, buffer(0, used))
-    add_recorded(tree, way, file)
+    -- The comment of a notification that was pending ends with the reason, or with the delay.
+    local rest = file or ""
+    local reason, seconds = rest:match("%[pending: (.+)%]$"), rest:match("%[after ([%d.]+) s%]$")
+    file = rest:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
+    local texts = add_recorded(tree, way, file, reason, tonumber(seconds))
     if used < length then
         tree:add(padding, buffer(used))
     end
     tree:append_text(": " .. name)
-    show(pinfo, way, name)
+    show(pinfo, way, name .. in_brackets(texts))
     return length
 end
 
@@ -116,6 +132,11 @@ local function utf8(code)
         0xF0 + math.floor(code / 0x40000), 0x80 + math.floor(code / 0x1000) % 0x40,
         0x80 + math.floor(code / 0x40) % 0x40, 0x80 + code % 0x40
     )
+end
+
+-- Return the number of `key` in a flat JSON object, or nil if it has no such key.
+local function number_of(json, key)
+    return tonumber(json:match('[{ ]"' .. key .. '": ([%d.e+-]+)[,}]'))
 end
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
@@ -182,12 +203,10 @@ function beside.dissector(buffer, pinfo, root)
         local way = string_of(json, "direction")
         way = ARROWS[way] and way
         tree:add(signal, name):set_generated()
-        add_recorded(tree, way, string_of(json, "register"))
-        local reason = string_of(json, "pending")
-        if reason then
-            tree:add(pending, reason):set_generated()
-        end
-        show(pinfo, way, name .. " (without a frame)")
+        local file, reason = string_of(json, "register"), string_of(json, "pending")
+        local texts = add_recorded(tree, way, file, reason, number_of(json, "delay"), number_of(json, "count"))
+        texts[#texts + 1] = "without a frame"
+        show(pinfo, way, name .. in_brackets(texts))
     else
         tree:add(mark, happened):set_generated()
         show(pinfo, nil, happened)

@@ -7,6 +7,7 @@ release since 2022, importing scapy takes longer than a replay, and none of them
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ from inco_trio.signals import Direction
 __all__ = ["Interface", "Packet", "Reader", "interface_block", "packet_block", "section_block"]
 
 SECTION, INTERFACE, PACKET = 0x0A0D0D0A, 1, 6
+UNREAD = {2: "in an obsolete Packet Block", 3: "in a Simple Packet Block, which has no timestamp"}
+"""The types of blocks that contain a packet which the reader skips, and how to describe these packets."""
 BYTE_ORDER = 0x1A2B3C4D
 ETHERNET = 1
 """The link type LINKTYPE_ETHERNET."""
@@ -115,6 +118,8 @@ class Reader:
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.application = ""
         self.cut: str | None = None
+        self.skipped: Counter[str] = Counter()
+        """The number of packets that were skipped, keyed by the values of `UNREAD`."""
         self.position = 0
         """Number of bytes read so far."""
         self._file = file
@@ -212,6 +217,8 @@ class Reader:
                 self._interfaces.append(self._interface(body))
             elif kind == PACKET:
                 yield self._packet(body)
+            elif kind in UNREAD:
+                self.skipped[UNREAD[kind]] += 1
 
     def _interface(self, body: bytes) -> Interface:
         linktype, _reserved, _snaplen = self._unpack("HHI", body)

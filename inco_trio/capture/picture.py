@@ -90,8 +90,9 @@ def draw(summary: Summary, title: str, suffix: str) -> bytes:
     figure.suptitle("\n".join(textwrap.wrap(title, LINE_WIDTH // 2)) or " ")
     of_more = f": the {len(flows)} most frequent of {len(summary.flows)}" if len(flows) < len(summary.flows) else ""
     timeline.set_title(f"notifications, and the longest gap of each signal{of_more}", pad=18 if flags else 6, **_TITLE)
-    _timeline(timeline, flows, begin, span)
-    _rates(rates, lanes, begin, span)
+    names_boards = len({flow.board for flow in summary.flows.values()}) > 1
+    _timeline(timeline, flows, begin, end, names_boards=names_boards)
+    _rates(rates, lanes, begin, span, names_boards=names_boards)
     for axis in (timeline, rates):
         _clock(axis, begin, end)
         places = _places(_seconds(array("q", (mark.time_ns for mark in summary.marks)), begin), span)
@@ -145,13 +146,15 @@ def _shortened(text: str) -> str:
     return text if len(text) <= NAME_WIDTH else f"{text[:half]}…{text[-half:]}"
 
 
-def _name(flow: Flow) -> str:
-    return _shortened(flow.signal) + ("" if flow.direction is None else f" ({flow.direction.value})")
+def _name(flow: Flow, *, names_boards: bool) -> str:
+    name = f"{flow.board}: {flow.signal}" if names_boards and flow.board else flow.signal
+    return _shortened(name) + ("" if flow.direction is None else f" ({flow.direction.value})")
 
 
-def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
+def _timeline(axis: Axes, flows: list[Flow], begin: int, end: int, *, names_boards: bool) -> None:
+    span, labels = max(end - begin, 1) / BILLION, []
     for row, flow in enumerate(flows):
-        waits = [((start - begin) / BILLION, (end - start) / BILLION) for start, end in flow.waits()]
+        waits = [((start - begin) / BILLION, (stop - start) / BILLION) for start, stop in flow.waits(end)]
         axis.broken_barh(waits, (row - 0.25, 0.5), **_PENDING)
         places = _places(_seconds(flow.times, begin), span)
         axis.plot(places, np.full(len(places), row), "|", color=COLORS[flow.direction], markersize=12)
@@ -162,14 +165,14 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
             axis.plot([start, start + length], [row - 0.4] * 2, color="tab:gray", linewidth=1, solid_capstyle="butt")
             middle = min(max(start + length / 2, 0.02 * span), 0.98 * span)  # Keep the text inside the plot.
             axis.annotate(_duration(length), (middle, row - 0.38), fontsize=6, ha="center", va="bottom")
-    labels = [
-        f"{_name(flow)}: {len(flow.times)}" + f", {len(flow.pending)} pending" * bool(flow.pending) for flow in flows
-    ]
+        label = f"{_name(flow, names_boards=names_boards)}: {len(flow.times)}"
+        label += f", {len(flow.delays)} of them late" if flow.delays else ""
+        labels.append(label + (f", {pending} pending" if (pending := len(flow.unfinished())) else ""))
     axis.set_yticks(range(len(flows)), labels, fontsize=SMALL)
     axis.set_ylim(len(flows) - 0.4, -0.8)
 
 
-def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
+def _rates(axis: Axes, flows: list[Flow], begin: int, span: float, *, names_boards: bool) -> None:
     """Plot the rate of each signal in a separate lane. The top of a lane is the signal's highest rate."""
     bins = max(1, min(BINS, max((len(flow.times) for flow in flows), default=0) // IN_BIN))
     width = span / bins
@@ -180,7 +183,8 @@ def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
         heights = bottom - 0.75 * counts / counts.max()
         axis.stairs(heights, edges, baseline=bottom, fill=True, color=COLORS[flow.direction])
         axis.axhline(bottom, color="tab:gray", linewidth=0.5)
-        labels.append(f"{_name(flow)}: at most {_rate(counts.max() / width)}")
+        name = _name(flow, names_boards=names_boards)
+        labels.append(f"{name}: at most {_rate(counts.max() / width)}")
     axis.set_yticks(range(len(flows)), labels, fontsize=SMALL)
     axis.set_ylim(max(1, len(flows)) - 0.5, -0.5)
     axis.set_title(f"rates, in steps of {_duration(width)}" if flows else "rates: too few notifications", **_TITLE)
@@ -271,8 +275,8 @@ def _keys(flows: list[Flow], marks: bool) -> Iterator[Artist]:
             yield Patch(color=color, label="unknown direction" if direction is None else direction.value)
     if any(flow.pending for flow in flows):
         yield Line2D([], [], color=ALARM, marker="x", linestyle="", markersize=5, label="became pending")
-    if any(flow.delays for flow in flows):
-        yield Patch(label="pending until delivered", **_PENDING)
+    if any(flow.delays or flow.pending for flow in flows):
+        yield Patch(label="pending", **_PENDING)
     if any(flow.longest_gap() for flow in flows):
         yield Line2D([], [], color="tab:gray", linewidth=1, label="longest gap")
     if marks:

@@ -2,8 +2,8 @@
 
 A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains
 notifications without a frame, and marks for events such as a link that went down. Its packets have the EtherType
-0x88B5, which IEEE 802 reserves for local experiments, and contain a JSON object with `signal`, `direction` and
-`register`, or with `mark`. Custom Blocks would not be visible in tshark, and libpcap refuses files with several link
+0x88B5, which IEEE 802 reserves for local experiments, and contain a JSON object with `signal`, `direction`, `register`
+and `board`, or with `mark`. Custom Blocks would not be visible in tshark, and libpcap refuses files with several link
 types. The flags of a packet contain its direction as core 0 sees it. The comment of a packet contains the signal and
 the register.
 """
@@ -92,11 +92,13 @@ class Recorder:
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
         *, pending: str = "", delay: float = 0.0, count: int = 1,
     ) -> None:  # fmt: skip
-        """Append a notification. `frame` is None if the frame is unknown. `Entry` explains the other arguments.
+        """Append a notification of the board `link`. `Entry` explains the other arguments.
 
-        A `count` above 1 represents several notifications without frames that have the same time.
+        `frame` is None if the frame is unknown. A `count` above 1 represents several notifications without frames that
+        have the same time.
         """
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
+        content["board"] = link
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if pending:
             content["pending"] = pending
@@ -272,6 +274,8 @@ class Entry:
     """Why the proxy could not deliver or send the notification at this time. Another entry reports its delivery."""
     delay: float = 0.0
     """How long the notification had been pending before it was delivered or sent (seconds), or 0."""
+    board: str = ""
+    """The name of the board, or of the interface on which another program captured the frame; empty if unknown."""
 
 
 @attrs.frozen
@@ -299,10 +303,19 @@ class Recording:
         self.packets = 0
         self.left_out: Counter[str] = Counter()
         """The number of packets that were skipped, keyed by reason."""
+        self.boards: set[str] = set()
+        """The names of the boards in the recording so far."""
+        self._is_ours = False
+        self._uncommented = 0
         self._table = table
         self._count = 1
         self._step_ns = self._last_ns = 0
         self._senders: dict[bytes, Direction] = {}
+
+    @property
+    def uncommented(self) -> int:
+        """The number of frames without a comment of inco-trio, or 0 if inco-trio recorded none of the packets."""
+        return self._uncommented if self._is_ours else 0
 
     @property
     def progress(self) -> str:
@@ -314,9 +327,12 @@ class Recording:
         for packet in self.reader:
             self.packets += 1
             if entry := self._entry(packet):
+                if isinstance(entry, Entry) and entry.board:
+                    self.boards.add(entry.board)
                 yield from self._in_order(entry)
             else:
                 self.left_out[_reason(packet)] += 1
+        self.left_out += self.reader.skipped
 
     def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
         """Yield an entry. Correct its time if the wall clock has jumped, because a jump must not change durations."""
@@ -339,6 +355,7 @@ class Recording:
             return None
         if packet.data.startswith(_UNFRAMED):
             entry, self._count = _content(packet)
+            self._is_ours = self._is_ours or entry is not None
             return entry
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
@@ -356,14 +373,18 @@ class Recording:
         else:
             self._senders[source] = direction
         # If the proxy ignored a frame, the packet's comment contains the reason instead of the signal.
-        recorded = packet.direction if ours else None
-        if recorded is None:
-            return Entry(packet.time_ns, text, direction)
+        recorded, board = packet.direction if ours else None, packet.interface.name
+        if packet.comment:
+            self._is_ours = self._is_ours or ours
+        else:
+            self._uncommented += 1
+        if recorded is None or not packet.comment:
+            return Entry(packet.time_ns, text, direction, board=board)
         if not packet.comment.startswith(_comment(recorded, text)):
-            return Entry(packet.time_ns, text, direction, ignored=True)
+            return Entry(packet.time_ns, text, direction, ignored=True, board=board)
         state = _STATE.search(packet.comment)
         pending, delay = ("", "") if state is None else state.groups("")
-        return Entry(packet.time_ns, text, direction, pending=pending, delay=float(delay or 0))
+        return Entry(packet.time_ns, text, direction, pending=pending, delay=float(delay or 0), board=board)
 
 
 def _is_recorded(packet: Packet, signal: str) -> bool:
@@ -402,11 +423,14 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
             return Mark(packet.time_ns, content["mark"], step if type(step) is int else 0), 1
         signal, register = content["signal"], content["register"]
         pending, delay = content.get("pending", ""), content.get("delay", 0.0)
-        count = content.get("count", 1)
-        valid = isinstance(register, str) and isinstance(pending, str) and isinstance(delay, int | float)
+        count, board = content.get("count", 1), content.get("board", "")
+        valid = all(isinstance(text, str) for text in (register, pending, board)) and isinstance(delay, int | float)
         if valid and isinstance(count, int) and 0 < count <= COUNT_MAX and is_wire_name(signal.encode("ascii")):
             direction = packet.direction or Direction(content["direction"])
-            return Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay)), count
+            # A classic pcap file has no names of interfaces, so the boards of its frames are unknown as well.
+            board = board if packet.interface.name else ""
+            entry = Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay), board=board)
+            return entry, count
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None, 1

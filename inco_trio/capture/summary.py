@@ -18,16 +18,20 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time, in nanoseconds since 1970. It falls in the year 2262."""
+TOLERANCE = 10**6
+"""Maximum difference, in nanoseconds, between two records of the time when a notification became pending."""
 AT_ONCE = 2**16
 """Maximum number of values to sort at once: a sorted list takes five times as much memory as an array."""
 
 
 @attrs.define
 class Flow:
-    """The notifications of one signal in one direction, 8 bytes each."""
+    """The notifications of one signal of a board in one direction, 8 bytes each."""
 
     signal: str
     direction: Direction | None
+    board: str = ""
+    """The name of the board, or an empty string if it is unknown."""
     times: array[int] = attrs.Factory(lambda: array("q"))
     """The times of the deliveries in nanoseconds since 1970, in the order of the recording."""
     pending: array[int] = attrs.Factory(lambda: array("q"))
@@ -37,19 +41,24 @@ class Flow:
     late: array[int] = attrs.Factory(lambda: array("q"))
     """The times at which the notifications in `delays` were delivered."""
 
-    @property
-    def label(self) -> str:
-        """The name of the signal, with its direction if known."""
-        return self.signal if self.direction is None else f"{self.signal} ({self.direction.value})"
-
     def intervals(self) -> Iterator[int]:
         """Return the time from each notification to the next, in nanoseconds."""
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
-    def waits(self) -> list[tuple[int, int]]:
-        """Return the start and end of each period in which any of the notifications in `delays` was pending."""
+    def unfinished(self) -> array[int]:
+        """Return those times in `pending` whose notifications were still pending at the end of the recording."""
+        # A signal's notifications are delivered in order, so those before the newest delivered one are not pending.
+        accepted = [late - delay for late, delay in zip(self.late, self.delays, strict=True)]
+        accepted += self.times[-1:] if self.late[-1:] != self.times[-1:] else []
+        newest = max(accepted, default=-2 * TOLERANCE)
+        return array("q", (time for time in self.pending if time > newest + TOLERANCE))
+
+    def waits(self, last: int) -> list[tuple[int, int]]:
+        """Return the start and end of each period in which notifications were pending. The recording ends at `last`."""
+        waits = [(late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)]
+        waits += [(min(unfinished), last)] if (unfinished := self.unfinished()) else []
         periods: list[tuple[int, int]] = []
-        for start, end in sorted((late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)):
+        for start, end in sorted(waits):
             if periods and start <= periods[-1][1]:
                 periods[-1] = periods[-1][0], max(end, periods[-1][1])
             else:
@@ -72,20 +81,21 @@ class Pair:
     taken: array[int] = attrs.Factory(lambda: array("q"))
     """The response times in nanoseconds."""
     unanswered: int = 0
-    _asked: int | None = None
+    _asked: dict[str, int] = attrs.Factory(dict)
+    """The time of the last notification that has not been answered, for each board."""
 
     def take(self, entry: Entry) -> None:
+        """Add an entry. An answer belongs to the last notification of the same board."""
         if entry.signal == self.signal:
-            self.unanswered += self._asked is not None
-            self._asked = entry.time_ns
-        elif entry.signal == self.answer and self._asked is not None:
-            self.taken.append(entry.time_ns - self._asked)
-            self._asked = None
+            self.unanswered += entry.board in self._asked
+            self._asked[entry.board] = entry.time_ns
+        elif entry.signal == self.answer and entry.board in self._asked:
+            self.taken.append(entry.time_ns - self._asked.pop(entry.board))
 
     def end(self) -> None:
-        """Count the last notification as unanswered if the recording ends before its answer."""
-        self.unanswered += self._asked is not None
-        self._asked = None
+        """Count the last notification of each board as unanswered if the recording ends before its answer."""
+        self.unanswered += len(self._asked)
+        self._asked.clear()
 
     def spread(self) -> dict[str, float] | None:
         """Return `min`, `p50`, `p90`, `p99` and `max` of the response times in seconds, or None if there are none."""
@@ -95,7 +105,8 @@ class Pair:
 @attrs.define
 class Summary:
     pairs: Sequence[Pair] = ()
-    flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
+    flows: dict[tuple[str, Direction | None, str], Flow] = attrs.Factory(dict)
+    """The flows by signal, direction and board."""
     marks: list[Mark] = attrs.Factory(list)
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
@@ -110,7 +121,7 @@ class Summary:
         if each.ignored:
             self.ignored += 1
             return
-        key = each.signal, each.direction
+        key = each.signal, each.direction, each.board
         if key not in self.flows:
             self.flows[key] = Flow(*key)
         if each.pending:
@@ -147,10 +158,12 @@ class Summary:
     def _flow_numbers(self, flow: Flow, span_ns: int) -> dict[str, object]:
         gap = flow.longest_gap()
         return {
+            "board": flow.board or None,
             "signal": flow.signal,
             "direction": None if flow.direction is None else flow.direction.value,
             "count": len(flow.times),
-            "pending": len(flow.pending),
+            "pending": len(flow.unfinished()),
+            "late": len(flow.delays),
             "delay": _spread(flow.delays),
             "rate": len(flow.times) / (span_ns / BILLION) if span_ns else None,
             "interval": _spread(flow.intervals()),

@@ -168,7 +168,7 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
         pair.end()
     if not summary.flows and not summary.marks:
         raise RecordingError(path, "contains no notifications")
-    names = sorted({signal for signal, _ in summary.flows})
+    names = sorted({signal for signal, *_ in summary.flows})
     for name in (name for pair in pairs for name in pair):
         if name not in names:
             raise UsageError(f"--pair: {name!r} is not in {path} (expected one of: {', '.join(names) or 'none'})")
@@ -179,14 +179,16 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
     from inco_trio.capture.summary import TIME_MAX
 
     shows, shown = sys.stderr.isatty(), time.monotonic()
-    for number, each in enumerate(recording):
-        if not 0 <= each.time_ns <= TIME_MAX:
-            when = "is from 2262 or later, or from before 1970"
-            raise RecordingError(path, f"damaged: packet {recording.packets} {when}")
-        summary.take(each)
-        if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
-            shown = time.monotonic()
-            sys.stderr.write(f"\r\x1b[K{recording.progress}")
-            sys.stderr.flush()
-    if shows:
-        sys.stderr.write("\r\x1b[K")
+    try:
+        for number, each in enumerate(recording):
+            if not 0 <= each.time_ns <= TIME_MAX:
+                when = "is from 2262 or later, or from before 1970"
+                raise RecordingError(path, f"damaged: packet {recording.packets} {when}")
+            summary.take(each)
+            if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
+                shown = time.monotonic()
+                sys.stderr.write(f"\r\x1b[K{recording.progress}")
+                sys.stderr.flush()
+    finally:
+        if shows:
+            sys.stderr.write("\r\x1b[K")

@@ -57,7 +57,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start a new file after TIME, such as 1h")
     sub.add_argument(
-        "--keep", type=positive, metavar="N", help="keep only the newest N files, also of earlier recordings"
+        "--keep", type=positive, metavar="N", help="keep only the newest N files, including those of earlier recordings"
     )
 
 

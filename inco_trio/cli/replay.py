@@ -41,7 +41,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
     sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 on this interface or unix:LOCAL,peer=REMOTE")
     sub.add_argument(
-        "--as", dest="side", choices=("core0", "core1"), help="core to play (default: core1 with LINK, else core0)"
+        "--as", dest="side", choices=("core0", "core1"), help="core to act as (default: core1 with LINK, else core0)"
     )
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals, with their registers in DIR")
     configuration_argument(sub)
@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
         notes = left_out(recording)
     if cut is not None:
         notes.append(f"{path}: {cut}: the packets before this position were played")
+    if len(recording.boards) > 1:
+        names = ", ".join(sorted(recording.boards))
+        hint = "all were played together (`record --board NAME` records only one)"
+        notes.append(f"{path}: contains {len(recording.boards)} boards, {names}: {hint}")
     if played.overflowed:
         notes.append("the inotify queue overflowed: the counts are too low")
     _report(args, path, played, recording.left_out, notes)

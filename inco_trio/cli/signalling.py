@@ -100,7 +100,7 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
     """Print a note for each signal in --signal that is not in the signal table or that --direction excludes."""
     if args.signal is None:
         return
-    known, _ = signals_of(client, args.board)
+    known, _ = signals_of(client, board_of(client, args))
     for name in args.signal:
         if args.direction not in (None, known.get(name, args.direction)):
             remark(f"{name}: is {known[name]}, so --direction {args.direction} excludes it")
@@ -176,6 +176,14 @@ def alone() -> Iterator[None]:
 
 
 def left_out(recording: Recording) -> list[str]:
-    """Return a note for each kind of packet in a recording that is neither a notification nor a mark."""
+    """Return a note for each kind of packet in a recording that is neither a notification nor a mark.
+
+    Also return a note if frames in a recording of inco-trio have lost the comments that describe them.
+    """
     counts = sorted(recording.left_out.items())
-    return [f"{count} packet{'' if count == 1 else 's'} left out: {reason}" for reason, count in counts]
+    notes = [f"{count} packet{'' if count == 1 else 's'} left out: {reason}" for reason, count in counts]
+    if count := recording.uncommented:
+        frames = f"{count} frame{'' if count == 1 else 's'} without a comment of inco-trio"
+        text = "another program captured them or removed the comments, so even pending ones count as delivered"
+        notes.append(f"{frames}: {text}")
+    return notes

@@ -124,7 +124,8 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
             yield f"  {each.signal}: {each.register}: {each.problem}"
     for task in status.tasks:
         if task.problem or task.restarts:
-            yield f"  {task.task}: restarted {times(task.restarts)}; {task.problem or f'last: {task.last_problem}'}"
+            restarted = f"restarted {times(task.restarts)}; " if task.restarts else ""
+            yield f"  {task.task}: {restarted}{task.problem or f'last: {task.last_problem}'}"
     if status.last_down is not None:
         ago = _duration(max(0.0, now - status.last_down))
         yield f"  the link went down {times(status.counters.link_downs)}, last {ago} ago"

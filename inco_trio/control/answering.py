@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import trio
 
 from inco_trio.control import protocol
 from inco_trio.control.feed import Feed, Reload
-from inco_trio.control.monitors import PIECE, Follower, Monitor
+from inco_trio.control.monitors import Follower, Monitor
 from inco_trio.control.past import past_events
 from inco_trio.control.protocol import RequestError
 from inco_trio.control.server import Peer
@@ -27,6 +28,12 @@ monitors are therefore limited to about 1,000 per second and do not delay notifi
 """
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
+READ_SIZE = 4096
+"""Maximum number of bytes that are read at once. Even a client that sends only line breaks delays no notification."""
+PART = 16_384
+"""Approximate number of bytes of a long response that are encoded and written at once."""
+HISTORY_SECONDS = 60.0
+"""Timeout for writing the history to a client of another user. The clients of inco-trio wait at most 10 seconds."""
 
 
 class Connection:
@@ -42,6 +49,8 @@ class Connection:
         self._writing = trio.Lock()
         self._unsent = bytearray()
         """The bytes that the next write sends first. After a cancelled write, they are the rest of a line."""
+        self._unwritten: Iterator[bytes] | None = None
+        """The parts of lines that follow `_unsent`, or None if the last write was completed."""
         self.fault = ""
         """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 
@@ -66,7 +75,7 @@ class Connection:
 
     async def refuse(self, message: str) -> None:
         """Send the error `busy` instead of a greeting."""
-        await self._write(protocol.encode_error(RequestError("busy", message)))
+        await self._write([protocol.encode_error(RequestError("busy", message))])
 
     async def run(self) -> None:
         """Answer the client until the connection ends."""
@@ -74,7 +83,7 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 with self._reading:
-                    await self._write(protocol.encode_greeting(greeting))
+                    await self._write([protocol.encode_greeting(greeting)])
                     await self._converse(nursery)
                 if self.gone:
                     self._end_monitor()
@@ -84,28 +93,30 @@ class Connection:
 
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)
-        while data := await self._stream.receive_some(protocol.LINE_MAX):
+        while data := await self._stream.receive_some(READ_SIZE):
+            await self._wait_for_turn()
             try:
                 for line in received.split(data):
                     if line.strip():
                         await self._answer(line, nursery)
             except protocol.MessageError as error:
                 self.fault = str(error)
-                await self._write(protocol.encode_error(RequestError("too-long", str(error))))
+                await self._write([protocol.encode_error(RequestError("too-long", str(error)))])
                 self._end_monitor()
                 return
 
     async def _answer(self, line: bytes, nursery: trio.Nursery) -> None:
         tag: Mapping[str, object] = {}
+        await self._wait_for_turn()
         try:
             request, tag = protocol.decode_request(line)
             value: object = True
             match request:
                 case protocol.StatusRequest():
-                    await self._write(protocol.encode_status(await self._status(request), tag))
+                    await self._write(_parts(protocol.encode_status(self._status(request), tag)))
                     return
                 case protocol.HistoryRequest():
-                    await self._write(await self._past(request, tag))
+                    await self._write_history(_parts(self._past(request, tag)), nursery)
                     return
                 case protocol.SendRequest():
                     value = await self._send(request)
@@ -124,26 +135,31 @@ class Connection:
                 case protocol.ReloadRequest():
                     self._check_permitted("reload the configuration")
                     value = await self._reload()
-            await self._write(protocol.encode_response(request, value, tag))
+            await self._write([protocol.encode_response(request, value, tag)])
             # Send events only after the response, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
                 nursery.start_soon(self._run_monitor, self._monitor)
             elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
                 self._monitor.flush()
         except RequestError as error:
-            await self._write(protocol.encode_error(RequestError(error.error, error.message, error.tag or tag)))
+            await self._write([protocol.encode_error(RequestError(error.error, error.message, error.tag or tag))])
 
-    async def _status(self, request: protocol.StatusRequest) -> list[str]:
+    def _status(self, request: protocol.StatusRequest) -> Iterator[str]:
+        """Return an iterator that encodes the status of each board when it is needed. Raises RequestError."""
         self._check_board(request.board)
-        found = (protocol.BoardStatus(name, problem) for name, problem in self._served.not_open().items())
-        boards = [protocol.encode_board(board) for board in found if request.board in (None, board.board)]
-        for name in tuple(self._served.proxies()) if request.board is None else (request.board,):
+        return self._encoded(request.board)
+
+    def _encoded(self, board: str | None) -> Iterator[str]:
+        """Yield the encoded status of `board` (None: of all boards)."""
+        not_open, names = dict(self._served.not_open()), tuple(self._served.proxies())
+        for name, problem in not_open.items():
+            if board in (None, name):
+                yield protocol.encode_board(protocol.BoardStatus(name, problem))
+        for name in names:
             proxy = self._served.proxies().get(name)
-            if proxy is not None:
+            if proxy is not None and board in (None, name):
                 history = self._history(name, proxy._history())
-                boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
-                await trio.lowlevel.checkpoint()  # Let other tasks run, because a process may serve 1,000 boards.
-        return boards
+                yield protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history))
 
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
         if not history.keeping:
@@ -153,17 +169,26 @@ class Connection:
             history.boot, history.sequence, history.acknowledged, history.waiting, history.merged_ever, followed
         )
 
-    async def _past(self, request: protocol.HistoryRequest, tag: Mapping[str, object]) -> bytes:
+    def _past(self, request: protocol.HistoryRequest, tag: Mapping[str, object]) -> Iterator[str]:
+        """Return an iterator that encodes the response to a HistoryRequest. Raises RequestError."""
         board, proxy = self._proxy(request.board)
         recorder = proxy._recorder()
         if recorder is None:
             raise RequestError("invalid", f"board {board!r}: the proxy records no history (--history 0 disables it)")
-        lines = []
-        for number, event in enumerate(past_events(board, recorder, request.after or 0)):
-            lines.append(protocol.encode_event(event).rstrip())
-            if number % PIECE == 0:
-                await trio.lowlevel.checkpoint()
-        return protocol.encode_history(board, recorder.boot, lines, tag)
+        events = past_events(board, recorder, request.after or 0)
+        return protocol.encode_history(board, recorder.boot, map(protocol.encode_event, events), tag)
+
+    async def _write_history(self, parts: Iterator[bytes], nursery: trio.Nursery) -> None:
+        """Write the parts of a history. `parts` copies the flight recorder while the client reads."""
+        if self.peer.is_owner:
+            await self._write(parts)
+            return
+        async with self._feed.histories:
+            with trio.move_on_after(HISTORY_SECONDS) as scope:
+                await self._write(parts)
+        if scope.cancelled_caught:
+            self.fault = f"the history was not read within {HISTORY_SECONDS:.0f} s"
+            nursery.cancel_scope.cancel()
 
     def _proxy(self, board: str | None) -> tuple[str, Proxy]:
         """Return the name and the proxy of `board` (default: the only open board). Raises RequestError."""
@@ -276,7 +301,7 @@ class Connection:
     async def _run_monitor(self, monitor: Monitor) -> None:
         try:
             while lines := await monitor.take():
-                await self._write(lines)
+                await self._write([lines])
                 if others := len(self._feed.monitors) - 1:
                     await trio.sleep(others * SHARE)
         finally:
@@ -284,23 +309,51 @@ class Connection:
 
     def _transmit(self, lines: bytes) -> int:
         """Send lines without waiting. Return how many bytes were sent."""
-        if self._writing.locked() or self._unsent:
+        if self._writing.locked() or self._unwritten is not None:
             return 0
         try:
             return os.write(self._stream.socket.fileno(), lines)
         except OSError:
             return 0  # The socket is full, or it failed; the reading task then ends the connection.
 
-    async def _write(self, lines: bytes) -> None:
+    async def _wait_for_turn(self) -> None:
+        """Wait until a client of another user may use the CPU. Many clients would otherwise delay notifications."""
+        if not self.peer.is_owner:
+            async with self._feed.turn:
+                await trio.lowlevel.checkpoint()
+
+    async def _write(self, parts: Iterable[bytes]) -> None:
+        """Write the parts of one or more lines. Take each part only after the socket has accepted the part before it.
+
+        If this call is cancelled, the next one writes the remaining parts first.
+        """
         try:
             self._writing.acquire_nowait()  # `acquire` would let other tasks run first.
         except trio.WouldBlock:
             await self._writing.acquire()
         try:
-            if self._monitor is not None and (rest := self._monitor.take_rest()):
-                self._unsent += rest.encode()  # Complete the event that `_transmit` has sent only partially.
-            self._unsent += lines
-            while self._unsent:
-                del self._unsent[: await self._stream.socket.send(self._unsent)]
+            before = () if self._unwritten is None else self._unwritten
+            # Complete the event that `_transmit` has sent only partially.
+            rest = "" if self._monitor is None else self._monitor.take_rest()
+            self._unwritten = itertools.chain([b""], before, [rest.encode()], parts)
+            for part in self._unwritten:
+                self._unsent += part
+                while self._unsent:
+                    del self._unsent[: await self._stream.socket.send(self._unsent)]
+                if len(part) >= PART:
+                    await self._wait_for_turn()
+            self._unwritten = None
         finally:
             self._writing.release()
+
+
+def _parts(texts: Iterable[str]) -> Iterator[bytes]:
+    """Join texts into parts of about PART bytes. Take each text only when its part is needed."""
+    part, size = list[str](), 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= PART:
+            yield "".join(part).encode()
+            part, size = [], 0
+    yield "".join(part).encode()

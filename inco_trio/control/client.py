@@ -45,6 +45,7 @@ SEARCH = 3.0
 """Timeout for the greetings of all proxies, in seconds, if the user did not name a proxy."""
 AGAIN = 0.02
 """Seconds until the next attempt to connect to a socket whose backlog is full."""
+SILENT = "the proxy does not answer"
 _UCRED = struct.Struct("iII")
 """The format of struct ucred (unix(7)): PID, user ID and group ID."""
 ERRORS: dict[str, type[IncoError]] = {
@@ -148,7 +149,7 @@ class Channel:
         return ProxyNotFoundError(self.path, "the proxy has ended")
 
     def _silent(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(self.path, "the proxy does not answer")
+        return ProxyNotFoundError(self.path, SILENT)
 
 
 class Client(Channel, AbstractContextManager["Client"]):
@@ -235,7 +236,7 @@ class Client(Channel, AbstractContextManager["Client"]):
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
-                raise MessageError("the proxy sent an event `notifications`, which was not requested")
+                raise MessageError("the proxy sent a `notifications` event, which was not requested")
         self._events.append(reply)
         return None
 
@@ -296,6 +297,8 @@ def _none_answers(errors: Sequence[IncoError], wanted: str) -> IncoError:
             return error
     places = " or ".join(map(str, runtime_directories()))
     start = silent_services() or "start one"
+    if silent := [error.subject for error in errors if error.reason == SILENT]:
+        start = f"{' and '.join(silent)} exists, but its proxy does not answer (`inco-trio doctor` shows why)"
     return ProxyNotFoundError(f"{wanted} answers in {places}: {start}, or name its socket with --control PATH")
 
 

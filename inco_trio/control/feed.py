@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["Batch", "Feed", "Reload", "Served"]
+__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Reload", "Served"]
 
+HISTORIES_MAX = 4
+"""Maximum number of `history` requests of other users that are answered at the same time. Each needs up to 4 MB."""
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
 """A function that reloads the configuration and returns a description of each part that was refused."""
@@ -75,6 +77,9 @@ class Feed:
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
         self.wants_frames = self.after_crash = False
+        self.turn = trio.Lock()
+        """The turn of clients of other users: all other tasks run at least once before the next client has its turn."""
+        self.histories = trio.Semaphore(HISTORIES_MAX)
         self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:

@@ -216,7 +216,7 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
         raise RequestError("not-json", str(error)) from None
     tag = {"id": message["id"]} if "id" in message else {}
     if not _is_flat(tag.get("id")):
-        raise RequestError("invalid", "id: must not contain nested lists or objects")
+        raise RequestError("invalid", "id: must not contain nested lists or objects, or numbers above 1e308")
     try:
         kind: type[Request] = _REQUEST(message.get("request"))
     except InvalidValueError as error:
@@ -231,9 +231,12 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
 
 
 def _is_flat(value: object) -> bool:
-    """Return whether a value contains no nested lists or objects. Encoding a deeply nested value may fail."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not any(isinstance(each, (list, dict)) for each in inner)
+    """Return whether a value contains no nested lists or objects, and no number that is too large for a float.
+
+    Encoding a deeply nested value may fail. Python decodes 1e999 as infinity, which JSON cannot represent.
+    """
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return not any(isinstance(each, (list, dict)) or (isinstance(each, float) and math.isinf(each)) for each in inner)
 
 
 @attrs.frozen(slots=False)
@@ -338,15 +341,26 @@ def encode_board(board: BoardStatus) -> str:
     return _json(fields)
 
 
-def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded boards into a response. The caller encodes each board separately, to let other tasks run."""
-    return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
+def encode_status(boards: Iterable[str], tag: Mapping[str, object]) -> Iterator[str]:
+    """Yield the response to a StatusRequest in parts. Take each encoded board only when its part is needed."""
+    yield f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": ['
+    yield from _separated(boards)
+    yield "]}\n"
 
 
-def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Join encoded events, without their line breaks, into the response to a HistoryRequest."""
-    head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
-    return f'{head}, "events": [{", ".join(events)}]}}}}\n'.encode()
+def encode_history(board: str, boot: str, events: Iterable[str], tag: Mapping[str, object]) -> Iterator[str]:
+    """Yield the response to a HistoryRequest in parts. Take each encoded event only when its part is needed."""
+    yield json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2] + ', "events": ['
+    yield from _separated(event.rstrip() for event in events)
+    yield "]}}\n"
+
+
+def _separated(items: Iterable[str]) -> Iterator[str]:
+    """Yield items of a JSON list, each after the first one with a separator."""
+    separator = ""
+    for item in items:
+        yield separator + item
+        separator = ", "
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:

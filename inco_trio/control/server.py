@@ -109,7 +109,7 @@ class Control:
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # The client has closed the connection.
         except* Exception:
-            logger.exception("control socket: internal error: this is a bug in inco-trio, please report it")
+            logger.exception("control socket: internal error: this is a bug in inco-trio; please report it")
         finally:
             self._clients.discard(client)
             if not any(other.peer.user == client.peer.user for other in self._clients):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,7 @@ def examine(
     status = _status_of(boards)
     if proxy is not None:
         trust = trust_of(proxy, status)
-    yield from _registers(signals, processes, users, trust or expected_trust(), proxy)
+    yield from _registers(signals, processes, users, trust or expected_trust(), proxy, status)
     for board in boards:
         yield from proxies.counters(board)
     if proxy is not None and status is not None:
@@ -152,10 +153,17 @@ def _interface(
 
 
 def _registers(
-    signals: Sequence[Signal], processes: Processes, users: Users, trust: Trust, proxy: Process | None
+    signals: Sequence[Signal],
+    processes: Processes,
+    users: Users,
+    trust: Trust,
+    proxy: Process | None,
+    status: Status | None,
 ) -> Iterator[Result]:
     # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
+    reported = () if status is None or status.owner is not None else status.signals
+    refused = {each.register for each in reported if os.strerror(errno.EACCES) in (each.problem or "")}
 
     def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
@@ -163,6 +171,8 @@ def _registers(
         yield from register_files.trusted(directory, trust)
         yield from register_files.reported(directory)
         yield from register_files.kinds(own, access=access)
+        if proxy is not None and not access:
+            yield from register_files.denied([each for each in own if str(each.path) in refused], proxy)
         yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:

@@ -17,7 +17,7 @@ from inco_trio.linux.processes import Process, Processes, named
 from inco_trio.proxy_status import Status
 from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
-from inco_trio.signals import Signal
+from inco_trio.signals import Direction, Signal
 
 __all__ = [
     "board_files",
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 COUNTERS = {
-    "dropped": "frames were dropped because the receive queue was full: raise net.core.rmem_max",
-    "unknown": "frames had a name that is not an inbound signal: compare `inco-trio monitor` with `inco-trio check`",
-    "malformed": "frames had no valid wire name: `inco-trio monitor` shows them",
-    "overflowed": "inotify overflows, each followed by a frame for every trigger: raise fs.inotify.max_queued_events",
-    "write_failures": "attempts to write a state file failed: `inco-trio history` shows when and why",
-    "send_failures": "attempts to send a frame failed: `inco-trio history` shows when and why",
-    "unsendable": "notifications were discarded: the link can never send frames of that size",
-    "link_downs": "times the link went down: `inco-trio history` shows when",
-    "restarts": "restarts of a failed task: `inco-trio history` shows when and why",
+    "dropped": "the receive queue was full, and frames were lost: raise net.core.rmem_max",
+    "unknown": "core 1 sent a name that is not an inbound signal: compare `inco-trio monitor` with `inco-trio check`",
+    "malformed": "a frame had no valid wire name: `inco-trio monitor` shows it",
+    "overflowed": "the inotify queue was full, and each trigger sent a frame: raise fs.inotify.max_queued_events",
+    "write_failures": "writing a state file failed: `inco-trio history` shows when and why",
+    "send_failures": "sending a frame failed: `inco-trio history` shows when and why",
+    "unsendable": "the frame of a notification is larger than the MTU, and was discarded",
+    "link_downs": "the link went down: `inco-trio history` shows when",
+    "restarts": "a failed task was restarted: `inco-trio history` shows when and why",
 }
 """The meaning of each counter that should be 0, and the remedy."""
 
@@ -183,10 +183,11 @@ def counters(board: BoardStatus) -> Iterator[Result]:
     faults = []
     for signal in status.signals:
         if signal.problem is not None or signal.pending:
-            text = f"{signal.signal}: {signal.problem or 'not delivered yet'} ({signal.pending} pending)"
+            waiting = "not delivered yet" if signal.direction is Direction.INBOUND else "not sent yet"
+            text = f"{signal.signal}: {signal.problem or waiting} ({signal.pending} pending)"
             faults.append(fail("signal", signal.register, text))
     faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
     for name, count in status.counters.as_dict().items():
         if count and name in COUNTERS:
-            faults.append(warn("counters", board.board, f"{name}: {count} {COUNTERS[name]}"))
+            faults.append(warn("counters", board.board, f"{name} is {count}: {COUNTERS[name]}"))
     yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since the start")]

@@ -15,13 +15,14 @@ from pathlib import Path
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process
+from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.trust import Trust, open_trusted
 from inco_trio.service.descriptions import USER
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
+__all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems on which stat(2) reports a different device number than the watches in /proc."""
@@ -137,6 +138,30 @@ def _register(signal: Signal, *, access: bool) -> Iterator[Result]:
         yield fail("registers", path, f"uid {uid} may not {verb} it", permit(path, f"u+{verb[0]}"))
 
 
+def denied(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
+    """Check the owner and mode of registers that a proxy of another user was not permitted to use.
+
+    The check ignores groups and ACLs, so it must not examine registers that the proxy can use.
+    """
+    found: dict[Path, Result] = {}
+    for signal in signals:
+        use, verb = (stat.S_IRUSR, "read") if signal.direction is Direction.OUTBOUND else (stat.S_IWUSR, "write")
+        needed = [(signal.directory, stat.S_IXUSR, "use", "u+rwx"), (signal.path, use, verb, f"u+{verb[0]}")]
+        if not os.path.lexists(signal.path):
+            needed = [(signal.directory, stat.S_IWUSR | stat.S_IXUSR, "create files in", "u+rwx")]
+        for path, bits, verb, mode in needed:
+            try:
+                status = path.lstat()
+            except OSError:
+                break  # `directory` reports this error.
+            granted = status.st_mode if status.st_uid == proxy.uid else status.st_mode << 6
+            if granted & bits != bits:
+                text = f"process {proxy.pid} of {user_name(proxy.uid)} may not {verb} it"
+                found.setdefault(path, fail("registers", path, text, permit(path, mode, proxy.uid)))
+                break
+    yield from found.values()
+
+
 def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     """Check that inotify reports writes in an IRQ directory.
 
@@ -168,7 +193,7 @@ def _reason(error: OSError) -> str:
 
 
 def _opening_is_reported(path: Path) -> bool:
-    """Return whether inotify reports that a directory is opened. Raises OSError."""
+    """Return whether inotify reports the opening of a directory. Raises OSError."""
     from inco_trio.linux.inotify import IN_OPEN, Inotify, parse_events
 
     with contextlib.closing(Inotify()) as inotify:

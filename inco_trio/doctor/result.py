@@ -91,9 +91,12 @@ def summarize(results: Iterable[Result], again: str) -> list[Result]:
     return sorted(shown, key=lambda result: -result.level)
 
 
-def permit(path: Path, mode: str) -> str:
-    """Return the command that gives this user access to `path`: chmod(1) if the user owns it, else chown(1)."""
-    quoted, uid = shlex.quote(str(path)), os.geteuid()
+def permit(path: Path, mode: str, uid: int | None = None) -> str:
+    """Return the command that gives a user access to `path`: chmod(1) if the user owns it, else chown(1).
+
+    `uid` is the user (default: the user of this process).
+    """
+    quoted, uid = shlex.quote(str(path)), os.geteuid() if uid is None else uid
     try:
         owned = path.lstat().st_uid == uid
     except OSError:

@@ -16,12 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail
-from inco_trio.linux.processes import lines_of
+from inco_trio.linux.processes import lines_of, status_of
 
 __all__ = ["silent"]
 
-_ANSWER = 3.0
-"""Timeout in seconds for the child process."""
+_PAUSE = 0.1
+"""Pause in seconds between two looks at the child process."""
+_LOOKS = 30
+"""The child process hangs if this number of looks in a row find it in the same wait.
+
+There is no timeout. On a busy host, the child process may take long, but it is runnable or enters further waits.
+"""
 _WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs(?! systemd-1 )|vboxsf)")
 """The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo.
 
@@ -30,7 +35,7 @@ This excludes the automount points of systemd, which every host has for binfmt_m
 
 
 def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool = False) -> Result | None:
-    """Return a failure of `check` if `use`, which accesses the files at `path`, would not end in time; otherwise None.
+    """Return a failure of `check` if `use`, which accesses the files at `path`, would hang; otherwise None.
 
     If no mounted filesystem can keep the doctor waiting, return None without calling `use`. With `elsewhere`, the path
     leads to another mount namespace, whose filesystems are unknown.
@@ -39,14 +44,12 @@ def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool
         return None
     if _ends(use):
         return None
-    text = (
-        f"does not answer within {_ANSWER:g} s: restart the program or host that serves its filesystem, or unmount it"
-    )
+    text = "does not answer: restart the program or host that serves its filesystem, or unmount it"
     return fail(check, path, text)
 
 
 def _ends(use: Callable[[], object]) -> bool:
-    """Return whether a call to `use` in a child process ends in time. Ignore its result and its exceptions."""
+    """Call `use` in a child process. Return True if it ends, or False if it hangs. Ignore its result and exceptions."""
     child = os.fork()
     if child == 0:  # pragma: no cover - coverage.py does not measure this process
         try:
@@ -59,7 +62,11 @@ def _ends(use: Callable[[], object]) -> bool:
             os._exit(0)
     fd = os.pidfd_open(child)
     try:
-        ended = bool(select.select([fd], [], [], _ANSWER)[0])
+        ended, looks, before = False, 0, ""
+        while not ended and looks < _LOOKS:
+            ended = bool(select.select([fd], [], [], _PAUSE)[0])
+            now = _wait_of(child)
+            looks, before = looks + 1 if now and now == before else 0, now
     finally:
         os.close(fd)
     if not ended:
@@ -67,3 +74,10 @@ def _ends(use: Callable[[], object]) -> bool:
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0 if ended else os.WNOHANG)
     return ended
+
+
+def _wait_of(process: int) -> str:
+    """Return the number of the current wait of a process, counted from its start, or "" if it is runnable."""
+    status = status_of(Path(f"/proc/{process}"))
+    is_runnable = status.get("State", "").strip().startswith("R")
+    return "" if is_runnable else status.get("voluntary_ctxt_switches", "unknown")

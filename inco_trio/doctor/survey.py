@@ -1,4 +1,4 @@
-"""The examination of all proxies that run on this machine."""
+"""Examine all proxies that are running on this machine."""
 
 from __future__ import annotations
 

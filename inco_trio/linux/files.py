@@ -80,7 +80,7 @@ def open_output(path: Path) -> int:
             found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
                 if os.fstat(found).st_uid not in (0, os.geteuid()):
-                    raise PermissionError(errno.EACCES, "it is a symlink of another user")
+                    raise PermissionError(errno.EACCES, "it is a symlink that another user owns")
                 target = Path(os.readlink("", dir_fd=found))
             finally:
                 os.close(found)

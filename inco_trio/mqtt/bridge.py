@@ -251,7 +251,7 @@ class Bridge:
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
                     elif received.topic != self._topic(self._end, "status"):
-                        self._refuse(received)  # Another program has left a subscription in the session of this side.
+                        self._refuse(received)  # Another program has left a subscription in this side's session.
                     elif not received.retain:
                         self._announced |= instance == self._instance
                     elif self._is_taken(instance, state, number):
@@ -406,6 +406,6 @@ def _open_link(address: UnixAddress, held: int | None, note: memoryview, names: 
         link = UnixLink.take(address, held, note, names)
         if link.fits:
             return link
-        logger.warning("%s: the inherited socket has another address: its queued frames are lost", link.name)
+        logger.warning("%s: the inherited socket has a different address: its queued frames are lost", link.name)
         link.close()
     return UnixLink.open(address, note, names)

@@ -89,7 +89,10 @@ class Progress:
 
     @property
     def has_room(self) -> bool:
-        """Whether frames may be published. With a new numbering, this side first waits for the other side's report."""
+        """Whether frames may be published.
+
+        After starting a new numbering, this side first waits for the other side's report.
+        """
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:

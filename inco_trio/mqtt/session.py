@@ -62,7 +62,7 @@ _QOS = mqtt5.QoS.AT_LEAST_ONCE
 
 
 def do_nothing() -> None:
-    """Do nothing; the default of callbacks."""
+    """Do nothing. This is the default callback."""
 
 
 class BrokerLostError(UnavailableError):

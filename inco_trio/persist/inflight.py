@@ -24,9 +24,10 @@ import os
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
+from inco_trio.linux.inotify import parse_events
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.memory import check_memory, map_memory, new_memory
-from inco_trio.persist.queue import EventQueue
+from inco_trio.persist.queue import OVERFLOW, EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
@@ -116,7 +117,7 @@ class Inflight:
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """The memory of the history: a page, two tables and a ring (see `persist.followed`)."""
+    """The memory that holds the history: a page, two tables and a ring (see `persist.followed`)."""
     recorder: memoryview
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
@@ -185,6 +186,19 @@ class Inflight:
             at_once=at_once,
             inherited=inherited,
         )
+
+    def forget_watches(self) -> None:
+        """Forget the watches of a lost inotify descriptor: in a new one, the same numbers stand for other files.
+
+        Replace unfinished events of these watches by an overflow, so that each trigger is sent at least once.
+        """
+        first, second = self.events
+        if len(self.queue) or any(parse_events(bank.view) for bank in self.events):
+            first.view[:] = OVERFLOW + first.blank[len(OVERFLOW) :]
+            second.clear(len(second.view))
+            self.queue.clear()
+        for key in self.watches:
+            self.watches[key] = 0
 
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""

@@ -48,6 +48,10 @@ class EventQueue:
         self._ends[1] = 0
         self._ends[0] = 0
 
+    def clear(self) -> None:
+        """Remove all events."""
+        self._begin_again()
+
     def __len__(self) -> int:
         """Return the number of queued bytes."""
         return max(0, self._ends[1] - self._ends[0])

@@ -135,6 +135,8 @@ class Recorder:
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
         self._damaged = False
+        self._has_deleted = False
+        """Whether records were deleted because the table of names was full."""
         before: list[Recorded] = []
         notes: list[Note] = []
         if self._numbers[_MAGIC_AT] == _MAGIC:
@@ -263,6 +265,9 @@ class Recorder:
         self._unused = [index for index in range(NAMES_MAX) if index not in used]
         self._ids = {name: index for index, name in enumerate(self._names) if index in used}
         if not self._unused:
+            if not self._has_deleted:
+                self._has_deleted = True
+                logger.warning("the recorded history has %d signal names: deleting its oldest records", NAMES_MAX)
             newest = slice(-NAMES_MAX // 4, None)  # These records contain far fewer names than the table can hold.
             self._reset(self._kept, [*self.notifications()][newest], [*self.notes()][newest])
 

@@ -142,7 +142,11 @@ class Proxies(Mapping[str, Proxy]):
         try:
             memory = Inflight.open(inherited_fd(whole, "inflight"))
             resources.callback(memory.close)
-            self._shared = SharedInotify(inherited_fd(whole, "inotify"), memory.events[0])
+            held = inherited_fd(whole, "inotify")
+            self._has_new_inotify = held is None
+            if self._has_new_inotify:
+                memory.forget_watches()
+            self._shared = SharedInotify(held, memory.events[0])
             resources.callback(self._shared.inotify.close)
             self._mounts = Mounts()
             resources.callback(self._mounts.close)
@@ -175,6 +179,8 @@ class Proxies(Mapping[str, Proxy]):
                 inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
         except OSError as error:
             raise refusal(error, "shared memory") from error
+        if self._has_new_inotify and inflight.inherited:
+            inflight.forget_watches()
         if self._bundle is not None and not inflight.inherited:
             self._bundle.remove(f"{name}/inflight")  # The stored memory is invalid: the proxy will store new memory.
         share = self._shared.share(inflight)
@@ -351,7 +357,7 @@ class Proxies(Mapping[str, Proxy]):
                     except IncoError as error:
                         self._log_problem(board, error)
                     except Exception as error:
-                        logger.exception("internal error: this is a bug in inco-trio, please report it")
+                        logger.exception("internal error: this is a bug in inco-trio; please report it")
                         board.problem = f"internal error: {error!r}"
                     finally:
                         if board.proxy is not None:

@@ -51,7 +51,7 @@ SHORTLY = 0.2
 """Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
-# attrs builds this class at every proxy start. Omitting slots, repr and eq saves most of the time.
+# attrs builds this class at every proxy start. Without slots, repr and eq, this takes much less time.
 @attrs.define(slots=False, repr=False, eq=False)
 class _Parts:
     counters: Counters
@@ -438,7 +438,10 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     try:
         inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited_fd(inherited, "inotify"))
+        held = inherited_fd(inherited, "inotify")
+        if held is None:
+            inflight.forget_watches()
+        inotify = Inotify(held)
         resources.callback(inotify.close)
         mounts = Mounts()
         resources.callback(mounts.close)

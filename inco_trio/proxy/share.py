@@ -26,6 +26,10 @@ __all__ = ["GENERATION", "Share", "SharedInotify"]
 GENERATION = 1 << 27
 GENERATIONS = 16
 """How many different watch numbers one watch descriptor can have."""
+UNKNOWN = 1 << 40
+"""What `Share.queued` returns while the number of bytes is unknown; more than a board can have queued."""
+NOTHING = ino.pack_event(0, ino.IN_MODIFY)
+"""An event without effect: the kernel numbers watches from 1."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
 """Events that the kernel reports even if a watch does not request them."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
@@ -53,7 +57,8 @@ class SharedInotify:
         self._bank = bank
         self._watches: dict[int, dict[Share, _Watch]] = {}
         self._shares: set[Share] = set()
-        self._held = False
+        self.held = False
+        """Whether `hold` was called, but not `release`."""
         self._released = trio.Event()
 
     def hold(self) -> None:
@@ -61,13 +66,16 @@ class SharedInotify:
 
         Until then, the board of an event is unknown. The events stay in the kernel's queue and in `bank`.
         """
-        self._held = True
+        self.held = True
 
     def release(self) -> None:
         """Read events from now on. Call this once all boards have watched their files."""
-        if self._held:
-            self._held = False
+        if self.held:
+            self.held = False
             self.recover()
+            self.drain()
+            for share in self._shares:
+                share.released()
             self._released.set()
 
     def share(self, inflight: Inflight) -> Share:
@@ -87,12 +95,12 @@ class SharedInotify:
 
     def recover(self) -> None:
         """Move a predecessor's events from `bank` to their boards. Call `share` for all inherited boards first."""
-        if not self._held:
+        if not self.held:
             self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
         """Read the descriptor until cancelled."""
-        if self._held:
+        if self.held:
             await self._released.wait()
         while True:
             while self._pump():
@@ -111,7 +119,7 @@ class SharedInotify:
 
     def _pump(self) -> bool:
         """Read the descriptor once and move the events to their boards. Return whether any events were queued."""
-        length = 0 if self._held else self.inotify.read_into(self._bank.view)
+        length = 0 if self.held else self.inotify.read_into(self._bank.view)
         if length:
             self._move(length)
         return length > 0
@@ -220,6 +228,8 @@ class Share:
         """Numbers of ended watches for which the board has not read IN_IGNORED yet."""
         self._arrived = trio.Event()
         self._waiting = False
+        self._is_unknown = False
+        """Whether `queued` has returned UNKNOWN, and the board has not read all events of that time yet."""
         self.read = 0
         self.finish_alone: Callable[[memoryview, int], bool] | None = None
         """The board's `Outbound.finish_alone`. Calling it directly halves the latency of a single notification."""
@@ -257,12 +267,25 @@ class Share:
 
     @property
     def queued(self) -> int:
+        if self._shared.held:
+            # The board's events are still in the kernel's queue, together with those of other boards.
+            self._is_unknown = True
+            return UNKNOWN
         self._shared.drain()
         return len(self.queue)
+
+    def released(self) -> None:
+        """Make the board read its queue up to this point, if it needs to know when it has done so."""
+        if self._is_unknown:
+            self.queue.append(NOTHING)
+            self.wake()
 
     def read_into(self, buffer: memoryview) -> int:
         length = self.queue.read_into(buffer)
         self.read += length
+        if self._is_unknown and not self._shared.held and not len(self.queue):
+            self._is_unknown = False
+            self.read += UNKNOWN
         return length
 
     def leave(self) -> None:

@@ -78,7 +78,7 @@ class _Walk:
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
         self._symlinks = 0
         self._below: int | None = None
-        """The configured owner, once the path has passed through a directory or symlink that this owner owns."""
+        """The configured owner once a directory or symlink of this owner has been passed; None before."""
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)
@@ -164,12 +164,12 @@ class _Walk:
         if self._below is not None and uid != self._below:
             owner = user_name(self._below)
             what = f"{self._place} belongs to {user_name(uid)}, but {owner} owns an earlier part of the path"
-            raise self._untrusted(what, f"use a path on which {owner} owns every directory below this one")
+            raise self._untrusted(what, f"use a path in which {owner} owns every directory below this one")
         if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
         elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
-            raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
+            raise self._untrusted(what, f"run the proxy as this user, or trust this user with --irq-owner {uid}")
 
     def _check_fuse(self) -> None:
         """Check that no user serves this directory through FUSE.

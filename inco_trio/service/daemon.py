@@ -187,7 +187,8 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self, is_ready: threading.Event) -> None:
-        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Without a thread, skip the diagnosis.
+        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Skip the diagnosis if no thread can
+        # start.
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 

@@ -159,8 +159,8 @@ def _is_journal(fd: int) -> bool:
 def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool:
     """Return whether text lines need timestamps if `--log-timestamps` is `when` (auto, always or never).
 
-    With `auto`, lines on a terminal, in a file or in a pipe have timestamps. Lines for systemd's journal or for an s6
-    service's logger do not, because these add their own timestamps.
+    With `auto`, lines on a terminal, in a file, a pipe or a socket have timestamps. Lines for systemd's journal or for
+    an s6 service's logger do not, because these add their own timestamps.
     """
     if when != "auto":
         return when == "always"
@@ -170,7 +170,9 @@ def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool
         return False
     if _is_journal(fd):
         return False
-    return stat.S_ISREG(mode) or os.isatty(fd) or (stat.S_ISFIFO(mode) and not is_s6_service)
+    if stat.S_ISFIFO(mode):
+        return not is_s6_service
+    return stat.S_ISREG(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
 
 
 def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR, stamped: bool = False) -> None:

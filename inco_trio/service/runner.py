@@ -73,7 +73,7 @@ def run_service(
             raise ResourceError(
                 service.name, f"{refused.strerror}: raise the limit, or end other processes that use this resource"
             ) from error
-        logger.exception("internal error: this is a bug in inco-trio, please report it")
+        logger.exception("internal error: this is a bug in inco-trio; please report it")
         return os.EX_SOFTWARE
     return 0
 
@@ -160,7 +160,7 @@ class Runner:
                 self._service.log_statistics()
 
     async def follow_reloads(self) -> None:
-        """Once the service is ready, reload the configuration at each SIGHUP and for `reload`, one reload at a time."""
+        """Once the service is ready, reload the configuration on SIGHUP and for `reload` requests, one at a time."""
         await self._is_ready.wait()
         async for _ in self._hang_ups:
             waiting, self._waiting = self._waiting, []

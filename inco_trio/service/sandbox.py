@@ -39,7 +39,9 @@ def enter_sandbox(
         logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without it", error.strerror)
     name = seccomp.machine()
     if name is None:
-        logger.warning("sandbox: cannot filter system calls (unknown machine): continuing without it")
+        logger.warning(
+            "sandbox: cannot filter system calls (unknown processor architecture): continuing without the filter"
+        )
         return
     families = [socket.AF_UNIX, socket.AF_NETLINK]
     if grows or any(isinstance(config.address, InterfaceAddress) for config in configs):

@@ -20,6 +20,7 @@ MakeBoard = Callable[..., "Board"]
 MARKER = "inco_trio(config=None, signals=None, link='unix'): configure the board of this test, see inco_trio.testing"
 MISSING = "inco_trio_missing"
 RECORDING = "inco-trio.pcapng"
+HINT = "what the counters mean: https://github.com/inco-trio/inco-trio/blob/main/docs/testing.md#a-failed-test"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -154,7 +155,10 @@ def _refusing(item: pytest.Item) -> Iterator[None]:
             raise
         missing = error
     if missing is not None:
-        _refuse(item.config, missing)
+        try:
+            _refuse(item.config, missing)
+        except (pytest.fail.Exception, pytest.skip.Exception) as refusal:
+            raise refusal from None  # pluggy is handling `missing`, so pytest would print both errors.
 
 
 @pytest.hookimpl(wrapper=True)
@@ -166,5 +170,5 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
             with contextlib.suppress(Exception):  # An error in the report must not hide why the test failed.
                 text = each.report
                 each.record(recording)
-                report.sections.append((f"inco-trio {each.directory.name}", f"{text}\nrecorded in {recording}"))
+                report.sections.append((f"inco-trio {each.directory.name}", f"{text}\nrecorded in {recording}\n{HINT}"))
     return report

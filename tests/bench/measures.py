@@ -94,7 +94,7 @@ class Size:
 
 
 FULL = Size(10, 3, 3000, 20_000, 1.0, 10.0, 10.0, 1_000_000, 3.0, 2.0)
-SMOKE = Size(1, 1, 50, 2000, 0.1, 0.2, 0.2, 8000, 0.2, 0.1, (3, 30), (1, 2), 8, 2, (500, 5000))
+SMOKE = Size(1, 1, 50, 500, 0.1, 0.2, 0.2, 8000, 0.2, 0.1, (3, 30), (1, 2), 8, 2, (500, 5000))
 
 
 @attrs.frozen
@@ -143,7 +143,7 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Return a row with a goal that compares inco-trio with the floor, and rows without goals for the rivals."""
+        """Return a row for the floor, which has a goal, and a row without a goal for each rival."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 

@@ -70,7 +70,7 @@ class _Witness(Recorder):
         except BlockingIOError:
             return
         except OSError as error:
-            # The kernel reports once that the link went down.
+            # The kernel reports only once that the link went down.
             if error.errno != errno.ENETDOWN:
                 raise
 

@@ -101,7 +101,7 @@ class World:
         return True
 
     def _trigger(self) -> None:
-        """Write to the trigger files in turn, about 100 times per second: the kernel would merge identical events."""
+        """Write about 100 times per second. Alternate between the files: the kernel would merge identical events."""
         for number in range(sys.maxsize):
             name = TRIGGERS[number % len(TRIGGERS)]
             if self._calm.wait(0.01):

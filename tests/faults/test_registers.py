@@ -12,7 +12,8 @@ from tests.test_registers_machine import SharedWalk, Walk, walk
 @pytest.mark.parametrize("machine", [Walk, SharedWalk])
 def test_a_long_random_walk_loses_nothing(machine: type[Walk]) -> None:
     if environment_form() == "short":
-        walk(steps=5000, walks=50, machine=machine)
+        # These walks are three times as long as those of the unit tests.
+        walk(steps=2500, walks=20, machine=machine)
     else:
         # Ask for more than 100,000 steps, because some walks end early.
         walk(steps=120_000, walks=1200, machine=machine)
@@ -20,6 +21,6 @@ def test_a_long_random_walk_loses_nothing(machine: type[Walk]) -> None:
 
 def test_a_long_calm_walk_reports_each_notification_once() -> None:
     if environment_form() == "short":
-        calm(steps=3000, walks=75)
+        calm(steps=1500, walks=10)
     else:
         calm(steps=120_000, walks=3000)

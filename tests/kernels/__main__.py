@@ -123,7 +123,7 @@ def build_tree(name: str, system: System) -> Path:
 
 
 def install(tree: Path) -> None:
-    """Install the wheel, its dependencies, pytest and the checks in the system."""
+    """Install the wheel, its dependencies, pytest and the checks on the system."""
     python = (tree / "usr/bin/python3").readlink().name
     shutil.rmtree(tree / "opt", ignore_errors=True)
     project, environment = tree / "opt/project", tree / "opt/inco-trio"

@@ -1,0 +1,126 @@
+"""Tests that SECURITY.md contains the limits of the package, with their values."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LISTED = {
+    "capture.pcapng.BLOCK_MAX": "block of a recording",
+    "config.HISTORY_MAX": "notifications in the flight recorder",
+    "config.UDRV_SIZE_MAX": "udrv.json",
+    "control.answering.HISTORY_SECONDS": "`history` requests of other users",
+    "control.answering.SEND_MAX": "one `send` request",
+    "control.feed.HISTORIES_MAX": "`history` requests of other users",
+    "control.monitors.AHEAD": "notifications that a follower has not acknowledged",
+    "control.monitors.WAITING_MAX": "events that a monitor has not read",
+    "control.protocol.LINE_MAX": "line of a client",
+    "control.protocol.REPLY_MAX": "line from a proxy, as clients accept it",
+    "control.answering.PART": "answer that a client does not read",
+    "control.server.CLIENTS_MAX": "connections to the control socket",
+    "control.server.RESERVED": "connections to the control socket",
+    "control.server.USER_MAX": "connections to the control socket",
+    "frame.FRAME_MAX": "frame",
+    "frame.NAME_MAX": "frame",
+    "links.name_filter.SAMPLE": "unknown and malformed frames on an interface",
+    "links.packet.RECEIVE_BUFFER": "frames in the receive queue",
+    "metrics.http_server.CONNECTIONS_MAX": "connections to the exporter",
+    "metrics.http_server.REQUEST_MAX": "connections to the exporter",
+    "metrics.http_server.REQUEST_PATIENCE": "connections to the exporter",
+    "mqtt.bridge_progress.BOOTS_MAX": "numberings of frames that a bridge remembers",
+    "mqtt.gateway.REQUESTS_MAX": "requests of MQTT clients",
+    "mqtt.gateway.REQUEST_MAX": "requests of MQTT clients",
+    "mqtt.session.PACKET_MAX": "messages of a broker to a bridge",
+    "mqtt.session.RECEIVE_MAX": "messages of a broker to a bridge",
+    "persist.followed.KEPT": "notifications that a follower has not acknowledged",
+    "persist.recorder.KEPT": "notifications in the flight recorder",
+    "persist.recorder.KEPT_MAX": "notifications in the flight recorder",
+    "persist.recorder.NAMES_MAX": "names of signals in the flight recorder",
+    "proxy.flood.FLOOD": "unknown and malformed frames on an interface",
+    "proxy.inbound.DRAINED_MAX": "frames in the queue of a link that is replaced",
+    "service.throttle.CAUSES_MAX": "log lines of one board, except those of notifications with `-v`",
+    "service.throttle.LINES_MAX": "log lines of one board, except those of notifications with `-v`",
+    "validation.REPORTED_MAX": "other configuration files",
+    "validation.SIZE_MAX": "other configuration files",
+}
+"""The row of the table for each limit that others can reach."""
+OTHERS = {
+    "capture.pcapng.OPTION_MAX": "the file format cuts longer texts",
+    "capture.picture.MARKS_MAX": "a picture shows this number of marks",
+    "capture.picture.TICKS_MAX": "a picture shows this number of ticks",
+    "capture.recording.COUNT_MAX": "a larger count in a recording is invalid",
+    "capture.summary.TIME_MAX": "a later time in a recording is invalid",
+    "cli.options.DIGITS_MAX": "a value of an option",
+    "cli.options.HISTORY_MAX": "a value of an option",
+    "cli.send.SLEEP_MAX": "an interval between two looks at the clock",
+    "control.follower.POSITIONS_MAX": "our own request",
+    "links.address.INTERFACE_MAX": "the kernel's limit",
+    "links.address.LABEL_MAX": "our own log lines",
+    "links.unix.PEEKED_MAX": "the bridge reads further frames later",
+    "links.unix.SENDERS_MAX": "a cache: further senders are checked for each datagram",
+    "linux.bpf.INSTRUCTIONS_MAX": "the kernel's limit",
+    "linux.files.FILE_NAME_MAX": "the kernel's limit",
+    "linux.files._SYMLINKS_MAX": "the kernel's limit",
+    "linux.sockets.SOCKET_PATH_MAX": "the kernel's limit",
+    "mqtt.bridge_codec.NUMBER_MAX": "a larger number in a message is invalid",
+    "mqtt.configuration.SECRET_MAX": "a value of the configuration: MQTT allows no longer password",
+    "mqtt.configuration.STATUS_SECONDS_MAX": "a value of the configuration",
+    "mqtt.session.INFLIGHT_MAX": "our own messages",
+    "mqtt.session._PUBLISH_PACKET_MAX": "the limit of MQTT",
+    "persist.fdstore._FD_MAX": "a larger number is invalid",
+    "persist.followed.NUMBER_MAX": "a larger number in stored memory is invalid",
+    "persist.inflight.PENDING_MAX": "a larger number in stored memory is invalid",
+    "persist.inflight.SEQUENCE_MAX": "a larger number in stored memory is invalid",
+    "persist.inflight.WATCH_MAX": "a larger number in stored memory is invalid",
+    "persist.queue.POSITION_MAX": "a larger number in stored memory is invalid",
+    "persist.recorder.COUNT_MAX": "one record; further notifications are in the next record",
+    "proxy.fleet.PAUSE_MAX": "a pause between attempts",
+    "registers.trust.SYMLINKS_MAX": "the kernel's limit",
+    "testing.carriers._FDS_MAX": "the test bench",
+    "validation.NUMBER_MAX": "a larger number in a file is invalid",
+    "validation.SHOWN_MAX": "a message cuts longer values",
+    "validation.TIME_MAX": "a later time in a file is invalid",
+}
+"""Why other constants are not in the table."""
+
+
+def limits() -> Iterator[str]:
+    """Yield the module and the name of each constant that is called a maximum."""
+    for path in sorted((ROOT / "inco_trio").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT / "inco_trio").with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else ()
+            yield from (
+                f"{module}.{each.id}" for each in targets if isinstance(each, ast.Name) and each.id.endswith("_MAX")
+            )
+
+
+def rows() -> dict[str, str]:
+    """Return the text of each row of the table, keyed by its first cell."""
+    section = (ROOT / "SECURITY.md").read_text().partition("## Limits\n")[2]
+    cells = [line.strip("| ").split(" | ", 1) for line in section.splitlines() if line.startswith("| ")]
+    return {cell[0]: cell[1] for cell in cells}
+
+
+def shown(value: float) -> list[str]:
+    """Return the texts that the table may use for a number."""
+    number = int(value)
+    return [f"{number:,}", f"{number >> 20} MiB", f"{number >> 10} KiB"][: 1 + 2 * (not number % 1024)]
+
+
+def test_each_maximum_is_in_the_table_or_has_a_reason() -> None:
+    assert {*limits()} - {*LISTED} == {*OTHERS}
+
+
+@pytest.mark.parametrize("limit", LISTED)
+def test_the_table_has_the_value_of_each_limit(limit: str) -> None:
+    module, _, name = limit.rpartition(".")
+    value = getattr(importlib.import_module(f"inco_trio.{module}"), name)
+    words = rows()[LISTED[limit]].replace(";", " ").replace(",  ", " ").split()
+    texts = " ".join(word.strip("(),:") for word in words)
+    assert any(f" {text} " in f" {texts} " for text in shown(value)), (value, rows()[LISTED[limit]])
