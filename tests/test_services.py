@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -197,18 +198,24 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
     assert level.returncode == 0, level.stdout[-2000:]
 
 
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Yield a private directory. Do not use pytest's directories: another run of pytest may change their modes."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.netns
-def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    config, directory = tmp_path / "udrv.json", tmp_path / "irq"
+def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(home: Path) -> None:
+    config, directory = home / "udrv.json", home / "irq"
     config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(directory)}}}))
     command = f"install -d -o daemon -g {pwd.getpwnam('daemon').pw_gid} {directory}"
-    remedy = "change its mode, or move it to a public directory"
-    read = f"{config}: the user daemon may not read it, so the service cannot start: {remedy}"
+    remedy = "change its mode, or move it to a public directory, such as /etc"
+    read = f"{config}: the user daemon may not read it or enter {home}, so the service cannot start: {remedy}"
     create = f"{directory}: the user daemon may not create it: run as root at each boot: {command}"
     words = ["--user", "daemon", "--config", str(config)]
     written = subprocess.run(
-        [*COMMAND, "service", "s6", str(tmp_path / "scan"), *words], capture_output=True, text=True, check=True
+        [*COMMAND, "service", "s6", str(home / "scan"), *words], capture_output=True, text=True, check=True
     )
     assert f"\nwarning: {read}\n" in written.stdout
     assert f"\nwarning: {create}\n" in written.stdout
@@ -225,3 +232,38 @@ def test_a_service_whose_user_may_not_use_its_paths_is_warned_about(tmp_path: Pa
     assert list(access_warnings(service, "daemon", "/bin/sh", check_directories=False)) == found[:1]
     assert list(access_warnings(service, "root", sys.executable)) == []
     assert list(access_warnings(service, "no-such-user", sys.executable)) == []
+
+
+@pytest.mark.netns
+def test_registers_that_the_user_of_a_service_may_not_use_are_warned_about(home: Path) -> None:
+    home.chmod(0o755)
+    config, irq = home / "udrv.json", home / "irq"
+    config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(irq)}}}))
+    irq.mkdir()
+    daemon = pwd.getpwnam("daemon")
+    os.chown(irq, daemon.pw_uid, daemon.pw_gid)
+    state, trigger, fine = (irq / f"message_{number}" for number in ("5_state", "6_trig", "4_state"))
+    for path in (state, trigger, fine):
+        path.touch(0o600)
+    os.chown(fine, daemon.pw_uid, daemon.pw_gid)
+    service = link_service("x", config)
+    assert list(access_warnings(service, "daemon", "/bin/sh")) == [
+        f"warning: {state}: the user daemon may not write to it: run as root: chown daemon: {state}",
+        f"warning: {trigger}: the user daemon may not read it: run as root: chown daemon: {trigger}",
+    ]
+    state.chmod(0o606)
+    trigger.chmod(0o604)
+    assert list(access_warnings(service, "daemon", "/bin/sh")) == []
+
+
+@pytest.mark.netns
+def test_an_interpreter_behind_a_symlink_into_a_private_directory_is_warned_about(home: Path) -> None:
+    home.chmod(0o755)
+    closed, program = home / "private", home / "python3"
+    closed.mkdir(0o700)
+    (closed / "python3").touch(0o755)
+    program.symlink_to(closed / "python3")
+    [warning] = access_warnings(link_service("x", home / "missing.json"), "daemon", str(program))
+    reason = f"the user daemon may not read it or enter {closed}, so the service cannot start"
+    remedy = "write the service with an inco-trio that is installed in /opt/inco-trio"
+    assert warning == f"warning: {program}: {reason}: {remedy}"

@@ -8,7 +8,7 @@ import pwd
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from inco_trio.board_files import read_boards
 from inco_trio.config import Config, read_board, read_udrv
 from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.signals import Direction, Signal
 
 __all__ = [
     "PREFIX",
@@ -98,8 +99,8 @@ class Service:
     """The known files and directories that the service uses."""
     reads: tuple[Path, ...] = ()
     """The configuration files and directories that the user of the service must be able to read."""
-    irq_directories: tuple[Path, ...] = ()
-    """The IRQ directories, which the user of the service must be able to write to or create."""
+    signals: tuple[Signal, ...] = ()
+    """The known signals. The user of the service must be able to use their registers and IRQ directories."""
 
     @property
     def is_client(self) -> bool:
@@ -127,12 +128,12 @@ def link_service(link: str, config: Path) -> Service:
     config = config.absolute()
     words = ("run", link, "--config", str(config), "--wait-link")
     of, label = f"inter-core interrupts on {link}", _label(link)
-    directories: tuple[Path, ...] = ()
+    signals: tuple[Signal, ...] = ()
     warnings = _warnings(lambda: read_udrv(config))
     with contextlib.suppress(IncoError):
-        directories = tuple(dict.fromkeys(signal.directory for signal in read_board(config).signals))
-    paths = (config, *directories)
-    service = Service(label, of, words, warnings, paths=paths, reads=(config,), irq_directories=directories)
+        signals = read_board(config).signals
+    paths = (config, *dict.fromkeys(signal.directory for signal in signals))
+    service = Service(label, of, words, warnings, paths=paths, reads=(config,), signals=signals)
     address = parse_address(link)
     if isinstance(address, UnixAddress):
         sockets = (Path(address.local), Path(address.peer))
@@ -146,12 +147,12 @@ def boards_service(directory: Path, label: str) -> Service:
     words = ("run", "--boards", str(directory))
     of = f"inter-core interrupts of the boards in {directory}"
     paths, namespaces = [directory], "yes"
-    directories: list[Path] = []
+    signals: list[Signal] = []
     warnings = _warnings(lambda: os.scandir(directory).close())
     with contextlib.suppress(IncoError):
         configs = read_boards(directory).configs.values()
         paths += [path for config in configs for path in _paths_of(config)]
-        directories += dict.fromkeys(signal.directory for config in configs for signal in config.signals)
+        signals += [signal for config in configs for signal in config.signals]
         if any(config.netns is not None for config in configs):
             namespaces = "net"
     return Service(
@@ -164,7 +165,7 @@ def boards_service(directory: Path, label: str) -> Service:
         namespaces,
         tuple(paths),
         reads=(directory,),
-        irq_directories=tuple(directories),
+        signals=tuple(signals),
     )
 
 
@@ -195,7 +196,7 @@ def account_of(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(user)
     except (KeyError, ValueError):  # ValueError: the name contains a NUL or another invalid character
-        remedy = "create it with `useradd --system`, or choose --user root"
+        remedy = f"create it with `useradd --system --user-group {shlex.quote(user)}`, or choose --user root"
         raise InvalidArgumentError(f"--user {user}: no such user ({remedy})") from None
 
 
@@ -204,7 +205,7 @@ def access_warnings(
 ) -> Iterator[str]:
     """Yield a warning for each path that the service needs but `user` is not permitted to use. Requires root.
 
-    Do not check the IRQ directories if `check_directories` is false, because another user owns them.
+    Do not check the IRQ directories and registers if `check_directories` is false, because another user owns them.
     """
     if user in (None, "root") or os.geteuid() != 0:
         return
@@ -212,11 +213,17 @@ def access_warnings(
         account = pwd.getpwnam(user)
     except (KeyError, ValueError):
         return  # A unit may be written before its user is created.
-    for path in (*service.reads, Path(program)):
+    remedies = dict.fromkeys(service.reads, "change its mode, or move it to a public directory, such as /etc")
+    remedies[Path(program)] = "write the service with an inco-trio that is installed in /opt/inco-trio"
+    for path, remedy in remedies.items():
         if path.exists() and not _may(account, "-r", path):
-            remedy = "change its mode, or move it to a public directory"
-            yield f"warning: {path}: the user {user} may not read it, so the service cannot start: {remedy}"
-    for path in service.irq_directories if check_directories else ():
+            above = (*reversed(path.parents), *reversed(path.resolve().parents))
+            closed = next((f" or enter {parent}" for parent in above if not _may(account, "-x", parent)), "")
+            yield f"warning: {path}: the user {user} may not read it{closed}, so the service cannot start: {remedy}"
+    directories: dict[Path, list[Signal]] = {}
+    for signal in service.signals if check_directories else ():
+        directories.setdefault(signal.directory, []).append(signal)
+    for path, signals in directories.items():
         command = f"install -d -o {user} -g {account.pw_gid} {shlex.quote(str(path))}"
         if not path.exists():
             parent = next(parent for parent in path.parents if parent.exists())
@@ -224,6 +231,19 @@ def access_warnings(
                 yield f"warning: {path}: the user {user} may not create it: run as root at each boot: {command}"
         elif not _may(account, "-w", path):
             yield f"warning: {path}: the user {user} may not write to it: run as root: {command}"
+        else:
+            yield from _register_warnings(signals, account)
+
+
+def _register_warnings(signals: Iterable[Signal], account: pwd.struct_passwd) -> Iterator[str]:
+    """Yield a warning for each existing register that a user may not use, for example after a trial as root."""
+    for signal in signals:
+        test, verb = ("-r", "read") if signal.direction is Direction.OUTBOUND else ("-w", "write to")
+        with contextlib.suppress(OSError):  # The proxy creates a missing file.
+            # Run test(1) only for the files of other users, because a service may have thousands of files.
+            if signal.path.stat().st_uid != account.pw_uid and not _may(account, test, signal.path):
+                command = f"chown {account.pw_name}: {shlex.quote(str(signal.path))}"
+                yield f"warning: {signal.path}: the user {account.pw_name} may not {verb} it: run as root: {command}"
 
 
 def _may(account: pwd.struct_passwd, test: str, path: Path) -> bool:
