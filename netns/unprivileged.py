@@ -37,6 +37,11 @@ def _closed_to_others(path: Path) -> Path | None:
     return next((part for part in reversed(path.parents) if not part.stat().st_mode & 0o001), None)
 
 
+def _of_pytest(path: Path) -> Path | None:
+    """Return the directory above `path` that every start of pytest closes to other users, whatever its mode is now."""
+    return next((part for part in path.parents if part.name.startswith("pytest-of-")), None)
+
+
 def uncover(paths: list[Path], *, private: Path | None = None) -> None:
     """Make all `paths` accessible to every user, but only in this process and its children.
 
@@ -54,6 +59,8 @@ def uncover(paths: list[Path], *, private: Path | None = None) -> None:
 
     if private is not None:
         cover(private, "1777")
+    for above in {above for path in paths if (above := _of_pytest(path))}:
+        cover(above, "755")
     while closed := {path: above for path in paths if (above := _closed_to_others(path))}:
         cover(min(closed.values()), "755")
 

@@ -53,7 +53,9 @@ PART = re.compile(
     r"|^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-ENDING = "trap 'set +e; for job in $(jobs -p); do kill $job; wait $job; done' EXIT"
+# s6-svscan never ends if SIGTERM arrives while a command of `s6-svscanctl -an` waits in its FIFO. So send `-t` first.
+ENDING = """trap 'set +e; [ ! -d /run/service ] || s6-svscanctl -t /run/service
+for job in $(jobs -p); do kill $job; wait $job; done' EXIT"""
 
 
 @attrs.frozen
