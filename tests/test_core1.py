@@ -17,7 +17,7 @@ from inco_trio.simulation.guest import tap_netdev
 from inco_trio.simulation.world import two_cores
 from tests.core1 import SCENARIOS, Board, Scenario
 
-pytestmark = [pytest.mark.qemu, pytest.mark.s6, pytest.mark.netns, pytest.mark.usefixtures("unmeasured")]
+pytestmark = [pytest.mark.qemu, pytest.mark.s6, pytest.mark.netns]
 
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 

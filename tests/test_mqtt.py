@@ -21,7 +21,7 @@ from tests.mosquitto import Gateway, Reader
 from tests.support_control import FRAME, Board
 from tests.support_mqtt import Bench
 
-pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.tools
 
 PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
 

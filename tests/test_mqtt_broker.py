@@ -25,7 +25,7 @@ from tests.support_control import FRAME
 from tests.support_mqtt import Bench, Relay, check_order
 from tests.support_proxy import write_udrv
 
-pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.tools
 
 SIGNALS = [f"s{number}" for number in range(10)]
 

@@ -41,7 +41,7 @@ from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, MAC
 from tests.support_proxy import write_udrv
 
-pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.tools
 
 TOPICS = ("frames", "written", "status")
 

@@ -17,8 +17,6 @@ from netns.fixtures import StartProxy
 from netns.hang import HANG
 from tests.support_proxy import trigger, write_udrv
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 SAMPLE = str(Path(__file__).parent / "data" / "udrv.json")
 RUN = [sys.executable, "-m", "inco_trio"]
 LOGGED = re.compile(rb"([-0-9]+ [:.0-9]+ )?inco-trio: info: ")
