@@ -198,3 +198,16 @@ def test_what_the_broker_restricts_is_reported(caplog: pytest.LogCaptureFixture)
     gateway._check_limits(Board("b1"), Limits("id", False, 86_400, 30, 20, None, 2, True, 0, True, True))
     gateway._check_limits(Board("b2"), Limits("id", False, 60, 30, 20, None, 2, True, 0, True, True))
     assert caplog.text == ""
+
+
+def test_a_session_that_the_broker_discards_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway(BROKER, GatewayConfig(send={"b1": ["s1"]}))
+    discarded, continued = (
+        Limits("id", is_present, 86_400, 30, 20, None, 2, True, 0, True, True) for is_present in (False, True)
+    )
+    gateway._check_limits(Board("b1"), discarded)
+    gateway._check_limits(Board("b1"), continued, had_session=True)
+    gateway._check_limits(Board("b2"), discarded, had_session=True)  # No client may send a signal of this board.
+    assert caplog.text == ""
+    gateway._check_limits(Board("b1"), discarded, had_session=True)
+    assert "the broker discarded the gateway's session: queued requests may be lost" in caplog.text

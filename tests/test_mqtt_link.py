@@ -36,9 +36,11 @@ from inco_trio.persist.fdstore import NoFdStore
 from netns.fixtures import Consumer, Proxy
 from netns.hang import HANG
 from tests.core1 import Here
+from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, MAC
+from tests.support_mqtt import Relay
 from tests.support_proxy import write_udrv
 
 pytestmark = pytest.mark.tools
@@ -91,12 +93,12 @@ class Bench:
         for core in self.cores:
             stack.callback(core.close)
 
-    def words(self, end: int) -> list[str]:
+    def words(self, end: int, url: str | None = None) -> list[str]:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
-        return ["mqtt-link", f"{self.broker.url}/wire", link, "--end", f"core{end}"]
+        return ["mqtt-link", f"{url or self.broker.url}/wire", link, "--end", f"core{end}"]
 
-    def bridge(self, end: int) -> Gateway:
-        bridge = Gateway(self.home / f"wire{end}.log", *self.words(end))
+    def bridge(self, end: int, url: str | None = None) -> Gateway:
+        bridge = Gateway(self.home / f"wire{end}.log", *self.words(end, url))
         self.stack.callback(bridge.close)
         bridge.wait_ready()
         return bridge
@@ -190,10 +192,14 @@ def test_the_longest_frame_fits_into_the_packets_that_the_bridge_asks_for(tmp_pa
         assert "the longest frames need" not in bridges[0].log
 
 
-def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
+def unopened_bridge(directory: Path) -> Bridge:
+    address = parse_address(f"unix:{directory}/wire,peer={directory}/core")
     assert isinstance(address, UnixAddress)
-    bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
+    return Bridge(parse_broker("mqtt://127.0.0.1/lab"), ("core0", "core1"), address, NoFdStore())
+
+
+def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bridge = unopened_bridge(tmp_path)
     limits = Limits("id", False, 60, 30, 20, None, 2, False, 0, True, True)
     bridge._check_limits(limits)
     assert "keeps frames only for 60 s while a side is offline" in caplog.text
@@ -243,9 +249,7 @@ class EchoingConnection:
 def test_only_a_process_that_connects_again_is_another_process(
     tmp_path: Path, before: list[int], after: list[int], topic: str, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
-    assert isinstance(address, UnixAddress)
-    bridge = Bridge(parse_broker("mqtt://127.0.0.1/lab"), ("core0", "core1"), address, NoFdStore())
+    bridge = unopened_bridge(tmp_path)
     statuses = ([encode_status("online", "z", number) for number in numbers] for numbers in (before, after))
     connection: Any = EchoingConnection(topic, *statuses)
 
@@ -439,6 +443,146 @@ def test_a_gap_is_counted_and_logged(bench: Bench) -> None:
         assert bench.cores[0].receive() == frame(first)
     bridge.wait_log("lost 3 frames of core1 that the broker had acknowledged")
     assert counters(bridge)["missed"] == 3
+
+
+def restart_broker_without_sessions(bench: Bench, bridges: tuple[Gateway, Gateway], reader: Reader) -> None:
+    """Restart the broker, which forgets all sessions, while both sides are stopped. Continue core 0's side."""
+    for bridge in bridges:
+        wait_stopped(bridge.process.pid)
+    bench.broker.end(signal.SIGKILL)
+    bench.broker.start()
+    reader.settle()  # The reader has subscribed again.
+    reader.messages.queue.clear()
+    bridges[0].process.send_signal(signal.SIGCONT)
+
+
+def test_a_loss_is_counted_before_the_other_side_has_written_a_frame(bench: Bench) -> None:
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    relay = Relay(bench.broker, bench.stack)
+    bridges = bench.bridge(0), bench.bridge(1, relay.url)
+    reader.next(lambda told: told.topic == "lab/wire/core1/written")
+    wait_stopped(bridges[1].process.pid)
+    relay.cut()
+    reader.next(lambda told: told.topic == "lab/wire/core1/status" and told.body["state"] == "offline")
+    for number in range(3):
+        bench.cores[0].send(frame(number))
+    assert counters(bridges[0], 3)["published"] == 3
+    restart_broker_without_sessions(bench, bridges, reader)
+    bridges[1].process.send_signal(signal.SIGCONT)
+    bridges[1].wait_log("lost 3 frames of core0 that the broker had acknowledged")
+    bench.cores[0].send(LAST)
+    assert bench.cores[1].receive() == LAST
+    assert counters(bridges[1])["missed"] == 3
+
+
+def test_frames_wait_for_the_other_side_after_the_broker_has_discarded_the_sessions(bench: Bench) -> None:
+    """Because the test has subscribed, the broker acknowledges frames before core 1's side has subscribed again."""
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    bridges = bench.joined()
+    bench.cores[0].send(frame(0))
+    assert bench.cores[1].receive() == frame(0)
+    restart_broker_without_sessions(bench, bridges, reader)
+    for number in range(1, 4):
+        bench.cores[0].send(frame(number))
+    reader.next(lambda told: told.topic == "lab/wire/core0/frames")
+    bridges[1].process.send_signal(signal.SIGCONT)
+    assert [bench.cores[1].receive() for _ in range(3)] == [frame(number) for number in range(1, 4)]
+    assert counters(bridges[1])["missed"] == 0
+
+
+@pytest.mark.parametrize("is_online", [True, False])
+def test_a_request_for_a_report_is_repeated(tmp_path: Path, is_online: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A broker may drop a request although it acknowledges it, for example because of an ACL."""
+    bridge = unopened_bridge(tmp_path)
+    memory = Memory.open(None)
+    bridge._progress = Progress(memory.numbers)
+    bridge._progress.number(1)
+    bridge._other_is_online = is_online
+    requests: list[float] = []
+
+    class DroppingConnection:
+        async def publish(self, messages: list[Message], **_: object) -> list[None]:
+            requests.append(trio.current_time())
+            if len(requests) == 4:
+                bridge._progress.reported(1)
+                bridge._reported.set()
+            return [None] * len(messages)
+
+    async def main() -> None:
+        start = trio.current_time()
+        await bridge._await_room(DroppingConnection())  # type: ignore[arg-type]
+        assert [round(request - start) for request in requests] == [0, 10, 30, 70]
+
+    caplog.set_level("INFO")
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    memory.close()
+    warned = [line for line in caplog.messages if "core1 is online, but has not confirmed the last frames" in line]
+    assert len(warned) == is_online
+    assert ("works again" in caplog.text) is is_online
+
+
+def test_each_online_status_repeats_the_request_for_a_report(tmp_path: Path) -> None:
+    """A broker that restarts without sessions publishes no `offline` status in between."""
+    bridge = unopened_bridge(tmp_path)
+    bridge._take_status(True)
+    bridge._reported = trio.Event()
+    bridge._take_status(True)
+    assert bridge._reported.is_set()
+
+
+def test_a_report_may_include_frames_that_the_broker_has_not_acknowledged() -> None:
+    """A broken connection can lose an acknowledgement of frames that the other side has written."""
+    memory = Memory.open(None)
+    progress = Progress(memory.numbers)
+    progress.number(1)
+    progress.reported(progress.following + 5)
+    for _ in range(WINDOW):
+        assert progress.has_room
+        progress.taken()
+    assert not progress.has_room
+    memory.close()
+
+
+@pytest.mark.parametrize("is_inherited", [False, True])
+def test_a_process_with_stored_numbers_reports_a_discarded_session(
+    tmp_path: Path, is_inherited: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge = unopened_bridge(tmp_path)
+    memory = Memory.open(None)
+    if is_inherited:
+        Progress(memory.numbers).wrote(bytes(8), 1)
+    bridge._progress = Progress(memory.numbers)
+    bridge._start_session()
+    assert ("discarded the session of this side: queued messages may be lost" in caplog.text) is is_inherited
+    memory.close()
+
+
+def test_retained_frames_and_reports_are_dropped(bench: Bench) -> None:
+    """A new subscription receives retained messages, so each start would write the frames again."""
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    reader.publish("lab/wire/core1/frames", Batch(bytes(8), 1, [frame(1)]).encode(), retain=True)
+    reader.publish("lab/wire/core1/written", b'{"boot": "00", "number": 1}', retain=True)
+    bridge, _ = bench.joined()
+    bench.cores[1].send(frame(2))
+    assert bench.cores[0].receive() == frame(2)
+    assert counters(bridge)["malformed"] == 2
+    assert "dropped a retained message, which no bridge publishes (counted as malformed): delete it" in bridge.log
+
+
+def test_messages_that_come_back_are_dropped(bench: Bench) -> None:
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    bridge, _ = bench.joined()
+    bench.cores[0].send(frame(1))
+    own = reader.next(lambda told: told.topic == "lab/wire/core0/frames" and told.payload.endswith(frame(1)))
+    reader.publish("lab/wire/core1/frames", own.payload)
+    bridge.wait_log("dropped a message that this side has published (counted as malformed)")
+    bench.cores[1].send(frame(2))
+    assert bench.cores[0].receive() == frame(2)
+    assert counters(bridge)["malformed"] == 1
 
 
 def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,6 +63,11 @@ SESSION = 86_400
 """Seconds for which the broker queues messages for a side that is offline."""
 AGAIN = 2.0
 """Seconds until the next attempt to publish a message that the broker refused or that had no subscriber."""
+REPORT_PATIENCE, REPORT_PAUSE = 10.0, 3600.0
+"""Shortest and longest time in seconds until the next request for a report, if the other side has not sent one.
+
+The pauses double, so the broker queues fewer than 40 requests in a day for a side that is offline.
+"""
 SUSPICION = 60.0
 """Maximum time in seconds between two status messages that prove that another process is running on this side."""
 
@@ -79,7 +84,7 @@ class Counts:
     missed: int = 0
     """Frames from the other side that the broker acknowledged but never delivered."""
     malformed: int = 0
-    """Messages that are not from a bridge, and datagrams from the local core that are not frames."""
+    """Messages that no bridge published to this side, and datagrams from the local core that are not frames."""
     too_large: int = 0
     """Frames dropped because they are larger than the broker's Maximum Packet Size."""
 
@@ -184,9 +189,8 @@ class Bridge:
                     backoff.connected()
                     self._problems.well("broker", self._broker)
                     logger.info("%s: connected as %s", self._broker, self._end)
-                    if self._announced and not connection.session_present:
-                        what = "discarded the session of this side: queued messages may be lost"
-                        logger.warning("%s: %s", self._broker, what)
+                    if not connection.session_present:
+                        self._start_session()
                     self._check_limits(connection.limits)
                     await self._exchange(connection)
             except SessionTakenError:
@@ -196,6 +200,15 @@ class Bridge:
                 self._problems.failed("broker", f"{error.reason}; frames are queued; retrying", self._broker)
                 pause = backoff.lost(error)
             await trio.sleep(pause)
+
+    def _start_session(self) -> None:
+        """Handle a connection that does not continue an earlier session of this side."""
+        if self._announced or self._progress.is_inherited:
+            what = "discarded the session of this side: queued messages may be lost"
+            logger.warning("%s: %s", self._broker, what)
+        # The broker may also have discarded the session of the other side. It would then drop frames until the other
+        # side has connected, and would still acknowledge them if another client has subscribed to the topic.
+        self._progress.await_report()
 
     def _check_limits(self, limits: Limits) -> None:
         """Report which of the broker's limits are too low for the bridge."""
@@ -237,11 +250,18 @@ class Bridge:
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
         """Handle received messages. Pass frames on to `entry`, so that reports do not wait for slow writes."""
         async for received in connection.received:
-            if received.topic == self._topic(self._other, "frames"):
+            is_frames = received.topic == self._topic(self._other, "frames")
+            is_report = received.topic == self._topic(self._other, "written")
+            if received.retain and (is_frames or is_report):
+                # Another program has published the message. Each new subscription would receive it again.
+                self._refuse(received, "a retained message, which no bridge publishes", ": delete it from the broker")
+                await connection.acknowledge(received)
+                continue
+            if is_frames:
                 await entry.send(received)
                 continue
             try:
-                if received.topic == self._topic(self._other, "written"):
+                if is_report:
                     boot, number = decode_report(received.payload)
                     if boot == self._progress.boot:
                         self._progress.reported(number)
@@ -262,16 +282,16 @@ class Bridge:
                 self._refuse(received)
             await connection.acknowledge(received)
 
-    def _refuse(self, received: Received) -> None:
+    def _refuse(self, received: Received, what: str = "a message that is not from a bridge", hint: str = "") -> None:
         self.counts.malformed += 1
-        what = "dropped a message that is not from a bridge (counted as malformed)"
-        self._problems.failed("malformed", what, received.topic)
+        self._problems.failed("malformed", f"dropped {what} (counted as malformed){hint}", received.topic)
 
     def _take_status(self, is_online: bool) -> None:
         if is_online is not self._other_is_online:
             self._other_is_online = is_online
             state = "online" if is_online else "offline"
             logger.info("%s: %s is %s", self._broker, self._other, state, extra={"cause": state})
+        if is_online:
             self._reported.set()  # Request a report again: the broker may have dropped the last request.
         self._change()
 
@@ -292,10 +312,7 @@ class Bridge:
         link, progress = self._link, self._progress
         while True:
             progress.number(link.queue)
-            while not progress.has_room:
-                self._reported = trio.Event()
-                await self._publish_batch(connection, Batch(progress.boot, progress.following, [], report=True))
-                await self._reported.wait()
+            await self._await_room(connection)
             frames = link.peek()
             if not frames:
                 await link.wait_readable()
@@ -314,6 +331,25 @@ class Bridge:
                 progress.taken()
                 link.dequeue()
             self.counts.published += len(frames)
+
+    async def _await_room(self, connection: Connection) -> None:
+        """Wait until frames may be published. Repeat the request for a report, because the broker may have dropped it.
+
+        For example, mosquitto drops messages that its ACL does not allow the other side to read, and acknowledges them.
+        """
+        progress, pause = self._progress, REPORT_PATIENCE
+        while not progress.has_room:
+            self._reported = trio.Event()
+            await self._publish_batch(connection, Batch(progress.boot, progress.following, [], report=True))
+            with trio.move_on_after(pause) as scope:
+                await self._reported.wait()
+            if scope.cancelled_caught:
+                pause = min(2 * pause, REPORT_PAUSE)
+                if self._other_is_online:
+                    text = f"{self._other} is online, but has not confirmed the last frames for {REPORT_PATIENCE:g} s"
+                    hint = "does its core read, and does the broker's ACL let each side read the topics of the other?"
+                    self._problems.failed("report", f"{text}; frames are queued; retrying ({hint})", self._broker)
+        self._problems.well("report", self._broker)
 
     async def _publish_batch(self, connection: Connection, batch: Batch) -> bool:
         """Publish a batch; retry while the broker refuses it. Return False if it is too large for the broker."""
@@ -352,6 +388,10 @@ class Bridge:
                 batch = Batch.decode(received.payload)
             except ValueError:
                 self._refuse(received)
+                await connection.acknowledge(received)
+                continue
+            if batch.boot == self._progress.boot:
+                self._refuse(received, "a message that this side has published", ": another program publishes it again")
             else:
                 await self._write_batch(batch)
                 if batch.report:

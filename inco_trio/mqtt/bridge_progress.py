@@ -16,6 +16,12 @@ __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
 """Maximum number of published frames not yet reported as written. mosquitto queues 1,000 messages by default."""
+FIRST = 2
+"""The number of the first frame of a numbering.
+
+The request for a report before the first frame makes number 1 known to the other side. The other side therefore knows
+the numbering, and can count the first frames as missed. A table cannot contain the number 0.
+"""
 BOOTS_MAX = 16
 """How many of the other side's numberings are kept. The broker may repeat messages of recent numberings."""
 _MAGIC = b"inco-trio bridge 2\n"
@@ -74,6 +80,8 @@ class Progress:
         self._numbers = numbers
         self._boots = [key for key in numbers if key.startswith(self._WRITTEN)]
         self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
+        self.is_inherited = bool(len(numbers))
+        """Whether an earlier process of this side has stored numbers."""
 
     def number(self, queue: int) -> bool:
         """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is new.
@@ -84,7 +92,7 @@ class Progress:
             return False
         self._numbers[self._sent] = self._numbers[self._LIMIT] = 0
         self._sent = self._SENT + b"%s:%d" % (os.urandom(8).hex().encode(), queue)
-        self._numbers[self._sent] = 1
+        self._numbers[self._sent] = FIRST
         return True
 
     @property
@@ -96,9 +104,17 @@ class Progress:
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:
-        """Record that the other side has written all frames up to `number`."""
-        if number < self.following:
-            self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], number + WINDOW)
+        """Record that the other side has written all frames up to `number`.
+
+        A higher number than that of the last published frame is possible: the broker's acknowledgement of the next
+        frames may be lost.
+        """
+        written = min(number, self.following - 1)
+        self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], written + WINDOW)
+
+    def await_report(self) -> None:
+        """Publish no further frames until the other side has sent a report."""
+        self._numbers[self._LIMIT] = 0
 
     @property
     def boot(self) -> bytes:

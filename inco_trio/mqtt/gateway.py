@@ -226,7 +226,7 @@ class Gateway:
         """Publish a board until cancelled. Reconnect whenever the connection to the broker is lost."""
         topics, backoff = Topics(self._broker.prefix, board.name), BrokerBackoff()
         will = Message(topics.status, _json({"state": "offline"}), retain=True)
-        begun, short = -math.inf, 0
+        begun, short, had_session = -math.inf, 0, False
         while True:
             try:
                 async with open_connection(
@@ -241,7 +241,8 @@ class Gateway:
                     begun = trio.current_time()
                     backoff.connected()
                     self._problems.well("broker", self._broker)
-                    self._check_limits(board, connection.limits)
+                    self._check_limits(board, connection.limits, had_session=had_session)
+                    had_session = True
                     await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefusedError) as error:
                 what = error.reason
@@ -252,16 +253,19 @@ class Gateway:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
                 # All boards share this key, so that a problem with the broker is logged once.
                 self._problems.failed("broker", f"{what}; notifications stay pending; retrying", self._broker)
+                self._problems.forget(("broker", "session"))
                 pause = backoff.lost(error)
             await trio.sleep(pause)
 
-    def _check_limits(self, board: Board, limits: Limits) -> None:
-        """Report which of the gateway's features the broker does not support."""
+    def _check_limits(self, board: Board, limits: Limits, *, had_session: bool = False) -> None:
+        """Report which features the broker does not support, and whether it has discarded an earlier session."""
         faults = {
             "retain": "does not keep retained messages: subscribers receive the status only when it changes"
             if not limits.retain_available else None,
             "expiry": f"keeps requests only for {limits.session_expiry} s while the gateway is offline"
             if self._sendable(board) and limits.session_expiry < SESSION else None,
+            "session": "discarded the gateway's session: queued requests may be lost"
+            if self._sendable(board) and had_session and not limits.session_present else None,
         }  # fmt: skip
         for key, fault in faults.items():
             if fault is None:
