@@ -434,6 +434,39 @@ def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     assert len(missing) == (size < FLOOD)
 
 
+def test_a_history_that_does_not_arrive_in_time_is_not_the_end_of_the_proxy(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running("--history", "65536")
+    code = """
+import sys
+from inco_trio.cli import main
+from inco_trio.control.client import PATIENCE, Client
+request = Client.request
+def impatient(client, wanted, patience=PATIENCE):
+    return request(client, wanted, 0 if type(wanted).__name__ == "HistoryRequest" else patience)
+Client.request = impatient
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "record", str(tmp_path / "f"), "--control", str(board.path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "recording" in process.stderr.readline()
+        wait_stopped(process.pid)
+        flood(board, peer)
+        process.send_signal(signal.SIGCONT)
+        silent = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=HANG)
+    there = counts(tmp_path / "f")[IN]
+    assert silent == (
+        f"inco-trio: {board.path}: the proxy does not answer: the recording lacks {FLOOD - there} events "
+        "(`inco-trio history` may show them)\n"
+    )
+    assert err == f"inco-trio: {there} notifications in {tmp_path}/f\n"
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert marks == [f"{FLOOD - there} events were lost here: they arrived too fast"]
+
+
 @pytest.mark.s6
 def test_what_a_killed_proxy_did_not_report_is_filled_in(
     board: Board, start: Callable[..., Running], tmp_path: Path
