@@ -317,8 +317,8 @@ def test_a_board_that_is_not_open_is_named_with_the_reason(
     board: Board, boards: dict[str, str], command: list[str]
 ) -> None:
     done = run(*(word.replace("FILE", str(board.home / "f")) for word in command), "c", env=boards)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("inco-trio: error: board 'c' is not open: ")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.startswith("inco-trio: error: board 'c': not open: ")
     assert f"{board.home}/c" in done.stderr
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from inco_trio.capture.gaps import Gaps
+from inco_trio.capture.gaps import Gaps, separated
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.history import accepted, past_events, past_of
 from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_seconds, path_of, positive, size
@@ -129,7 +129,7 @@ def _write_past(client: Client, path: Path, wanted: MonitorRequest, seconds: flo
 
     recorder = Recorder(path)
     with contextlib.closing(recorder):
-        for event in accepted(past_events(past_of(client, wanted.board, seconds)), wanted):
+        for event in accepted(separated(past_events(past_of(client, wanted.board, seconds))), wanted):
             _write(recorder, event, client.greeting.name)
     return recorder.count
 

@@ -20,6 +20,7 @@ from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories, silent_services
 from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
 from inco_trio.errors import (
+    BoardNotOpenError,
     IncoError,
     InvalidArgumentError,
     PermissionDeniedError,
@@ -278,7 +279,7 @@ def connect(link: str | None, control: str | None) -> Client:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if closed is not None:
-        raise InvalidArgumentError(f"board {closed.board!r} is not open: {closed.problem}")
+        raise BoardNotOpenError(f"board {closed.board!r}", f"not open: {closed.problem}")
     raise _none_answers(errors, "no running proxy" if link is None else f"no proxy of {link}")
 
 
