@@ -521,7 +521,7 @@ def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"inco-trio: {FLOOD + 1} notifications of the history of {board.home}/core0 in {file}\n"
     assert counts(file) == {IN: FLOOD, OUT: 1}
-    assert file.stat().st_size < 200 * FLOOD
+    assert file.stat().st_size < 300 * FLOOD  # A notification that was not merged with others takes about 220 bytes.
     subprocess.run([*command, "--signal", OUT, "--since", "1h"], capture_output=True, timeout=HANG, check=True)
     assert counts(file) == {OUT: 1}
 
