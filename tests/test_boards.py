@@ -22,17 +22,20 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
+from inco_trio.control.feed import Feed
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.fleet import Proxies, open_fleet, open_proxies
+from inco_trio.proxy.proxy import Proxy
 from inco_trio.proxy.share import Share, SharedInotify
 from inco_trio.service.many_boards import ManyBoards
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
 from tests.support_proxy import Cupboard
 from tests.support_steps import at_each_step
+from tests.test_history import SlowClient
 
 P = ParamSpec("P")
 
@@ -629,6 +632,36 @@ async def test_a_reload_reports_a_path_with_a_line_break_as_one_problem(tmp_path
         (directory / "a.json").write_text("{}")
         found = await boards.reload()
     assert [problem.partition("a.json: ")[0] for problem in found] == [f"a: {directory}/"] * len(found)
+
+
+@in_trio
+async def test_the_status_of_many_boards_looks_up_each_board_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"b{number}" for number in range(20)]
+    entries = {
+        name: {"link": f"unix:{tmp_path}/{name}.0,peer=/x/{name}", "irq_dir": f"{tmp_path}/{name}"} for name in names
+    }
+    found: list[str] = []
+
+    class Counted(Proxies):
+        def __getitem__(self, name: str) -> Proxy:
+            found.append(name)
+            return super().__getitem__(name)
+
+    monkeypatch.setattr("inco_trio.proxy.fleet.Proxies", Counted)
+    boards = ManyBoards(write(tmp_path / "boards", entries))
+    async with boards.open(NoFdStore(), None), trio.open_nursery() as nursery:
+        client = SlowClient(Feed(boards))
+        with client.closing:
+            nursery.start_soon(client.connection.run)
+            await client.read()
+            found.clear()
+            await client.send({"request": "status"})
+            (answer,) = await client.read()
+            nursery.cancel_scope.cancel()
+    assert [board["board"] for board in answer["status"]] == found
+    assert sorted(found) == sorted(names)
 
 
 def test_a_board_file_may_name_the_owner_of_its_directory(tmp_path: Path) -> None:

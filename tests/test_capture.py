@@ -386,3 +386,15 @@ def test_times_that_go_back_without_a_mark_are_marked(tmp_path: Path) -> None:
         found = list(recording)
     assert [each.time_ns / 1e9 for each in found if isinstance(each, Entry)] == [100, 101, 101, 102, 101.5]
     assert [each.text for each in found if isinstance(each, Mark)] == ["the packet timestamps go back by 51.0 s"]
+
+
+def test_a_number_too_large_for_one_packet_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.capture.recording.COUNT_MAX", 10)
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(NOW, Direction.INBOUND, "a", "", None, "x", pending="full", count=21)
+    recorder.append(NOW + 1, Direction.INBOUND, "a", "", None, "x", delay=1.0, count=10)
+    recorder.close()
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        found = [entry.pending for entry in recording if isinstance(entry, Entry)]
+        assert (found, recording.reader.cut) == (["full"] * 21 + [""] * 10, None)
+        assert not recording.left_out

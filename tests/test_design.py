@@ -119,18 +119,18 @@ def test_the_page_has_the_layers() -> None:
 
 
 def test_the_page_has_each_module() -> None:
-    named = {
-        Path(name.strip("`"), path) if name.endswith("/`") else Path(path)
-        for _, name, what, *_ in rows("Packages and modules")
-        for path in ([*paths(what)] if name.endswith("/`") else paths(name))
-    }
+    named = {Path(path) for _, name, *_ in rows("Packages and modules") for path in paths(name) if path.endswith(".py")}
+    for package in section("The modules of each package").split("\n### ")[1:]:
+        directory = package.partition("\n")[0].strip("`")
+        for cell in re.findall(r"^\| (`.*?) \| ", package, re.MULTILINE):
+            named |= {Path(directory, path) for path in paths(cell)}
     modules = {path.relative_to(PACKAGE) for path in MODULES.values() if path.name != "__init__.py"}
     assert modules <= named
     assert [path for path in named if not (PACKAGE / path).exists()] == []
 
 
 def test_the_files_that_the_page_names_exist() -> None:
-    outside = PAGE.replace(section("Packages and modules"), "")
+    outside = PAGE.replace(section("The modules of each package"), "")
     named = paths(outside)
     assert len(named) > QUESTIONS
     assert [path for path in named if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []

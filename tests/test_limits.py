@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import inco_trio
+
+PACKAGE = Path(inco_trio.__file__).parent
 ROOT = Path(__file__).parents[1]
 LISTED = {
     "capture.pcapng.BLOCK_MAX": "block of a recording",
@@ -91,8 +94,8 @@ OTHERS = {
 
 def limits() -> Iterator[str]:
     """Yield the module and the name of each constant that is called a maximum."""
-    for path in sorted((ROOT / "inco_trio").rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT / "inco_trio").with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for node in ast.parse(path.read_text()).body:
             targets = node.targets if isinstance(node, ast.Assign) else ()
             yield from (

@@ -6,7 +6,7 @@ import itertools
 import mmap
 import os
 import tracemalloc
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inco_trio.control.answering import HISTORY_SECONDS
+from inco_trio.control.answering import CLOSED, HISTORY_SECONDS
 from inco_trio.control.feed import HISTORIES_MAX, Feed
 from inco_trio.persist.recorder import AREA, KEPT_MAX, Recorder
 from inco_trio.signals import Direction, Signal
@@ -113,7 +113,49 @@ def test_only_a_few_histories_of_other_users_are_answered_at_once() -> None:
         await wait_all_tasks_blocked()
         assert await others[-1].receive()
 
-    run(RecordedBoard(KEPT_MAX), [os.geteuid(), *[OTHER] * (HISTORIES_MAX + 1)], test)
+    run(RecordedBoard(KEPT_MAX), [os.geteuid(), *range(OTHER, OTHER + HISTORIES_MAX + 1)], test)
+
+
+def test_a_user_with_many_connections_does_not_delay_the_histories_of_other_users() -> None:
+    async def test(_feed: Feed, clients: list[SlowClient]) -> None:
+        for client in clients:
+            await client.send({"request": "history", "board": BOARD})
+        *same, other = [bool(await client.receive()) for client in clients]
+        assert (same, other) == ([True, *[False] * HISTORIES_MAX], True)
+        clients[0].leave()
+        await wait_all_tasks_blocked()
+        assert [bool(await client.receive()) for client in clients[1:3]] == [True, False]
+
+    run(RecordedBoard(KEPT_MAX), [*[OTHER] * (HISTORIES_MAX + 1), OTHER + 1], test)
+
+
+def test_a_board_that_closes_while_the_status_is_written_is_not_open() -> None:
+    """Board `failed` has failed, `stopping` is being stopped, and `removed` is not configured anymore."""
+
+    class Closing(ServedBoard):
+        missing: Mapping[str, str] = {f"b{number}": "the interface does not exist" for number in range(1000)}
+        closed: Mapping[str, str] | None = None
+
+        def proxies(self) -> dict[str, Any]:
+            return dict.fromkeys(("failed", "stopping", "removed")) if self.closed is None else {}
+
+        def not_open(self) -> dict[str, str]:
+            return {**self.missing, **(self.closed or {})}
+
+    served = Closing()
+
+    async def test(_feed: Feed, clients: list[SlowClient]) -> None:
+        await clients[0].send({"request": "status"})
+        served.closed = {"failed": "the link does not exist", "stopping": ""}
+        (answer,) = await clients[0].read()
+        assert {board["board"]: board["problem"] for board in answer["status"]} == {
+            **served.missing,
+            "failed": "the link does not exist",
+            "stopping": CLOSED,
+            "removed": CLOSED,
+        }
+
+    run(served, [os.geteuid()], test)
 
 
 def test_a_client_that_does_not_read_the_history_is_disconnected() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -43,9 +44,11 @@ from inco_trio import (
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.links.packet import PacketLink
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.notifications import Deaf
 from inco_trio.persist.inflight import FRAME_STEP, Inflight
+from inco_trio.proxy.handoff import Batch
 from inco_trio.proxy.proxy import open_supervised
-from inco_trio.registers.states import SLICE
+from inco_trio.registers.states import SLICE, StateFile
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
@@ -1091,6 +1094,38 @@ def test_a_register_that_cannot_be_written_is_written_later(
                 await events.receive()
                 assert proxy.stats.delivered == 1
                 assert state.read_text() == "1"
+
+    in_core0(main)
+
+
+def test_deliveries_are_reported_before_newer_pending_notifications(
+    in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers assume that a signal's older notifications are not pending if a newer one is delivered without delay."""
+    found: list[tuple[str, int]] = []
+
+    class Listening(Deaf):
+        wants_frames = True
+
+        def carried(self, *words: Any) -> None:
+            found.append(("delivered", len(words[2])))
+
+        def pending(self, *words: Any) -> None:
+            found.append(("pending", len(words[2])))
+
+    async def main() -> None:
+        async with open_supervised(config, Cupboard(), Listening()) as proxy:
+            file, write = proxy._registers.states.file_of("ihub_reset_irq"), StateFile.write
+            outcomes = iter((None, None, OSError(errno.ENOSPC, "No space left on device")))
+
+            def fails(self: StateFile) -> None:
+                if error := next(outcomes, None):
+                    raise error
+                write(self)
+
+            monkeypatch.setattr(StateFile, "write", fails)
+            proxy._inbound._deliver(Batch([file] * 4, frames=[b"frame"] * 4))
+            assert found == [("delivered", 2), ("pending", 2)]
 
     in_core0(main)
 

@@ -17,15 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.capture.gaps import Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
+from inco_trio.control.protocol import Event, Past
 from inco_trio.frame import encode
+from inco_trio.registers.states import RUNS
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
-from tests.support_control import COMMAND, FRAME, MAC, Board, Running
+from tests.support_control import COMMAND, FRAME, MAC, Board, Running, block
 from tests.test_fdstore import Daemon as Holder
 
 pytestmark = pytest.mark.tools
@@ -434,6 +437,39 @@ def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     assert len(missing) == (size < FLOOD)
 
 
+def test_a_history_that_does_not_arrive_in_time_is_not_the_end_of_the_proxy(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running("--history", "65536")
+    code = """
+import sys
+from inco_trio.cli import main
+from inco_trio.control.client import PATIENCE, Client
+request = Client.request
+def impatient(client, wanted, patience=PATIENCE):
+    return request(client, wanted, 0 if type(wanted).__name__ == "HistoryRequest" else patience)
+Client.request = impatient
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "record", str(tmp_path / "f"), "--control", str(board.path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "recording" in process.stderr.readline()
+        wait_stopped(process.pid)
+        flood(board, peer)
+        process.send_signal(signal.SIGCONT)
+        silent = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=HANG)
+    there = counts(tmp_path / "f")[IN]
+    assert silent == (
+        f"inco-trio: {board.path}: the proxy does not answer: the recording lacks {FLOOD - there} events "
+        "(`inco-trio history` may show them)\n"
+    )
+    assert err == f"inco-trio: {there} notifications in {tmp_path}/f\n"
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert marks == [f"{FLOOD - there} events were lost here: they arrived too fast"]
+
+
 @pytest.mark.s6
 def test_what_a_killed_proxy_did_not_report_is_filled_in(
     board: Board, start: Callable[..., Running], tmp_path: Path
@@ -547,3 +583,56 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == ("inco-trio: error: --control applies only to --past (add --past, or omit --control)\n")
+
+
+def test_only_notifications_that_are_still_pending_are_plotted_as_pending(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    """The flight recorder merges equal `pending` events, even if the first ones have been delivered meanwhile."""
+    many = 2 * RUNS
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "live", "--control", board.path)
+    state = board.irq / "message_5_state"
+    with ExitStack() as stack:
+        client = board.client()
+        stack.callback(client.end)
+        client.ask({"request": "monitor"})
+        block(state)
+        for _ in range(many):
+            board.inbound(peer)
+            client.until(event="pending")
+        state.rmdir()
+        for _ in range(many):
+            client.until(event="notification")
+        block(state)
+        board.inbound(peer)
+        client.until(event="pending")
+    finish(recording)
+    command = [*COMMAND, "record", str(tmp_path / "past"), "--control", str(board.path), "--past"]
+    subprocess.run(command, capture_output=True, timeout=HANG, check=True)
+    for name in ("live", "past"):
+        command = [*COMMAND, "plot", str(tmp_path / name), "--json", "--out", str(tmp_path / "f.svg")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
+        (flow,) = json.loads(done.stdout)["signals"]
+        assert (name, flow["count"], flow["late"], flow["pending"]) == (name, many, many, 1)
+
+
+def test_merged_pending_events_keep_the_time_of_the_last_one() -> None:
+    """The wall clock was set forward by an hour between the two times, which the time of the last one must contain."""
+
+    def event(kind: str, seconds: float, step: float = 0.0, count: int = 1, last: float = 0.0) -> Event:
+        last_ns = round(last * 10**9)
+        return Event(
+            kind, "b", 1000 + seconds + step, round(seconds * 10**9), Direction.INBOUND, IN, reason="full",
+            count=count, last_ns=last_ns,
+        )  # fmt: skip
+
+    delivered = event("notification", 3, 3600)
+    merged = [event("pending", 1, count=4, last=5), delivered, event("ignored", 4, 3600, count=2, last=6)]
+    expected = [event("pending", 1, count=3), *merged[1:], event("pending", 5, 3600)]
+    assert list(separated(merged)) == expected
+    gaps = Gaps()
+    past = Past("b", "boot", tuple(merged))
+    assert gaps.is_new(event("pending", 2))
+    assert list(gaps.missing(past)) == expected[1:]

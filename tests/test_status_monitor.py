@@ -28,7 +28,7 @@ from inco_trio.cli.status import _board_lines, _duration, _rate
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect, sockets, wait_for_end
 from inco_trio.control.place import silent_services
-from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorRequest
+from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryRequest, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import textfile
@@ -317,8 +317,8 @@ def test_a_board_that_is_not_open_is_named_with_the_reason(
     board: Board, boards: dict[str, str], command: list[str]
 ) -> None:
     done = run(*(word.replace("FILE", str(board.home / "f")) for word in command), "c", env=boards)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("inco-trio: error: board 'c' is not open: ")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.startswith("inco-trio: error: board 'c': not open: ")
     assert f"{board.home}/c" in done.stderr
 
 
@@ -570,6 +570,14 @@ def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
 def test_a_proxy_that_stops_answering_is_an_error(server: Callable[[bytes], Path]) -> None:
     with AskingClient(server(GREETING)) as client, pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
         client.status(patience=0.05)
+
+
+def test_a_late_response_is_not_the_response_to_the_next_request(board: Board) -> None:
+    board.running()
+    with AskingClient(board.path) as client:
+        with pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
+            client.request(HistoryRequest(), patience=0)
+        assert [each.board for each in client.status()] == [*client.greeting.boards]
 
 
 def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], Path]) -> None:

@@ -6,9 +6,10 @@ events, even those that a killed proxy could not report.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import attrs
 
@@ -16,7 +17,28 @@ from inco_trio.control.protocol import Event, Past
 from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction
 
-__all__ = ["Gaps"]
+__all__ = ["Gaps", "separated"]
+
+
+def separated(events: Iterable[Event]) -> Iterator[Event]:
+    """Yield the last occurrence of each merged `pending` event as a separate event. Sort by monotonic time.
+
+    The flight recorder merges equal events and keeps only the times of the first and the last occurrence.
+    """
+    parts = []
+    for event in events:
+        if event.event == "pending" and event.count > 1:
+            parts.append(attrs.evolve(event, count=event.count - 1, last_ns=0))
+            event = attrs.evolve(event, monotonic_ns=event.last_ns, count=1)
+        parts.append(event)
+    before = None
+    for part in sorted(parts, key=operator.attrgetter("monotonic_ns")):
+        if before is not None and part.event == "pending" and part.last_ns:
+            # The wall clock may have been set after the first occurrence.
+            seconds = (part.monotonic_ns - before.monotonic_ns) / 1e9
+            part = attrs.evolve(part, time=before.time + seconds, last_ns=0)
+        yield part
+        before = part
 
 
 @attrs.define
@@ -74,7 +96,7 @@ class Gaps:
         is_same = past.boot == seen.boot
         if not is_same and seen.boot:
             yield _mark(past, "earlier events are unknown: the history was lost when the proxy exited")
-        for event in past.events:
+        for event in separated(past.events):
             if event.event != "notification":
                 if max(event.monotonic_ns, event.last_ns) > seen.noted_ns:
                     yield event

@@ -97,6 +97,11 @@ class Recorder:
         `frame` is None if the frame is unknown. A `count` above 1 represents several notifications without frames that
         have the same time.
         """
+        while count > COUNT_MAX:
+            self.append(
+                time_ns, direction, signal, register, frame, link, pending=pending, delay=delay, count=COUNT_MAX
+            )
+            count -= COUNT_MAX
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         content["board"] = link
         comment = f"{_comment(direction, signal)} {register}".rstrip()

@@ -18,8 +18,6 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time, in nanoseconds since 1970. It falls in the year 2262."""
-TOLERANCE = 10**6
-"""Maximum difference, in nanoseconds, between two records of the time when a notification became pending."""
 AT_ONCE = 2**16
 """Maximum number of values to sort at once: a sorted list takes five times as much memory as an array."""
 
@@ -40,6 +38,23 @@ class Flow:
     """How long each delayed notification was pending before its delivery, in nanoseconds."""
     late: array[int] = attrs.Factory(lambda: array("q"))
     """The times at which the notifications in `delays` were delivered."""
+    _left: int = 0
+    """The number of notifications in `pending` that have not been delivered."""
+
+    def take(self, entry: Entry) -> None:
+        """Add an entry of this signal, direction and board."""
+        if entry.pending:
+            self.pending.append(entry.time_ns)
+            self._left += 1
+            return
+        self.times.append(entry.time_ns)
+        if entry.delay:
+            self.delays.append(round(entry.delay * BILLION))
+            self.late.append(entry.time_ns)
+            self._left = max(0, self._left - 1)
+        else:
+            # A signal's notifications are delivered in order. The recording may lack the delivery of earlier ones.
+            self._left = 0
 
     def intervals(self) -> Iterator[int]:
         """Return the time from each notification to the next, in nanoseconds."""
@@ -47,11 +62,7 @@ class Flow:
 
     def unfinished(self) -> array[int]:
         """Return those times in `pending` whose notifications were still pending at the end of the recording."""
-        # A signal's notifications are delivered in order, so those before the newest delivered one are not pending.
-        accepted = [late - delay for late, delay in zip(self.late, self.delays, strict=True)]
-        accepted += self.times[-1:] if self.late[-1:] != self.times[-1:] else []
-        newest = max(accepted, default=-2 * TOLERANCE)
-        return array("q", (time for time in self.pending if time > newest + TOLERANCE))
+        return self.pending[len(self.pending) - self._left :]
 
     def waits(self, last: int) -> list[tuple[int, int]]:
         """Return the start and end of each period in which notifications were pending. The recording ends at `last`."""
@@ -124,14 +135,8 @@ class Summary:
         key = each.signal, each.direction, each.board
         if key not in self.flows:
             self.flows[key] = Flow(*key)
-        if each.pending:
-            self.flows[key].pending.append(each.time_ns)
-            return
-        self.flows[key].times.append(each.time_ns)
-        if each.delay:
-            self.flows[key].delays.append(round(each.delay * BILLION))
-            self.flows[key].late.append(each.time_ns)
-        for pair in self.pairs:
+        self.flows[key].take(each)
+        for pair in () if each.pending else self.pairs:
             pair.take(each)
 
     @property

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from inco_trio.capture.gaps import Gaps
+from inco_trio.capture.gaps import Gaps, separated
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.history import accepted, past_events, past_of
 from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_seconds, path_of, positive, size
 from inco_trio.cli.signalling import board_of, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
-from inco_trio.control.client import Client, connect
+from inco_trio.control.client import SILENT, Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, HistoryRequest, MonitorRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, ProxyNotFoundError
 from inco_trio.service import process_signals
@@ -129,7 +129,7 @@ def _write_past(client: Client, path: Path, wanted: MonitorRequest, seconds: flo
 
     recorder = Recorder(path)
     with contextlib.closing(recorder):
-        for event in accepted(past_events(past_of(client, wanted.board, seconds)), wanted):
+        for event in accepted(separated(past_events(past_of(client, wanted.board, seconds))), wanted):
             _write(recorder, event, client.greeting.name)
     return recorder.count
 
@@ -201,7 +201,14 @@ class _Proxy:
         new: list[Event] = []
         for event in events:
             if event.event == "lost":
-                missing = self._missing()
+                try:
+                    missing = self._missing()
+                except ProxyNotFoundError as error:
+                    if error.reason != SILENT:
+                        raise
+                    _show("")
+                    remark(f"{error}: the recording lacks {event.count} events (`inco-trio history` may show them)")
+                    missing = None
                 new += [event] if missing is None else missing
             elif self._gaps.is_new(event):
                 new.append(event)

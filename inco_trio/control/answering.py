@@ -35,6 +35,9 @@ PART = 16_384
 HISTORY_SECONDS = 60.0
 """Timeout for writing the history to a client of another user. The clients of inco-trio wait at most 10 seconds."""
 
+CLOSED = "the board was closed or removed during this request"
+"""The problem of a board that was open when the proxy began the response, unless a newer reason is known."""
+
 
 class Connection:
     """The connection to one client. All connections of a server share one `feed`."""
@@ -151,15 +154,23 @@ class Connection:
 
     def _encoded(self, board: str | None) -> Iterator[str]:
         """Yield the encoded status of `board` (None: of all boards)."""
-        not_open, names = dict(self._served.not_open()), tuple(self._served.proxies())
+        not_open = dict(self._served.not_open())
+        names = [name for name in self._served.proxies() if board in (None, name)]
         for name, problem in not_open.items():
             if board in (None, name):
                 yield protocol.encode_board(protocol.BoardStatus(name, problem))
+        closed = []
         for name in names:
             proxy = self._served.proxies().get(name)
-            if proxy is not None and board in (None, name):
-                history = self._history(name, proxy._history())
-                yield protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history))
+            if proxy is None:
+                closed.append(name)
+                continue
+            history = self._history(name, proxy._history())
+            yield protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history))
+        # Ask for the reasons only once: each request lists all boards.
+        problems = self._served.not_open() if closed else {}
+        for name in closed:
+            yield protocol.encode_board(protocol.BoardStatus(name, problems.get(name) or CLOSED))
 
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
         if not history.keeping:
@@ -183,7 +194,8 @@ class Connection:
         if self.peer.is_owner:
             await self._write(parts)
             return
-        async with self._feed.histories:
+        # Wait for the user's other requests first, so that they do not delay the requests of other users.
+        async with self._feed.history_lock(self.peer.user), self._feed.histories:
             with trio.move_on_after(HISTORY_SECONDS) as scope:
                 await self._write(parts)
         if scope.cancelled_caught:

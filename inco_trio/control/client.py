@@ -20,6 +20,7 @@ from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories, silent_services
 from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
 from inco_trio.errors import (
+    BoardNotOpenError,
     IncoError,
     InvalidArgumentError,
     PermissionDeniedError,
@@ -32,8 +33,8 @@ from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.sockets import peer_of
 
 __all__ = [
-    "AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "answering", "client_of", "connect", "connect_all", "dial",
-    "sockets", "wait_for_end",
+    "AGAIN", "CHUNK", "PATIENCE", "SILENT", "Channel", "Client", "answering", "client_of", "connect", "connect_all",
+    "dial", "sockets", "wait_for_end",
 ]  # fmt: skip
 
 CHUNK = 1 << 16
@@ -158,6 +159,8 @@ class Client(Channel, AbstractContextManager["Client"]):
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         super().__init__(path, is_subject=False)
         self._events: deque[Event] = deque()
+        self._unanswered = 0
+        """The number of requests without a response so far. A response that arrives after its timeout is discarded."""
         deadline = real_clock.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -196,7 +199,8 @@ class Client(Channel, AbstractContextManager["Client"]):
             raise self._silent() from error
         except OSError as error:
             raise self._ended() from error
-        while (reply := self._read_event(deadline)) is None:
+        self._unanswered += 1
+        while (reply := self._read_event(deadline)) is None or self._unanswered > 0:
             pass
         return self._checked(reply, request)
 
@@ -233,6 +237,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         """Wait for a line and return it if it is a response. Otherwise, store the event for `events` or `arrived`."""
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
+            self._unanswered -= 1
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
@@ -274,7 +279,7 @@ def connect(link: str | None, control: str | None) -> Client:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if closed is not None:
-        raise InvalidArgumentError(f"board {closed.board!r} is not open: {closed.problem}")
+        raise BoardNotOpenError(f"board {closed.board!r}", f"not open: {closed.problem}")
     raise _none_answers(errors, "no running proxy" if link is None else f"no proxy of {link}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["HISTORIES_MAX", "Batch", "Feed", "Reload", "Served"]
 
 HISTORIES_MAX = 4
-"""Maximum number of `history` requests of other users that are answered at the same time. Each needs up to 4 MB."""
+"""Maximum number of `history` requests of other users that are answered at the same time, one of each user.
+
+Each needs up to 4 MB.
+"""
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
 """A function that reloads the configuration and returns a description of each part that was refused."""
@@ -37,7 +41,7 @@ class Served(Protocol):
     name: str
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """Return the open proxies, keyed by board name."""
+        """Return the open proxies, keyed by board name. This must be fast, even with many boards."""
 
     def not_open(self) -> Mapping[str, str]:
         """Return why each of the other boards is not open, keyed by board name."""
@@ -80,7 +84,12 @@ class Feed:
         self.turn = trio.Lock()
         """The turn of clients of other users: all other tasks run at least once before the next client has its turn."""
         self.histories = trio.Semaphore(HISTORIES_MAX)
+        self._history_locks = weakref.WeakValueDictionary[int, trio.Lock]()
         self._log = _LogTap(self)
+
+    def history_lock(self, user: int) -> trio.Lock:
+        """Return the lock that a `history` request of another user holds, so that a user has only one at a time."""
+        return self._history_locks.setdefault(user, trio.Lock())
 
     def add(self, monitor: Monitor) -> None:
         self.monitors.add(monitor)

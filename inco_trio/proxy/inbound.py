@@ -191,7 +191,7 @@ class Inbound:
             if outcomes is None:
                 self._handoff.report((file,), frames, 0)
             else:
-                self._report_undelivered(batch := Batch([file], frames=frames), outcomes)
+                self._report_outcomes(batch := Batch([file], frames=frames), outcomes)
                 self._handoff.finish(batch)
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
@@ -205,12 +205,18 @@ class Inbound:
 
     def _deliver(self, batch: Batch[StateFile]) -> None:
         if (outcomes := self._states.write(batch.items)) is not None:
-            self._report_undelivered(batch, outcomes)
+            self._report_outcomes(batch, outcomes)
         self._handoff.finish(batch)
 
-    def _report_undelivered(self, batch: Batch[StateFile], outcomes: Sequence[str | None]) -> None:
-        """Report the notifications that `outcomes` (see `StateFiles.write`) marks as undelivered, and remove them."""
+    def _report_outcomes(self, batch: Batch[StateFile], outcomes: Sequence[str | None]) -> None:
+        """Report the notifications of a batch according to `outcomes` (see `StateFiles.write`), and remove them.
+
+        Report the delivered notifications first: of each signal, they are older than those that became pending.
+        """
         files, frames = batch.items, batch.frames
+        if delivered := [number for number, outcome in enumerate(outcomes) if outcome == ""]:
+            some = [frames[number] for number in delivered] if frames else []
+            self._handoff.report([files[number] for number in delivered], some, 0)
         for outcome, group in itertools.groupby(range(len(files)), outcomes.__getitem__):
             numbers = list(group)
             some = [frames[number] for number in numbers] if frames else []
@@ -219,6 +225,4 @@ class Inbound:
                     self._events.ignored("unknown", files[number].signal.name, frames[number] if frames else None)
             elif outcome:
                 self._events.pending([files[number].signal for number in numbers], outcome, some)
-        delivered = [number for number, outcome in enumerate(outcomes) if outcome == ""]
-        batch.items = [files[number] for number in delivered]
-        batch.frames = [frames[number] for number in delivered] if frames else ()
+        batch.items, batch.frames = [], ()

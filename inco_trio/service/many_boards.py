@@ -90,7 +90,7 @@ class ManyBoards:
         return self._boards.configs.values()
 
     def proxies(self) -> Mapping[str, Proxy]:
-        return {} if self._proxies is None else {name: self._proxies[name] for name in self._proxies}
+        return {} if self._proxies is None else self._proxies
 
     def not_open(self) -> Mapping[str, str]:
         return {} if self._proxies is None else self._proxies.not_open
