@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 SERVER = """
-import ctypes, os, struct, subprocess, sys, threading, time
-pause, place, *command = sys.argv[1:]
+import ctypes, os, struct, subprocess, sys, threading
+looked, place, *command = sys.argv[1:]
+looks = [looked]
 fd = os.open("/dev/fuse", os.O_RDWR)
 options = f"fd={fd},rootmode={os.stat(place).st_mode:o},user_id=0,group_id=0".encode()
 assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), b"fuse", 0, options) == 0
@@ -26,8 +29,9 @@ def serve():
     unique = struct.unpack_from("=Q", os.read(fd, 1 << 17), 8)[0]
     os.write(fd, struct.pack("=IiQ", 80, 0, unique) + struct.pack("=II", 7, 31).ljust(64, b"\\0"))  # FUSE_INIT
     while request := os.read(fd, 1 << 17):
-        if float(pause):
-            time.sleep(float(pause))
+        if looked:
+            if looks:
+                open(looks.pop()).close()
             unique = struct.unpack_from("=Q", request, 8)[0]
             os.write(fd, struct.pack("=IiQ", 16, -2, unique))  # ENOENT
 
@@ -36,14 +40,35 @@ sys.exit(subprocess.run(command).returncode)
 """
 """A program that mounts a FUSE filesystem over a file or directory, and runs a command.
 
-It accepts each request. After a pause, it answers that the file does not exist. If the pause is 0, it never answers.
+It accepts each request. Without a FIFO, it never answers. With one, it answers that the file does not exist, but waits
+before the first answer until another process opens the FIFO.
 """
 
+DOCTOR = f"""
+import contextlib, os, runpy, sys
+from inco_trio.doctor import silence
+looked = sys.argv.pop(1)
+wait_of = silence._wait_of
 
-def doctor(place: Path, *words: object, pause: float = 0.0) -> tuple[int, list[dict[str, str]]]:
+def look(process):
+    wait = wait_of(process)
+    if wait:
+        with contextlib.suppress(OSError):  # The server is not waiting.
+            os.close(os.open(looked, os.O_WRONLY | os.O_NONBLOCK))
+    return wait
+
+silence._wait_of = look
+silence._LOOKS = silence._WAITS = round({HANG} / silence._PAUSE)
+runpy.run_module("inco_trio", run_name="__main__", alter_sys=True)
+"""
+"""A program that runs `inco-trio` and opens a FIFO after each look of the doctor that finds a waiting child process."""
+
+
+def doctor(place: Path, *words: object, looked: Path | None = None) -> tuple[int, list[dict[str, str]]]:
     """Return the exit code and the results of `doctor` while such a FUSE filesystem covers `place`."""
-    command = ["unshare", "--mount", sys.executable, "-c", SERVER, str(pause), str(place)]
-    command += [sys.executable, "-m", "inco_trio", "doctor", "--json", *map(str, words)]
+    command = ["unshare", "--mount", sys.executable, "-c", SERVER, str(looked or ""), str(place)]
+    command += [sys.executable, *(["-c", DOCTOR, str(looked)] if looked else ["-m", "inco_trio"])]
+    command += ["doctor", "--json", *map(str, words)]
     done = subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE, text=True)
     return done.returncode, json.loads(done.stdout)["results"]
 
@@ -109,26 +134,82 @@ def test_only_a_filesystem_that_may_wait_is_tried_first(
     assert bool(used) is tries
 
 
+def looks_of(monkeypatch: pytest.MonkeyPatch, looks: Iterable[str]) -> tuple[bool, int]:
+    """Let the doctor's looks find a child process in these waits ("" if it is runnable). After them, the process ends.
+
+    Return the result and the number of waits that were used.
+    """
+    read_end, write_end = os.pipe()
+    used = 0
+
+    def waits() -> Iterator[str]:
+        nonlocal used
+        for wait in itertools.islice(looks, 10 * silence._WAITS):
+            used += 1
+            yield wait
+        os.write(write_end, b"x")
+        yield from itertools.repeat("")
+
+    found = waits()
+    monkeypatch.setattr(silence, "_PAUSE", 0)
+    monkeypatch.setattr(silence, "_wait_of", lambda _: next(found))
+    try:
+        return silence._ends(lambda: os.read(read_end, 1)), used
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+NFS_LOOKS = round(3 / silence._PAUSE)
+"""The number of looks after which the NFS client begins a new wait for an unreachable server: it retries every 3 s."""
+BUSY = {
+    "runnable": [""] * 10 * silence._WAITS,
+    "runnable, often in the same wait": ([*["1"] * silence._LOOKS, ""] * silence._WAITS)[: silence._WAITS - 1],
+    "many waits": [str(number) for number in range(silence._WAITS - 1)],
+}
+
+
+@pytest.mark.parametrize("case", BUSY)
+def test_a_check_that_takes_long_does_not_hang(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """On a busy host, any check may take long."""
+    assert looks_of(monkeypatch, BUSY[case]) == (True, len(BUSY[case]))
+
+
+@pytest.mark.parametrize(
+    ("looks", "needed"),
+    [
+        (itertools.repeat("7"), silence._LOOKS + 1),
+        (map(str, itertools.count()), silence._WAITS),
+        (itertools.cycle(["1", "", "2", "2"]), silence._WAITS // 3 * 4),
+        ((str(number // NFS_LOOKS) for number in itertools.count()), silence._LOOKS + 1),
+    ],
+    ids=["same wait", "endless waits", "endless waits on a busy host", "unreachable NFS server"],
+)
+def test_a_check_that_waits_without_end_hangs(
+    monkeypatch: pytest.MonkeyPatch, looks: Iterable[str], needed: int
+) -> None:
+    assert looks_of(monkeypatch, looks) == (False, needed)
+
+
+def test_a_real_wait_and_a_runnable_process_are_distinguished() -> None:
+    assert silence._wait_of(os.getpid()) == ""
+    assert not silence._ends(lambda: time.sleep(HANG))
+    assert silence._ends(list)
+
+
 def compute() -> None:
-    while time.process_time() < 1:
+    while True:
         pass
 
 
-def sleep_often() -> None:
-    for _ in range(50):
-        time.sleep(0.02)  # Each wait is short, but all of them together are long.
-
-
-@pytest.mark.parametrize("use", [compute, sleep_often])
-def test_a_check_that_takes_long_does_not_hang(monkeypatch: pytest.MonkeyPatch, use: Callable[[], None]) -> None:
-    """On a busy host, any check may take long. A check that waits as long without a result hangs."""
-    monkeypatch.setattr(silence, "_PAUSE", 0.01)
-    assert silence._ends(use)
-    assert not silence._ends(lambda: time.sleep(HANG))
+def test_a_check_that_computes_without_end_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "_CPU", 1)
+    assert not silence._ends(compute)
 
 
 def test_a_filesystem_that_answers_slowly_is_not_reported(tmp_path: Path) -> None:
     (tmp_path / "slow").mkdir()
-    _, results = doctor(tmp_path / "slow", "--irq-dir", tmp_path / "slow/irq", pause=1.0)
+    os.mkfifo(looked := tmp_path / "looked")
+    _, results = doctor(tmp_path / "slow", "--irq-dir", tmp_path / "slow/irq", looked=looked)
     assert silences(results) == []
     assert ("directory", "warn") in [(result["check"], result["level"]) for result in results]

@@ -307,7 +307,9 @@ def test_a_lost_inotify_descriptor_of_a_fleet_causes_no_notification(boards: dic
 
 
 @pytest.mark.parametrize("in_fleet", [False, True])
-def test_unfinished_triggers_of_a_lost_inotify_descriptor_are_sent(board: Board, in_fleet: bool) -> None:
+def test_unfinished_triggers_of_a_lost_inotify_descriptor_are_sent(
+    board: Board, in_fleet: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     config = attrs.evolve(board.config, stop_deadline=0.0)
 
     @contextlib.asynccontextmanager
@@ -329,8 +331,15 @@ def test_unfinished_triggers_of_a_lost_inotify_descriptor_are_sent(board: Board,
         board.bind()
         heir = remaining(store.kept, ["inflight", "link", "bundle"])
         store.close()
+        caplog.clear()
+        caplog.set_level(logging.WARNING)
         async with opened(heir) as proxy:
             await until_sent(proxy, 1)
+            assert proxy.stats.overflowed == 0
+        assert caplog.messages == [
+            lost_line("inotify"),
+            "the fd store lost the inotify descriptor, with unfinished events: sending every trigger once",
+        ]
         assert frames(board) == [b"redun_notify_irq"]
         heir.close()
 

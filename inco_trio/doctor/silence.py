@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import select
 import signal
 from collections.abc import Callable
@@ -22,11 +23,20 @@ __all__ = ["silent"]
 
 _PAUSE = 0.1
 """Pause in seconds between two looks at the child process."""
-_LOOKS = 30
+_LOOKS = 25
 """The child process hangs if this number of looks in a row find it in the same wait.
 
-There is no timeout. On a busy host, the child process may take long, but it is runnable or enters further waits.
+This takes less than the 3 s after which the NFS client begins a new wait for an unreachable server. On a busy host, the
+child process may take longer, but it is runnable or enters further waits.
 """
+_WAITS = 600
+"""The child process also hangs if this number of looks find it in any wait.
+
+This limits a server that answers endlessly in small steps, and takes at least a minute. Looks that find the child
+process runnable do not count, because the host may be busy.
+"""
+_CPU = 60
+"""The maximum CPU time of the child process in seconds: a server may list endlessly many files."""
 _WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs(?! systemd-1 )|vboxsf)")
 """The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo.
 
@@ -57,22 +67,26 @@ def _ends(use: Callable[[], object]) -> bool:
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(3):
                 os.dup2(null, fd)
+            with contextlib.suppress(ValueError):  # A lower limit already applies.
+                resource.setrlimit(resource.RLIMIT_CPU, (_CPU, _CPU))
             use()
         finally:
             os._exit(0)
     fd = os.pidfd_open(child)
     try:
-        ended, looks, before = False, 0, ""
-        while not ended and looks < _LOOKS:
+        ended, looks, waits, before = False, 0, 0, ""
+        while not ended and looks < _LOOKS and waits < _WAITS:
             ended = bool(select.select([fd], [], [], _PAUSE)[0])
             now = _wait_of(child)
             looks, before = looks + 1 if now and now == before else 0, now
+            waits += bool(now)
     finally:
         os.close(fd)
     if not ended:
         os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(child, 0 if ended else os.WNOHANG)
+        _, status = os.waitpid(child, 0 if ended else os.WNOHANG)
+        ended = ended and status == 0  # The kernel kills a process that exceeds a limit.
     return ended
 
 

@@ -27,7 +27,7 @@ from inco_trio.frame import FRAME_MAX, is_wire_name
 from inco_trio.linux.inotify import parse_events
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.memory import check_memory, map_memory, new_memory
-from inco_trio.persist.queue import OVERFLOW, EventQueue
+from inco_trio.persist.queue import LOST, EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
@@ -190,11 +190,11 @@ class Inflight:
     def forget_watches(self) -> None:
         """Forget the watches of a lost inotify descriptor: in a new one, the same numbers stand for other files.
 
-        Replace unfinished events of these watches by an overflow, so that each trigger is sent at least once.
+        Replace unfinished events of these watches by `LOST`, so that each trigger is sent at least once.
         """
         first, second = self.events
         if len(self.queue) or any(parse_events(bank.view) for bank in self.events):
-            first.view[:] = OVERFLOW + first.blank[len(OVERFLOW) :]
+            first.view[:] = LOST + first.blank[len(LOST) :]
             second.clear(len(second.view))
             self.queue.clear()
         for key in self.watches:

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from inco_trio.linux.inotify import EVENT, IN_Q_OVERFLOW, pack_event
 from inco_trio.persist.tables import PAGE
 
-__all__ = ["OVERFLOW", "EventQueue"]
+__all__ = ["LOST", "LOST_WATCH", "OVERFLOW", "EventQueue"]
 
 OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
+LOST_WATCH = 0
+"""The watch descriptor in `LOST`. The kernel never uses it: it numbers watches from 1 and reports overflows with -1."""
+LOST = pack_event(LOST_WATCH, IN_Q_OVERFLOW)
+"""An event for the unfinished events of a lost inotify descriptor. Like an overflow, it goes to all boards."""
 POSITION_MAX = 1 << 62
 """Maximum position in valid memory. A position is the number of bytes since the queue was last empty."""
 

@@ -25,6 +25,7 @@ import attrs
 from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
+from inco_trio.persist.queue import LOST_WATCH
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
@@ -233,6 +234,8 @@ class Triggers:
                     signals.append(trigger.signal)
             elif mask & ino.IN_MODIFY:
                 continue
+            elif mask & ino.IN_Q_OVERFLOW and wd == LOST_WATCH:
+                self._lost(triggered)
             elif mask & ino.IN_Q_OVERFLOW:
                 self._overflowed(triggered)
             elif mask & ino.IN_IGNORED and wd in by_wd:
@@ -264,6 +267,11 @@ class Triggers:
     def _notify_all(self, triggered: Triggered) -> None:
         for trigger in self.by_path.values():
             triggered.add(trigger)
+
+    def _lost(self, triggered: Triggered) -> None:
+        text = "the fd store lost the inotify descriptor, with unfinished events: sending every trigger once"
+        report(logger, logging.WARNING, text)
+        self._notify_all(triggered)
 
     def _overflowed(self, triggered: Triggered) -> None:
         self._counters.overflowed += 1
