@@ -91,6 +91,13 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
     trio.run(guarded)
 
 
+async def stored(configs: Mapping[str, Config]) -> Cupboard:
+    """Return the fd store that a fleet has left after a clean stop."""
+    store = Cupboard()
+    async with open_fleet(configs, store):
+        return store
+
+
 def remaining(kept: Mapping[str, int], names: Collection[str]) -> Cupboard:
     """Return an fd store that has only the descriptors `names` of `kept`."""
     return Cupboard({name: os.dup(fd) for name, fd in kept.items() if name in names})
@@ -159,9 +166,7 @@ def test_a_fleet_uses_each_descriptor_that_is_left(
             bundle.remove(f"b1/{name}")
 
     async def main() -> None:
-        store = Cupboard()
-        async with open_fleet(configs, store):
-            pass
+        store = await stored(configs)
         for board in boards.values():
             board.notify()
         heir = changed(store, remove)
@@ -181,9 +186,7 @@ def test_a_fleet_names_the_shared_descriptors_that_are_missing(
     configs = {name: board.config for name, board in boards.items()}
 
     async def main() -> None:
-        store = Cupboard()
-        async with open_fleet(configs, store):
-            pass
+        store = await stored(configs)
         heir = remaining(store.kept, ["bundle"])
         store.close()
         caplog.set_level(logging.WARNING)
@@ -206,9 +209,7 @@ def test_a_fleet_starts_with_the_buffers_of_another_version(
             bundle.store(f"{name}/inflight", other)
 
     async def main() -> None:
-        store = Cupboard()
-        async with open_fleet(configs, store):
-            pass
+        store = await stored(configs)
         for board in boards.values():
             board.notify()
         store.store("inflight", other)
@@ -292,9 +293,7 @@ def test_a_lost_inotify_descriptor_of_a_fleet_causes_no_notification(boards: dic
     configs = {name: board.config for name, board in boards.items()}
 
     async def main() -> None:
-        store = Cupboard()
-        async with open_fleet(configs, store):
-            pass
+        store = await stored(configs)
         heir = remaining(store.kept, ["inflight", "bundle"])
         store.close()
         async with open_fleet(dict(reversed(configs.items())), heir) as proxies:
@@ -354,9 +353,7 @@ def test_a_trigger_that_was_replaced_before_a_fleet_waits_is_sent_once(
     configs = {name: board.config for name, board in boards.items()}
 
     async def main() -> None:
-        store = Cupboard()
-        async with open_fleet(configs, store):
-            pass
+        store = await stored(configs)
         heir = changed(store, lambda bundle: bundle.remove("b1/inflight"))
         change(boards["b2"].irq / "message_6_trig")
         async with open_fleet(configs, heir) as proxies:
