@@ -27,7 +27,7 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client, block
+from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused
 
 
 @pytest.fixture
@@ -291,6 +291,15 @@ def test_an_endless_line_closes_only_its_connection(board: Board) -> None:
     assert "Traceback" not in proxy.log
     assert f"closed the connection of a client of user {os.getuid()}" in proxy.log
     assert f"a line is longer than {LINE_MAX} bytes" in proxy.log
+
+
+def test_a_client_cannot_pass_a_descriptor(board: Board) -> None:
+    """The kernel would close the descriptor in the proxy, which can block, for example with SO_LINGER."""
+    board.running()
+    client = board.client()
+    with descriptors_refused(client.sock):
+        socket.send_fds(client.sock, [b'{"request": "status"}\n'], [0])
+    assert "status" in client.ask({"request": "status"})
 
 
 def test_split_and_pipelined_requests_are_answered_in_order(board: Board) -> None:

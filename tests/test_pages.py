@@ -19,6 +19,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from docs import plots
 from docs.diagrams import DIAGRAMS, IMAGES
 from docs.fields import described, figures, table
 from docs.terminals import TERMINALS, draw, visible
@@ -344,3 +345,10 @@ def test_the_terminal_screenshots_are_up_to_date() -> None:
     # Compare only the text, because the SVG differs between versions of rich.
     old = [name for name in TERMINALS if visible((IMAGES / f"terminal-{name}.svg").read_text()) != visible(draw(name))]
     assert not old, "run `python -m docs.terminals`, and commit"
+
+
+@pytest.mark.tools
+def test_the_plot_is_up_to_date() -> None:
+    # Compare only the text, because the SVG differs between versions of matplotlib.
+    is_old = plots.visible(plots.PLOT.read_text()) != plots.visible(plots.draw())
+    assert not is_old, "run `python -m docs.plots`, and commit"
