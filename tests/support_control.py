@@ -14,11 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from inco_trio.frame import encode
+from inco_trio.linux.sockets import SO_PASSRIGHTS
 from netns.fixtures import Proxy
 from netns.hang import HANG
 
-__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running", "no_descriptors"]
+__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running", "descriptors_refused", "no_descriptors"]
 
 COMMAND = [sys.executable, "-m", "inco_trio"]
 
@@ -43,6 +46,18 @@ def no_descriptors() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def descriptors_refused(sock: socket.socket) -> Iterator[None]:
+    """Expect that the block cannot pass a descriptor, if the kernel can refuse it (Linux 6.16 or newer)."""
+    try:
+        sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)
+    except OSError:
+        yield
+    else:
+        with pytest.raises(PermissionError):
+            yield
 
 
 class Client:

@@ -27,7 +27,7 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client, block
+from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused
 
 
 @pytest.fixture
@@ -293,6 +293,15 @@ def test_an_endless_line_closes_only_its_connection(board: Board) -> None:
     assert f"a line is longer than {LINE_MAX} bytes" in proxy.log
 
 
+def test_a_client_cannot_pass_a_descriptor(board: Board) -> None:
+    """The kernel would close the descriptor in the proxy, which can block, for example with SO_LINGER."""
+    board.running()
+    client = board.client()
+    with descriptors_refused(client.sock):
+        socket.send_fds(client.sock, [b'{"request": "status"}\n'], [0])
+    assert "status" in client.ask({"request": "status"})
+
+
 def test_split_and_pipelined_requests_are_answered_in_order(board: Board) -> None:
     board.running()
     client = board.client()
@@ -397,7 +406,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
         "sock.connect(sys.argv[1])\n"
         "file = sock.makefile('rwb', 0)\n"
         "file.readline()\n"
-        "for request in ('status', 'send', 'reload'):\n"
+        "for request in ('status', 'send', 'reload', 'rival'):\n"
         '    file.write(b\'{"request": "%s", "signal": "redun_notify_irq"}\\n\' % request.encode())\n'
         "    print(file.readline().decode()[:30])\n"
     )
@@ -411,7 +420,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
     board.path.chmod(0o666)  # This has the same effect as adding the user to the socket's group.
     status, *refused = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
-    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True]
+    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True, True]
 
 
 def test_the_socket_of_a_crashed_proxy_is_replaced(board: Board) -> None:

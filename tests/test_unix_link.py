@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,6 +25,7 @@ from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.unix import UnixLink
 from netns.hang import HANG
+from tests.support_control import descriptors_refused
 
 ROOM = 200
 MAC = bytes.fromhex("02005e100001")
@@ -113,6 +115,26 @@ def fill(link: UnixLink) -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             link.send("redun_notify_irq")
+
+
+def pass_descriptor(sock: socket.socket, to: Path) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, (0).to_bytes(4, sys.byteorder))]
+    sock.sendmsg([encode(b"x", FOREIGN)], rights, 0, str(to))
+
+
+def test_the_peer_cannot_pass_a_descriptor(world: World) -> None:
+    """The kernel would close the descriptor in the proxy, which can block, for example with SO_LINGER."""
+    link = world.bound()
+    with descriptors_refused(link._socket):
+        pass_descriptor(world.other(), world.local)
+
+
+def test_the_peer_cannot_pass_a_descriptor_to_an_inherited_socket(world: World) -> None:
+    peer, held = world.other(), world.other(world.local)
+    pass_descriptor(peer, world.local)
+    link = UnixLink.take(world.address, os.dup(held.fileno()), world.note, world.names)
+    with closing(link._socket), descriptors_refused(link._socket):
+        pass_descriptor(peer, world.local)
 
 
 def test_frames_are_sent_from_our_path_and_address(world: World) -> None:

@@ -30,7 +30,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 from inco_trio.linux.process import overflow_uid
-from inco_trio.linux.sockets import peer_of
+from inco_trio.linux.sockets import peer_of, refuse_descriptors
 
 __all__ = [
     "AGAIN", "CHUNK", "PATIENCE", "SILENT", "Channel", "Client", "answering", "client_of", "connect", "connect_all",
@@ -163,6 +163,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         """The number of requests without a response so far. A response that arrives after its timeout is discarded."""
         deadline = real_clock.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        refuse_descriptors(self._sock)
         try:
             self._dial(deadline)
             self._await_line(deadline)

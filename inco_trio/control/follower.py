@@ -14,6 +14,7 @@ import trio
 from inco_trio.control.client import AGAIN, CHUNK, PATIENCE, Channel, dial
 from inco_trio.control.protocol import AcknowledgeAllRequest, Greeting, Reply, Request, Response, encode_request
 from inco_trio.errors import ResourceError
+from inco_trio.linux.sockets import refuse_descriptors
 
 __all__ = ["Conversation", "converse"]
 
@@ -122,6 +123,7 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise ResourceError(path, f"cannot connect: {error.strerror}") from error
+    refuse_descriptors(sock)
     async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None

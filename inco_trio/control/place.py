@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-from inco_trio.linux.sockets import SOCKET_PATH_MAX
+from inco_trio.linux.sockets import SOCKET_PATH_MAX, refuse_descriptors
 
 __all__ = [
     "bind", "default_path", "is_live", "is_stale", "listening", "make_directory", "runtime_directories",
@@ -121,6 +121,7 @@ def bind(path: Path) -> socket.socket:
             path.unlink()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
+            refuse_descriptors(made)  # Accepted sockets inherit this option.
             # bind(2) creates the path with the mode of the socket, minus the umask. Do not use chmod(2) after bind(2):
             # the owner of the directory could replace the path with a symlink in between.
             os.fchmod(made.fileno(), MODE)

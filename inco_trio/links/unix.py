@@ -23,7 +23,7 @@ from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
 from inco_trio.linux.files import kind_of_file
-from inco_trio.linux.sockets import SO_PEEK_OFF
+from inco_trio.linux.sockets import SO_PEEK_OFF, refuse_descriptors
 from inco_trio.problems import report
 
 __all__ = ["UnixLink"]
@@ -48,7 +48,9 @@ IN_USE = "in use by a running process (stop that process, or use another path)"
 
 
 def _new_socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    refuse_descriptors(sock)
+    return sock
 
 
 class UnixLink:
@@ -92,6 +94,7 @@ class UnixLink:
         """Take over the inherited descriptor `held`. The caller must check `fits`."""
         sock = socket.socket(fileno=held)
         sock.setblocking(False)
+        refuse_descriptors(sock)  # A version without this option may have opened the socket.
         link = cls(sock, address, note, names)
         link._bound = True
         if link.fits and not link._is_ours():

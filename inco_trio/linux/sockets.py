@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import Protocol
 
-__all__ = ["SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PEEK_OFF", "peer_of", "set_receive_buffer"]
+__all__ = [
+    "SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PASSRIGHTS", "SO_PEEK_OFF", "peer_of", "refuse_descriptors",
+    "set_receive_buffer",
+]  # fmt: skip
 
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
 SO_LOCK_FILTER = 44
+SO_PASSRIGHTS = 83
 SOCKET_PATH_MAX = 107
 """Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
 
@@ -28,6 +33,16 @@ def peer_of(sock: _Socket) -> tuple[int, int]:
     """Return the PID and the user ID of the process at the other end of a connection (SO_PEERCRED, unix(7))."""
     process, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return process, user
+
+
+def refuse_descriptors(sock: socket.socket) -> None:
+    """Let the kernel refuse descriptors that other processes pass to a Unix socket (SCM_RIGHTS, unix(7)).
+
+    Otherwise, reading a message or closing the socket closes these descriptors in this process. That can block, for
+    example for a TCP socket with SO_LINGER. Kernels before Linux 6.16 do not have this option.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def set_receive_buffer(sock: socket.socket, size: int) -> None:
