@@ -212,7 +212,10 @@ def test_every_link_has_a_target(page: Path) -> None:
     """Links must also work for readers of the plain Markdown files, without the website."""
     text = page.read_text().replace("](https://github.com/inco-trio/inco-trio/blob/main/", f"]({up(page)}")
     text = re.sub(
-        r"^\[[\w-]+\]: https://github.com/inco-trio/inco-trio/blob/main/(.*)$", r"](\1)", text, flags=re.MULTILINE
+        r"^\[[\w-]+\]: https://github.com/inco-trio/inco-trio/blob/main/(.*)$",
+        rf"]({up(page)}\1)",
+        text,
+        flags=re.MULTILINE,
     )
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         path, _, anchor = link.partition("#")
