@@ -207,11 +207,12 @@ class Connection:
         self._check_board(board)
         proxies = self._served.proxies()
         if board is None:
-            if len(proxies) != 1:
+            names = [*proxies] or [*self._served.not_open()][:1]
+            if len(names) != 1:
                 raise RequestError("unknown-board", f"board: missing (open boards: {', '.join(proxies) or 'none'})")
-            (board,) = proxies
+            (board,) = names
         if board not in proxies:
-            raise RequestError("unknown-board", f"board {board!r} is not open: {self._served.not_open()[board]}")
+            raise RequestError("not-open", f"board {board!r}: not open: {self._served.not_open()[board]}")
         return board, proxies[board]
 
     async def _send(self, request: protocol.SendRequest) -> int:
