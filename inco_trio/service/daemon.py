@@ -122,6 +122,8 @@ class Daemon:
         self._fd_store = fd_store
         self._restrict = restrict
         self._control_path: Path | None = None
+        self._opened: Sequence[Config] = ()
+        """The configuration of each board that was open when the daemon became ready."""
         self._after_crash = False
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
 
@@ -135,6 +137,8 @@ class Daemon:
             if control is not None:
                 control.after_crash = False  # Before this process, no process served the boards that a reload adds.
             runner.ready()
+            # The diagnosis must not read the proxies itself: the event loop opens and closes boards at the same time.
+            self._opened = [proxy.config for proxy in self._boards.proxies().values()]
             is_ready.set()
             await runner.follow_reloads()
 
@@ -202,6 +206,5 @@ class Daemon:
             # Import the module lazily, because the import would delay the start of the daemon.
             from inco_trio.service.rivals import rivals
 
-            configs = [proxy.config for proxy in [*self._boards.proxies().values()]]
-            for line in rivals([(config.address, config.netns, config.signals) for config in configs]):
+            for line in rivals([(config.address, config.netns, config.signals) for config in self._opened]):
                 logger.warning("%s", line)
