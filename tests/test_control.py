@@ -409,7 +409,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
         "sock.connect(sys.argv[1])\n"
         "file = sock.makefile('rwb', 0)\n"
         "file.readline()\n"
-        "for request in ('status', 'send', 'reload'):\n"
+        "for request in ('status', 'send', 'reload', 'rival'):\n"
         '    file.write(b\'{"request": "%s", "signal": "redun_notify_irq"}\\n\' % request.encode())\n'
         "    print(file.readline().decode()[:30])\n"
     )
@@ -423,7 +423,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
     board.path.chmod(0o666)  # This has the same effect as adding the user to the socket's group.
     status, *refused = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
-    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True]
+    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True, True]
 
 
 def test_the_socket_of_a_crashed_proxy_is_replaced(board: Board) -> None:

@@ -32,7 +32,7 @@ from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryReq
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import textfile
-from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
@@ -790,6 +790,9 @@ def test_a_board_is_described_in_words() -> None:
     _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
     assert restarted.startswith("  send: restarted 1 time; ")
     assert down.startswith("  the link went down 1 time, last ")
+    shared = BoardStatus("b", "", attrs.evolve(status, rivals=(RivalStatus(7, 1.0, ("b", "/irq")),)))
+    *_, rival = _board_lines(shared, None, None)
+    assert re.fullmatch("  another proxy, process 7, has shared b, /irq for .*: run: inco-trio doctor", rival)
 
 
 def test_events_are_described_in_words() -> None:

@@ -59,6 +59,8 @@ class Connection:
         """The bytes that the next write sends first. After a cancelled write, they are the rest of a line."""
         self._unwritten: Iterator[bytes] | None = None
         """The parts of lines that follow `_unsent`, or None if the last write was completed."""
+        self._rival_of: list[Proxy] = []
+        """The proxies to which the client, another proxy, has reported that it shares their link or directory."""
         self.fault = ""
         """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 
@@ -98,6 +100,8 @@ class Connection:
         finally:
             if self._monitor is not None:
                 self._feed.remove(self._monitor)
+            for proxy in self._rival_of:
+                proxy._rivals().ended(self.peer.process)
 
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)
@@ -143,6 +147,8 @@ class Connection:
                 case protocol.ReloadRequest():
                     self._check_permitted("reload the configuration")
                     value = await self._reload()
+                case protocol.RivalRequest():
+                    value = self._rival(request)
             await self._write([protocol.encode_response(request, value, tag)])
             # Send events only after the response, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
@@ -308,6 +314,16 @@ class Connection:
                 history.end()
                 forgotten.append(name)
         return forgotten
+
+    def _rival(self, request: protocol.RivalRequest) -> list[str]:
+        """Report the client to the proxies whose link or directory it shares. Return the names of their boards."""
+        self._check_permitted("report a proxy")
+        found = []
+        for name, proxy in self._served.proxies().items():
+            if proxy._rival_claims(self.peer.process, request.link, request.netns, request.directory):
+                found.append(name)
+                self._rival_of.append(proxy)
+        return found
 
     def _check_permitted(self, what: str) -> None:
         if not self.peer.is_owner:

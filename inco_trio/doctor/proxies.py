@@ -39,6 +39,7 @@ COUNTERS = {
     "send_failures": "sending a frame failed: `inco-trio history` shows when and why",
     "unsendable": "the frame of a notification is larger than the MTU, and was discarded",
     "link_downs": "the link went down: `inco-trio history` shows when",
+    "rivals": "another proxy shared this link or its triggers: `inco-trio history` shows when",
     "restarts": "a failed task was restarted: `inco-trio history` shows when and why",
 }
 """The meaning of each counter that should be 0, and the remedy."""
