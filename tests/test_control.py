@@ -238,7 +238,10 @@ def test_one_socket_serves_many_boards(board: Board) -> None:
     assert (status["a"]["open"], status["b"]["open"]) == (True, False)
     assert f"{board.home}/b" in status["b"]["problem"]
     assert [each["board"] for each in client.ask({"request": "status", "board": "b"})["status"]] == ["b"]
-    assert client.ask({"request": "send", "signal": "redun_notify_irq", "board": "b"})["error"] == "unknown-board"
+    for request in ({"request": "send", "signal": "redun_notify_irq"}, {"request": "history"}):
+        refusal = client.ask({**request, "board": "b"})
+        assert refusal["error"] == "not-open"
+        assert refusal["message"] == f"board 'b': not open: {status['b']['problem']}"
     (board.home / "b").unlink()
     told, mine = board.client(), board.client()
     told.ask({"request": "monitor"})

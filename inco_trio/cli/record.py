@@ -23,7 +23,7 @@ from inco_trio.cli.signalling import board_of, direction_of, may_listen, remark_
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import SILENT, Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, HistoryRequest, MonitorRequest
-from inco_trio.errors import IncoError, InvalidArgumentError, ProxyNotFoundError
+from inco_trio.errors import BoardNotOpenError, IncoError, InvalidArgumentError, ProxyNotFoundError
 from inco_trio.service import process_signals
 from inco_trio.signals import Direction
 
@@ -220,7 +220,8 @@ class _Proxy:
         try:
             requests = [HistoryRequest(board, self._gaps.after(board)) for board in boards]
             pasts = [self._client.request(request).history for request in requests]
-        except InvalidArgumentError:  # The flight recorder is off, or the proxy is older than this program.
+        except (BoardNotOpenError, InvalidArgumentError):
+            # The board is closed, its flight recorder is off, or the proxy is older than this program.
             return None
         missing = [event for past in pasts if past is not None for event in self._gaps.missing(past)]
         return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns"))

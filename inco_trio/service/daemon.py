@@ -127,6 +127,8 @@ class Daemon:
         self._fd_store = fd_store
         self._restrict = restrict
         self._control_path: Path | None = None
+        self._opened: Sequence[Proxy] = ()
+        """The proxies that were open when the daemon became ready."""
         self._after_crash = False
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
         self._announced: Sequence[Client] = ()
@@ -142,6 +144,8 @@ class Daemon:
             if control is not None:
                 control.after_crash = False  # Before this process, no process served the boards that a reload adds.
             runner.ready()
+            # The diagnosis must not read this mapping itself: the event loop opens and closes boards at the same time.
+            self._opened = [*self._boards.proxies().values()]
             is_ready.set()
             await runner.follow_reloads()
 
@@ -212,10 +216,9 @@ class Daemon:
             # Import the module lazily, because the import would delay the start of the daemon.
             from inco_trio.service.rivals import rivals
 
-            proxies = [*self._boards.proxies().values()]
-            configs = [proxy.config for proxy in proxies]
+            configs = [proxy.config for proxy in self._opened]
             if found := [*rivals([(config.address, config.netns, config.signals) for config in configs])]:
-                self._meet(found, proxies, configs, token)
+                self._meet(found, self._opened, configs, token)
 
     def _meet(
         self,
