@@ -147,6 +147,10 @@ class Status:
     """How long the proxy has been open, in seconds."""
     last_down: float | None = None
     """When the link last went down, in seconds since 1970, or None."""
+    last_down_reason: str | None = None
+    """Why the link last went down, or None if that is unknown."""
+    last_down_duration: float | None = None
+    """How long the link was down the last time, in seconds. None if it has not come up again, or if that is unknown."""
     down_reason: str | None = None
     """Why the link is not running, or None if it is running."""
     recorded: RecorderStatus | None = None

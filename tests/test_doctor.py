@@ -689,6 +689,7 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(register_files.watched(signals, process(3))) == []
 
 
+ALONE = "without a supervisor"
 PROXY = process(30, "inco-trio run l0", name="inco-trio", sockets=(77,), started=5)
 SECOND = process(20, "inco-trio run l0", name="inco-trio", sockets=(78,), started=6)
 LISTENER = process(40, "python3 listen.py", name="python3", sockets=(79,))
@@ -743,7 +744,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
         (
             Users((PROXY, SECOND), (LISTENER,), (), 0),
             "fail",
-            "2 proxies: 30 (inco-trio), 20 (inco-trio): each receives each frame",
+            f"2 proxies: 30 (inco-trio) {ALONE}, 20 (inco-trio) {ALONE}: each receives each frame",
             "kill 30",
         ),
         (
@@ -833,6 +834,17 @@ def test_the_proxy_of_a_missing_interface_is_examined() -> None:
     ]
     _, (result,) = links.interface("gone0", Path("/run/netns/b1"))
     assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
+
+
+def test_failures_that_have_recovered_are_not_reported_as_present() -> None:
+    signals = [
+        SignalStatus(way.value, way, f"/irq/{way.value}", 1, None, 2, pending, None)
+        for way, pending in ((Direction.INBOUND, 0), (Direction.OUTBOUND, 1))
+    ]
+    counted = Stats(write_failures=2, send_failures=3, rivals=1)
+    status = attrs.evolve(status_of("l0", ()), signals=tuple(signals), counters=counted)
+    found = [result.found.partition(":")[0] for result in proxies.counters(BoardStatus("l0", status=status))]
+    assert found == ["outbound", "write_failures is 2 (recovered)", "send_failures is 3", "rivals is 1"]
 
 
 def test_the_user_of_the_services_is_trusted_while_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -978,6 +990,10 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
+    assert watched.supervision == "in s6 service /run/service/a"
+    assert (
+        attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
+    )
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:
@@ -1004,7 +1020,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(four, three, *aside))) == (
         "fail",
-        f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each sends each notification",
+        f"{tmp_path}: 2 proxies: 3 (program) {ALONE}, 4 (program) {ALONE}: each sends each notification",
         "kill 3",
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"

@@ -462,6 +462,8 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         assert result["level"] == "warn"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
+        result = of(found, "service")
+        assert (result["subject"], result["fix"]) == (str(service.directory), f"s6-svc -u {service.directory}")
         # The doctor recommends stopping the unsupervised proxy, because s6 would restart the other proxy.
         service.control("-u")
         service.wait("U")
@@ -470,6 +472,8 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
             stray.wait_ready()
             result = of(doctor(cores.core0, cores.link), "proxy")
             assert (result["level"], result["fix"]) == ("fail", f"kill {stray.pid}")
+            assert f"in s6 service {service.directory}" in result["found"]
+            assert f"{stray.pid} (python) without a supervisor" in result["found"]
         finally:
             stray.close()
         # The fix for a supervised proxy stops its service, so that s6 does not restart it.

@@ -38,6 +38,8 @@ _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
 """The command that stops a service, for each supervisor's process name. Its argument is the service's directory."""
+_SUPERVISORS = {"s6-svc": "s6", "sv": "runit", "svc": "daemontools", "systemctl": "systemd"}
+"""The supervisor to which each of these commands belongs."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 NS_GET_USERNS = 0xB701
@@ -98,6 +100,14 @@ class Process:
     def stop(self) -> str:
         """The command that stops the process permanently. After kill(1), a supervisor would restart the process."""
         return self.supervised or f"kill {self.pid}"
+
+    @property
+    def supervision(self) -> str:
+        """The service of the process as text, such as `in s6 service /run/service/x`, or `without a supervisor`."""
+        if not self.supervised:
+            return "without a supervisor"
+        words = shlex.split(self.supervised)
+        return f"in {_SUPERVISORS[words[0]]} service {words[-1]}"
 
     @property
     def is_holder(self) -> bool:

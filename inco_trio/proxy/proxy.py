@@ -97,6 +97,9 @@ class Proxy:
         self._since = self._table_since = real_clock.monotonic_ns()
         self._down_at = 0
         """When the link last went down (real_clock.monotonic_ns()), or 0."""
+        self._down_reason: str | None = None
+        self._down_duration: float | None = None
+        """How long the link was down the last time (seconds), or None if it is still down or that is unknown."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -125,6 +128,8 @@ class Proxy:
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
             last_down=self._clock.seconds(self._down_at) if self._down_at else None,
+            last_down_reason=self._down_reason,
+            last_down_duration=self._down_duration,
             recorded=None if recorder is None else recorder.status(),
             counters=self.stats,
             signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
@@ -375,6 +380,10 @@ class Proxy:
             text = f"the link came up after {seconds:.1f} s"
         if reason := "" if running else self._link.down_reason:
             text += f": {reason}"
+        if before:
+            self._down_reason, self._down_duration = reason or None, None
+        elif running and self._down_at:
+            self._down_duration = seconds
         if before is not None:
             # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
