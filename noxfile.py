@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2026.8.17"
 # uv creates an environment from its cache in a second; virtualenv and pip need half a minute.
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
+if len(sys.argv) == 1:
+    # Run two of the sessions marked with `side_by_side` at a time: most of their time, they use one CPU or the disk.
+    # nox prints the output of a session when it ends. A session that is selected by name runs alone, and prints its
+    # output at once.
+    nox.options.parallel = 2
+side_by_side = nox.session(allow_parallel=True)
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 COVERAGE_DATA = Path(".nox/coverage-data").resolve()
@@ -73,9 +80,10 @@ EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 SAME_ON_EACH_PYTHON = (
     *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_doctor_silence.py", "test_fresh.py"),
-    *("test_history.py", "test_linux.py", "test_mutated_memory.py", "test_odd_input.py", "test_packages.py"),
-    *("test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py", "test_recovery.py"),
-    *("test_registers_calm.py", "test_registers_machine.py", "test_services.py", "test_status_monitor.py"),
+    *("test_history.py", "test_history_command.py", "test_json_output.py", "test_limits.py", "test_linux.py"),
+    *("test_mutated_memory.py", "test_odd_input.py", "test_packages.py", "test_pages.py", "test_playing_core1.py"),
+    *("test_plot.py", "test_readme.py", "test_recovery.py", "test_registers_calm.py", "test_registers_machine.py"),
+    *("test_services.py", "test_status_monitor.py"),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
@@ -132,17 +140,26 @@ def missing_programs(wanted: Mapping[str, Sequence[str]]) -> tuple[list[str], li
 
 def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DEBIAN_PACKAGES) -> None:
     """As root, install missing programs with apt-get. Otherwise, fail and name the Debian packages."""
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        # Another session may run at the same time, and apt-get fails if another apt-get is running.
+        with Path(session.virtualenv.location).with_name("apt.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            install_programs(session, *missing_programs(wanted))
     missing, packages = missing_programs(wanted)
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Ignore the exit code: `apt-get update` fails if any package source fails. Check for the programs instead.
-            session.run_install(
-                "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
-            )
-        missing, packages = missing_programs(wanted)
     if missing:
         session.error(f"{', '.join(missing)}: not found (install the Debian packages {' '.join(packages)})")
+
+
+def install_programs(session: nox.Session, missing: Sequence[str], packages: Sequence[str]) -> None:
+    """Install the Debian packages of the missing programs, if any."""
+    if not missing:
+        return
+    session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        # Ignore the exit code: `apt-get update` fails if any package source fails. Check for the programs instead.
+        session.run_install(
+            "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
+        )
 
 
 def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, **env: str) -> None:
@@ -158,7 +175,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
     )
 
 
-@nox.session
+@side_by_side
 def lint(session: nox.Session) -> None:
     """Check the code with Ruff, the spelling with codespell, and the CI files with zizmor and published schemas."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
@@ -174,14 +191,14 @@ def lint(session: nox.Session) -> None:
     session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", *github)
 
 
-@nox.session
+@side_by_side
 def types(session: nox.Session) -> None:
     """Check the types of all Python code with mypy in strict mode."""
     install(session, "types")
     session.run("mypy", "--strict")
 
 
-@nox.session
+@side_by_side
 def docs(session: nox.Session) -> None:
     """Build the documentation site in build/docs (warnings are errors), and check it in a headless browser."""
     need_programs(session)
@@ -205,20 +222,22 @@ def is_first(session: nox.Session) -> bool:
 @ON_EACH_PYTHON
 def unit(session: nox.Session) -> None:
     """Test the built wheel without namespaces. Run version-independent tests only with the first Python."""
-    left_out = () if is_first(session) else tuple(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON)
-    run_unit(session, *left_out)
+    if is_first(session):
+        run_unit(session, "test")
+    else:
+        run_unit(session, "unit", *(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON))
 
 
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
     """Run all tests that do not need namespaces on the built wheel, with every supported Python version found."""
-    run_unit(session)
+    run_unit(session, "test")
 
 
-def run_unit(session: nox.Session, *args: str) -> None:
+def run_unit(session: nox.Session, group: str, *args: str) -> None:
     session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
-    session.install(".", *nox.project.dependency_groups(PROJECT, "test"))
+    session.install(".", *nox.project.dependency_groups(PROJECT, group))
     # Copy the tests without the package, so that they import the wheel.
     away = Path(session.virtualenv.location).resolve() / "without-package"
     shutil.rmtree(away, ignore_errors=True)
@@ -246,7 +265,7 @@ def oldest(session: nox.Session) -> None:
     session.run(*AS_ROOT, "python", "-m", "pytest", *words, *FOUR_AT_A_TIME, *session.posargs, external=True)
 
 
-@nox.session
+@side_by_side
 def wheel(session: nox.Session) -> None:
     """Build the sdist and the wheel, and test the wheel in an environment that contains nothing else."""
     session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
@@ -307,7 +326,7 @@ def release(session: nox.Session) -> None:
         )
 
 
-@nox.session
+@side_by_side
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
     """Test each example project with the built wheel.
@@ -402,7 +421,7 @@ def fleet(session: nox.Session) -> None:
     session.run("python", "-m", "tests.fleet", *session.posargs)
 
 
-@nox.session
+@side_by_side
 def fuzz_short(session: nox.Session) -> None:
     """Run each fuzz target for a few seconds."""
     run_fuzz(session, "--runs", "200")
@@ -419,7 +438,7 @@ def run_fuzz(session: nox.Session, *args: str) -> None:
     session.run("python", "-m", "tests.fuzz", *args, *session.posargs)
 
 
-@nox.session
+@side_by_side
 def bench_smoke(session: nox.Session) -> None:
     """Run the quick form of the benchmark. Its figures are not meaningful."""
     need_programs(session)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
-    from inco_trio.proxy_status import RecorderStatus, SignalStatus, Stats, Status, TaskStatus
+    from inco_trio.proxy_status import RecorderStatus, RivalStatus, SignalStatus, Stats, Status, TaskStatus
     from inco_trio.signals import Direction, Signal, builtin_signals
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "ProxyNotFoundError",
     "RecorderStatus",
     "ResourceError",
+    "RivalStatus",
     "Signal",
     "SignalStatus",
     "Stats",
@@ -82,7 +83,7 @@ _NAMES_OF = {
     "proxy.fleet": ("Proxies", "open_proxies"),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "proxy_status": ("RecorderStatus", "SignalStatus", "Stats", "Status", "TaskStatus"),
+    "proxy_status": ("RecorderStatus", "RivalStatus", "SignalStatus", "Stats", "Status", "TaskStatus"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 """The module that defines each name in `__all__`, except for the names from the module `errors`."""

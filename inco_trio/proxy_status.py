@@ -6,7 +6,7 @@ import attrs
 
 from inco_trio.signals import Direction
 
-__all__ = ["Counters", "RecorderStatus", "SignalStatus", "Stats", "Status", "TaskStatus"]
+__all__ = ["Counters", "RecorderStatus", "RivalStatus", "SignalStatus", "Stats", "Status", "TaskStatus"]
 
 
 @attrs.define
@@ -47,6 +47,8 @@ class Counters:
     """Restarts of failed tasks."""
     link_downs: int = 0
     """How many times the link has gone down."""
+    rivals: int = 0
+    """Other proxies that were noticed because they served the same link or watched the same triggers."""
 
     def snapshot(self) -> Stats:
         return Stats(**attrs.asdict(self))
@@ -112,6 +114,17 @@ class RecorderStatus:
 
 
 @attrs.frozen(slots=False, repr=False)
+class RivalStatus:
+    """Another running proxy that serves the same link or watches the same triggers."""
+
+    pid: int
+    since: float
+    """When this proxy noticed it, in seconds since 1970."""
+    shared: tuple[str, ...]
+    """The name of the link, the IRQ directories, or both."""
+
+
+@attrs.frozen(slots=False, repr=False)
 class Status:
     """The state of one proxy."""
 
@@ -134,6 +147,10 @@ class Status:
     """How long the proxy has been open, in seconds."""
     last_down: float | None = None
     """When the link last went down, in seconds since 1970, or None."""
+    last_down_reason: str | None = None
+    """Why the link last went down, or None if that is unknown."""
+    last_down_duration: float | None = None
+    """How long the link was down the last time, in seconds. None if it has not come up again, or if that is unknown."""
     down_reason: str | None = None
     """Why the link is not running, or None if it is running."""
     recorded: RecorderStatus | None = None
@@ -152,3 +169,5 @@ class Status:
     """The user ID that may own IRQ directories, besides root and the user of the process, or None."""
     group: int | None = None
     """The group ID that may write to IRQ directories, or None."""
+    rivals: tuple[RivalStatus, ...] = ()
+    """The other running proxies that serve the same link or watch the same triggers, as far as they were noticed."""

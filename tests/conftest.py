@@ -1,6 +1,8 @@
 """Load the fixtures that all tests share; see netns/README.md."""
 
 import logging
+import os
+import posix
 import signal
 from collections.abc import Iterator
 
@@ -30,11 +32,32 @@ def restore_level() -> Iterator[None]:
     package.setLevel(before)
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not measure the coverage of the processes that the test starts.
+UNMEASURED = frozenset(
+    (
+        *("test_api.py", "test_application.py", "test_command_lines.py", "test_core1.py", "test_core1_over_mqtt.py"),
+        *("test_guest.py", "test_launch.py", "test_manual.py", "test_odd_input.py", "test_pages.py"),
+        *(
+            "test_process_signals.py",
+            "test_proxy.py",
+            "test_sandbox.py",
+            "test_sandboxed_features.py",
+            "test_scandir.py",
+        ),
+        *("test_testing.py", "test_trust.py"),
+    )
+)
+"""Test files whose child processes run without coverage.py, which doubles the CPU time of a short process.
 
-    Modules whose many processes execute only lines that other tests also reach use this fixture, because coverage.py
-    nearly doubles the CPU time of a short process.
-    """
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+Other tests also execute nearly all of the lines that these processes execute.
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_unmeasured(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Do not measure the coverage of the processes that the tests in UNMEASURED start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name in UNMEASURED:
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+            # coverage.py replaces this function, in order to write data when a forked child ends.
+            patch.setattr(os, "_exit", posix._exit)
+        yield

@@ -21,8 +21,6 @@ from docs.fields import OPENED
 from netns.hang import HANG
 from tests.test_aio import python
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
 MODULES = (inco_trio, inco_trio.aio, inco_trio.testing)
 PUBLIC = [(module, name) for module in MODULES for name in module.__all__]

@@ -134,7 +134,7 @@ def burst(board: Board, running: Running) -> None:
     running.signal(signal.SIGCONT)
 
 
-pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.tools
 
 
 @pytest.mark.parametrize("language", PROGRAMS)

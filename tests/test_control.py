@@ -238,7 +238,10 @@ def test_one_socket_serves_many_boards(board: Board) -> None:
     assert (status["a"]["open"], status["b"]["open"]) == (True, False)
     assert f"{board.home}/b" in status["b"]["problem"]
     assert [each["board"] for each in client.ask({"request": "status", "board": "b"})["status"]] == ["b"]
-    assert client.ask({"request": "send", "signal": "redun_notify_irq", "board": "b"})["error"] == "unknown-board"
+    for request in ({"request": "send", "signal": "redun_notify_irq"}, {"request": "history"}):
+        refusal = client.ask({**request, "board": "b"})
+        assert refusal["error"] == "not-open"
+        assert refusal["message"] == f"board 'b': not open: {status['b']['problem']}"
     (board.home / "b").unlink()
     told, mine = board.client(), board.client()
     told.ask({"request": "monitor"})
@@ -406,7 +409,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
         "sock.connect(sys.argv[1])\n"
         "file = sock.makefile('rwb', 0)\n"
         "file.readline()\n"
-        "for request in ('status', 'send', 'reload'):\n"
+        "for request in ('status', 'send', 'reload', 'rival'):\n"
         '    file.write(b\'{"request": "%s", "signal": "redun_notify_irq"}\\n\' % request.encode())\n'
         "    print(file.readline().decode()[:30])\n"
     )
@@ -420,7 +423,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
     board.path.chmod(0o666)  # This has the same effect as adding the user to the socket's group.
     status, *refused = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
-    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True]
+    assert [answer.startswith('{"error": "not-permitted"') for answer in refused] == [True, True, True]
 
 
 def test_the_socket_of_a_crashed_proxy_is_replaced(board: Board) -> None:

@@ -12,7 +12,7 @@ from inco_trio.simulation.guest import unix_netdev
 from tests.core1 import SCENARIOS, Board, Scenario
 from tests.mosquitto import Gateway, Mosquitto
 
-pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.qemu
 
 
 @pytest.fixture

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import trio
 
+from inco_trio.config import Config
+from inco_trio.persist.fdstore import NoFdStore
+from inco_trio.proxy.proxy import Proxy
 from inco_trio.registers.diagnose import UNREPORTED, diagnose, filesystem_type, unreported
+from inco_trio.service import daemon, rivals
 from inco_trio.signals import builtin_signals
+from netns.hang import HANG
 
 MOUNTS = """\
 21 28 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
@@ -84,3 +93,38 @@ def test_the_process_that_holds_a_register_open_is_named(
         (line,) = lines
         assert line.startswith(f"{tmp_path / register}: process {pid} (python")
         assert line.endswith(said)
+
+
+def test_the_thread_of_the_diagnosis_does_not_read_the_proxies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop may close a board while the thread reads, and the thread would fail."""
+    config = Config(f"unix:{tmp_path}/core0,peer={tmp_path}/core1", builtin_signals(tmp_path / "irq"))
+    readers: set[threading.Thread] = set()
+    diagnosed: list[Collection[Any]] = []
+
+    class Watched(daemon.OneBoard):
+        def proxies(self) -> Mapping[str, Proxy]:
+            readers.add(threading.current_thread())
+            return super().proxies()
+
+    async def main() -> None:
+        ended = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def find_rivals(boards: Collection[Any]) -> list[str]:
+            diagnosed.append(boards)
+            token.run_sync_soon(ended.set)
+            return []
+
+        monkeypatch.setattr(rivals, "rivals", find_rivals)
+        monkeypatch.setattr(daemon, "raise_descriptor_limit", lambda: None)
+        service = daemon.Daemon(Watched(lambda: config), "x", "none", NoFdStore())
+        runner: Any = SimpleNamespace(ready=lambda: None, follow_reloads=trio.sleep_forever)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.run, runner)
+            with trio.fail_after(HANG):
+                await ended.wait()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert readers == {threading.main_thread()}
+    assert diagnosed == [[(config.address, config.netns, config.signals)]]

@@ -14,8 +14,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -688,6 +689,7 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(register_files.watched(signals, process(3))) == []
 
 
+ALONE = "without a supervisor"
 PROXY = process(30, "inco-trio run l0", name="inco-trio", sockets=(77,), started=5)
 SECOND = process(20, "inco-trio run l0", name="inco-trio", sockets=(78,), started=6)
 LISTENER = process(40, "python3 listen.py", name="python3", sockets=(79,))
@@ -742,7 +744,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
         (
             Users((PROXY, SECOND), (LISTENER,), (), 0),
             "fail",
-            "2 proxies: 30 (inco-trio), 20 (inco-trio): each receives each frame",
+            f"2 proxies: 30 (inco-trio) {ALONE}, 20 (inco-trio) {ALONE}: each receives each frame",
             "kill 30",
         ),
         (
@@ -834,6 +836,17 @@ def test_the_proxy_of_a_missing_interface_is_examined() -> None:
     assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
 
 
+def test_failures_that_have_recovered_are_not_reported_as_present() -> None:
+    signals = [
+        SignalStatus(way.value, way, f"/irq/{way.value}", 1, None, 2, pending, None)
+        for way, pending in ((Direction.INBOUND, 0), (Direction.OUTBOUND, 1))
+    ]
+    counted = Stats(write_failures=2, send_failures=3, rivals=1)
+    status = attrs.evolve(status_of("l0", ()), signals=tuple(signals), counters=counted)
+    found = [result.found.partition(":")[0] for result in proxies.counters(BoardStatus("l0", status=status))]
+    assert found == ["outbound", "write_failures is 2 (recovered)", "send_failures is 3", "rivals is 1"]
+
+
 def test_the_user_of_the_services_is_trusted_while_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     service = pwd.getpwnam("daemon").pw_uid
     for name, uid, trust in (
@@ -859,18 +872,26 @@ def test_the_rights_of_the_doctor_do_not_matter_to_a_proxy_of_another_user(tmp_p
     irq.chmod(0o700)
 
 
-def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(tmp_path: Path) -> None:
-    irq, link, uid = tmp_path / "irq", f"unix:{tmp_path}/a,peer={tmp_path}/b", os.geteuid() + 1
+@pytest.fixture
+def searchable() -> Iterator[Path]:
+    """Return a directory that all users may search, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        Path(home).chmod(0o755)
+        yield Path(home)
+
+
+def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Path) -> None:
+    irq, link, uid = searchable / "irq", f"unix:{searchable}/a,peer={searchable}/b", os.geteuid() + 1
     irq.mkdir()
     signals = builtin_signals(irq)
     state, trigger = (next(each for each in signals if each.direction is way) for way in Direction)
     proxy = process(3, f"inco-trio run {link}", uid=uid)
 
-    def denied(*modes: int, user: int = uid) -> list[tuple[str, str | None]]:
+    def denied(*modes: int, user: int = uid, groups: Set[int] = frozenset()) -> list[tuple[str, str | None]]:
         for path, mode in zip((irq, state.path, trigger.path), modes, strict=False):
             path.touch()
             path.chmod(mode)
-        found = list(register_files.denied((state, trigger), attrs.evolve(proxy, uid=user)))
+        found = list(register_files.denied((state, trigger), attrs.evolve(proxy, uid=user, groups=frozenset(groups))))
         irq.chmod(0o700)
         return [(f"{each.subject}: {each.found.partition(' may ')[2]}", each.fix) for each in found]
 
@@ -882,6 +903,16 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(tmp_path: Path
     ]
     assert denied(0o700, 0o646, 0o604) == [(f"{irq}: not use it", f"chown {uid} {irq}")]
     assert denied(0o755, 0o646, 0o604) == []
+    gid = searchable.stat().st_gid
+    assert denied(0o750, 0o660, 0o640, groups={gid}) == []
+    searchable.chmod(0o710)
+    above = f"{searchable}: not search it: let this user search it, or use another IRQ directory"
+    assert denied(0o755, 0o600, 0o600) == [(above, None)]
+    assert denied(0o755, 0o646, 0o600, groups={gid}) == [
+        (f"{state.path}: not write it", f"chown {uid} {state.path}"),
+        (f"{trigger.path}: not read it", f"chown {uid} {trigger.path}"),
+    ]
+    searchable.chmod(0o755)
     own = os.geteuid()
     assert denied(0o755, 0o444, 0o600, user=own) == [(f"{state.path}: not write it", f"chmod u+w {state.path}")]
     irq.chmod(0o755)
@@ -959,6 +990,10 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
+    assert watched.supervision == "in s6 service /run/service/a"
+    assert (
+        attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
+    )
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:
@@ -985,7 +1020,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(four, three, *aside))) == (
         "fail",
-        f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each sends each notification",
+        f"{tmp_path}: 2 proxies: 3 (program) {ALONE}, 4 (program) {ALONE}: each sends each notification",
         "kill 3",
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,17 +125,23 @@ def test_only_a_filesystem_that_may_wait_is_tried_first(
 ) -> None:
     used: list[object] = []
 
-    def ends(use: object) -> bool:
+    def problem(use: object) -> str:
         used.append(use)
-        return True
+        return ""
 
     monkeypatch.setattr(silence, "lines_of", lambda _: [f"1 2 0:3 / /mnt rw - {mount}"])
-    monkeypatch.setattr(silence, "_ends", ends)
+    monkeypatch.setattr(silence, "_problem", problem)
     assert silence.silent("registers", tmp_path, list) is None
     assert bool(used) is tries
 
 
-def looks_of(monkeypatch: pytest.MonkeyPatch, looks: Iterable[str]) -> tuple[bool, int]:
+def result(use: Callable[[], object]) -> str:
+    """Return the level and the beginning of the result of a check that calls `use`, or an empty string."""
+    found = silence.silent("registers", Path("/irq"), use, elsewhere=True)
+    return "" if found is None else f"{found.level.name.lower()}: {found.found.partition(':')[0]}"
+
+
+def looks_of(monkeypatch: pytest.MonkeyPatch, looks: Iterable[str]) -> tuple[str, int]:
     """Let the doctor's looks find a child process in these waits ("" if it is runnable). After them, the process ends.
 
     Return the result and the number of waits that were used.
@@ -154,7 +161,7 @@ def looks_of(monkeypatch: pytest.MonkeyPatch, looks: Iterable[str]) -> tuple[boo
     monkeypatch.setattr(silence, "_PAUSE", 0)
     monkeypatch.setattr(silence, "_wait_of", lambda _: next(found))
     try:
-        return silence._ends(lambda: os.read(read_end, 1)), used
+        return result(lambda: os.read(read_end, 1)), used
     finally:
         os.close(read_end)
         os.close(write_end)
@@ -172,29 +179,34 @@ BUSY = {
 @pytest.mark.parametrize("case", BUSY)
 def test_a_check_that_takes_long_does_not_hang(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """On a busy host, any check may take long."""
-    assert looks_of(monkeypatch, BUSY[case]) == (True, len(BUSY[case]))
+    assert looks_of(monkeypatch, BUSY[case]) == ("", len(BUSY[case]))
+
+
+HANGS = "fail: does not answer"
+SLOW = "warn: not checked, because it takes longer than a minute"
+KILLED = "warn: not checked, because signal 9 ended the process that read it"
 
 
 @pytest.mark.parametrize(
-    ("looks", "needed"),
+    ("looks", "found", "needed"),
     [
-        (itertools.repeat("7"), silence._LOOKS + 1),
-        (map(str, itertools.count()), silence._WAITS),
-        (itertools.cycle(["1", "", "2", "2"]), silence._WAITS // 3 * 4),
-        ((str(number // NFS_LOOKS) for number in itertools.count()), silence._LOOKS + 1),
+        (itertools.repeat("7"), HANGS, silence._LOOKS + 1),
+        (map(str, itertools.count()), SLOW, silence._WAITS),
+        (itertools.cycle(["1", "", "2", "2"]), SLOW, silence._WAITS // 3 * 4),
+        ((str(number // NFS_LOOKS) for number in itertools.count()), HANGS, silence._LOOKS + 1),
     ],
     ids=["same wait", "endless waits", "endless waits on a busy host", "unreachable NFS server"],
 )
-def test_a_check_that_waits_without_end_hangs(
-    monkeypatch: pytest.MonkeyPatch, looks: Iterable[str], needed: int
+def test_a_check_that_waits_without_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, looks: Iterable[str], found: str, needed: int
 ) -> None:
-    assert looks_of(monkeypatch, looks) == (False, needed)
+    assert looks_of(monkeypatch, looks) == (found, needed)
 
 
 def test_a_real_wait_and_a_runnable_process_are_distinguished() -> None:
     assert silence._wait_of(os.getpid()) == ""
-    assert not silence._ends(lambda: time.sleep(HANG))
-    assert silence._ends(list)
+    assert result(lambda: time.sleep(HANG)) == HANGS
+    assert result(list) == ""
 
 
 def compute() -> None:
@@ -202,9 +214,14 @@ def compute() -> None:
         pass
 
 
-def test_a_check_that_computes_without_end_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_computes_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "_CPU", 1)
-    assert not silence._ends(compute)
+    assert result(compute) == KILLED
+
+
+def test_a_check_whose_process_is_killed_does_not_hang() -> None:
+    """The kernel sends SIGKILL when the host has no memory left."""
+    assert result(lambda: os.kill(os.getpid(), signal.SIGKILL)) == KILLED
 
 
 def test_a_filesystem_that_answers_slowly_is_not_reported(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LISTED = {
     "config.HISTORY_MAX": "notifications in the flight recorder",
     "config.UDRV_SIZE_MAX": "udrv.json",
     "control.answering.HISTORY_SECONDS": "`history` requests of other users",
+    "control.answering.HISTORY_SECONDS_SHARED": "`history` requests of other users",
     "control.answering.SEND_MAX": "one `send` request",
     "control.feed.HISTORIES_MAX": "`history` requests of other users",
     "control.monitors.AHEAD": "notifications that a follower has not acknowledged",

@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inco_trio.control.answering import CLOSED, HISTORY_SECONDS
+from inco_trio.control.answering import CLOSED, HISTORY_SECONDS, HISTORY_SECONDS_SHARED
 from inco_trio.control.feed import HISTORIES_MAX, Feed
 from inco_trio.persist.recorder import AREA, KEPT_MAX, Recorder
 from inco_trio.signals import Direction, Signal
@@ -127,6 +127,25 @@ def test_a_user_with_many_connections_does_not_delay_the_histories_of_other_user
         assert [bool(await client.receive()) for client in clients[1:3]] == [True, False]
 
     run(RecordedBoard(KEPT_MAX), [*[OTHER] * (HISTORIES_MAX + 1), OTHER + 1], test)
+
+
+def test_an_unread_history_delays_the_histories_of_the_same_user_only_shortly() -> None:
+    async def test(_feed: Feed, clients: list[SlowClient]) -> None:
+        request = {"request": "history", "board": BOARD}
+        await clients[0].send(request)
+        await trio.sleep(HISTORY_SECONDS / 2)  # The clock is simulated.
+        for client in clients[1:]:
+            await client.send(request)
+        begun = trio.current_time()
+        for number, client in enumerate(clients[1:], 1):
+            await trio.sleep_until(begun + number * HISTORY_SECONDS_SHARED + 1)  # The clock is simulated.
+            faults = [bool(each.connection.fault) for each in clients]
+            assert faults == [True] * number + [False] * (len(clients) - number)
+            assert await client.receive()
+        assert clients[0].connection.fault == "the history was not read within 34 s"
+        assert clients[1].connection.fault == "the history was not read within 4 s"
+
+    run(RecordedBoard(KEPT_MAX), [OTHER] * 3, test)
 
 
 def test_a_board_that_closes_while_the_status_is_written_is_not_open() -> None:

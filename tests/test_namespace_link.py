@@ -95,6 +95,9 @@ def test_a_recreated_namespace_is_followed(
         await until(lambda: proxy.stats.delivered == 3)
         await until(lambda: packet_sockets(cores.core0) == 0)
         assert proxy.stats.link_downs == 1
+        if not at_once:
+            assert proxy.status.last_down_reason == f"the network namespace {name} is gone"
+            assert (proxy.status.last_down_duration or 0.0) > 0.0
 
     following(name, cores, tmp_path, body)
     first.close()

@@ -32,8 +32,6 @@ from netns.hang import HANG
 from tests.support_control import Board
 from tests.support_pages import DOCS, ROOT, Block, Script, comparable, parts, run, scripts, signalling
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "serve(config)": "a picture",

@@ -73,7 +73,7 @@ def test_the_numbers_are_exact(night: Path) -> None:
                 "delay": None,
                 "rate": 0.75,
                 "interval": {"min": 1, "p50": 1, "p90": 1, "p99": 1, "max": 1},
-                "longest_gap": {"from": 0, "seconds": 1},
+                "longest_gap": {"from": 2, "seconds": 2},
             },
             {
                 "board": "rpmsg4000",
@@ -113,8 +113,11 @@ def test_a_single_notification_can_be_plotted() -> None:
     (flow,) = signals
     assert (flow["count"], flow["rate"], flow["interval"], flow["longest_gap"]) == (1, None, None, None)
     assert (summary.pairs[0].unanswered, len(summary.pairs[0].taken)) == (1, 0)
-    summary.take(Mark(9, "x"))
-    assert summary.span == (5, 9)
+    summary.take(Mark(5 + SECOND, "x"))
+    assert summary.span == (5, 5 + SECOND)
+    signals = summary.numbers()["signals"]
+    assert isinstance(signals, list)
+    assert signals[0]["longest_gap"] == {"from": 5 / SECOND, "seconds": 1}
 
 
 @pytest.mark.tools

@@ -34,6 +34,7 @@ from inco_trio.control.protocol import (
     Request,
     RequestError,
     Response,
+    RivalRequest,
     SendRequest,
     StatusRequest,
     decode_greeting,
@@ -42,13 +43,13 @@ from inco_trio.control.protocol import (
     encode_alone,
     encode_notifications,
 )
-from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
 
 STATUS = Status(
     "l", 1.5, 2.5, True, "d", "systemd", Stats(received=3),
     (SignalStatus("s_irq", Direction.INBOUND, "/irq/s", 1, None, 0, 2, None),),
-    (TaskStatus("send", 1, None, "down"),),
+    (TaskStatus("send", 1, None, "down"),), rivals=(RivalStatus(7, 1.5, ("l", "/irq")),),
 )  # fmt: skip
 BOARDS = (BoardStatus("a", "no room"), BoardStatus("b", "", STATUS, HistoryStatus("5f", 3, 1, 2, 0, True)))
 REQUESTS: list[tuple[Request, object, Response]] = [
@@ -60,6 +61,8 @@ REQUESTS: list[tuple[Request, object, Response]] = [
     (AcknowledgeAllRequest([["b", "5f", 3]]), 1, Response(acknowledged=1)),  # type: ignore[list-item]
     (ForgetRequest(), ["b"], Response(forgotten=("b",))),
     (ReloadRequest(), ["b: bad"], Response(refused=("b: bad",))),
+    (RivalRequest("l0", "4:5"), ["b"], Response(rival=("b",))),
+    (RivalRequest(directory="4:5"), [], Response()),
 ]
 EVENTS = [
     Event("notification", "b", 1.5, 7, Direction.INBOUND, "s_irq", "/irq/s", 4, frame="00ff"),

@@ -327,6 +327,19 @@ def test_a_replay_of_several_boards_is_noted(tmp_path: Path) -> None:
     assert (code, out) == (0, f"{OUT}: 2 sent\n{note}\n")
 
 
+def test_a_replay_of_several_interfaces_that_another_program_captured_is_noted(tmp_path: Path) -> None:
+    """`record --board` cannot record only one of them."""
+    path = tmp_path / "f"
+    blocks = [section_block("other"), interface_block("l0"), interface_block("l1")]
+    path.write_bytes(b"".join([*blocks, *(packet_block(each, 1, encode(OUT.encode(), MAC), None) for each in (0, 1))]))
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    code, out, _ = replay(path, "--irq-dir", irq, "--wait", "0", "--fast")
+    note = f"note: {path}: contains 2 interfaces, l0, l1: all were played together (capture only one)"
+    assert (code, out) == (0, f"{OUT}: 2 sent\n{note}\n")
+
+
 def test_packets_that_a_replay_leaves_out_are_counted_by_reason(tmp_path: Path) -> None:
     path, frame = tmp_path / "f", encode(IN.encode(), MAC)
     packets = [

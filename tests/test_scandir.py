@@ -256,6 +256,18 @@ class TestUnderS6:
         tree.send("core0", "exit 71")
         assert tree.next_report() == "core0 started 2"
 
+    def test_the_log_names_the_exit_code_or_the_signal_that_ended_the_process(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.next_report() == "core0 started 1"
+        tree.send("core0", "exit 71")
+        assert tree.next_report() == "core0 started 2"
+        tree.svc("-k", "core0")
+        assert tree.next_report() == "core0 started 3"
+        tree.stop()
+        ends = re.findall("inco-trio-core0: (.*)", tree.log("core0"))
+        assert ends == ["ended with exit code 71", "killed by signal 9 (SIGKILL)", "killed by signal 15 (SIGTERM)"]
+
     def test_log_lines_have_a_timestamp(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()

@@ -32,7 +32,7 @@ from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryReq
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import textfile
-from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
@@ -320,6 +320,38 @@ def test_a_board_that_is_not_open_is_named_with_the_reason(
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr.startswith("inco-trio: error: board 'c': not open: ")
     assert f"{board.home}/c" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["send", "redun_notify_irq"], ["wait", "ihub_hwwd_irq"], ["history"], ["history", "--signal", "ihub_hwwd_irq"],
+     ["record", "FILE", "--past"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_board_that_is_not_open_and_given_as_an_option_is_named(
+    board: Board, boards: dict[str, str], command: list[str]
+) -> None:
+    words = [word.replace("FILE", str(board.home / "f")) for word in command]
+    for place in ([], ["--control", str(board.path)]):
+        done = run(*words, *place, "--board", "c", env=boards)
+        assert (done.returncode, done.stdout) == (69, "")
+        assert re.fullmatch(r"inco-trio: error: board 'c': not open: .*\n", done.stderr)
+        assert f"{board.home}/c" in done.stderr
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    "command", [["send", "redun_notify_irq"], ["wait", "ihub_hwwd_irq"], ["history"], ["record", "FILE", "--past"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_board_is_named_if_no_board_is_open(board: Board, tmp_path: Path, command: list[str]) -> None:
+    board.link = "nothere0"
+    board.start("--wait-link").wait_log("waiting for the link")
+    done = run(*(word.replace("FILE", str(tmp_path / "f")) for word in command), "--control", board.path)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == "inco-trio: error: board 'nothere0': not open: the link does not exist yet\n"
+    refusal = board.client().ask({"request": "send", "signal": "redun_notify_irq"})
+    assert refusal["error"] == "not-open"
 
 
 def test_monitor_names_the_board_of_each_event_of_several_boards(
@@ -758,6 +790,12 @@ def test_a_board_is_described_in_words() -> None:
     _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
     assert restarted.startswith("  send: restarted 1 time; ")
     assert down.startswith("  the link went down 1 time, last ")
+    assert down.endswith(" ago")
+    brief = attrs.evolve(once, last_down_duration=0.25, last_down_reason="no carrier")
+    assert [*_board_lines(BoardStatus("b", "", brief), None, None)][-2].endswith(" ago for 250 ms: no carrier")
+    shared = BoardStatus("b", "", attrs.evolve(status, rivals=(RivalStatus(7, 1.0, ("b", "/irq")),)))
+    *_, rival = _board_lines(shared, None, None)
+    assert re.fullmatch("  another proxy, process 7, has shared b, /irq for .*: run: inco-trio doctor", rival)
 
 
 def test_events_are_described_in_words() -> None:

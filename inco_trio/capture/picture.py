@@ -98,7 +98,7 @@ def draw(summary: Summary, title: str, suffix: str) -> bytes:
         places = _places(_seconds(array("q", (mark.time_ns for mark in summary.marks)), begin), span)
         axis.vlines(places, 0, 1, ALARM, ":", transform=axis.get_xaxis_transform(), linewidth=1)
     _draw_flags(timeline, flags)
-    figure.legend(handles=list(_keys(flows, bool(flags))), loc="outside lower center", ncols=6, fontsize=SMALL)
+    figure.legend(handles=list(_keys(flows, end, bool(flags))), loc="outside lower center", ncols=6, fontsize=SMALL)
     for axis, lines in zip(rows[2:], listed, strict=False):
         _list_marks(axis, lines)
     for axis, pair in zip(rows[2 + len(listed) :], summary.pairs, strict=True):
@@ -160,7 +160,7 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, end: int, *, names_boar
         axis.plot(places, np.full(len(places), row), "|", color=COLORS[flow.direction], markersize=12)
         waiting = _places(_seconds(flow.pending, begin), span)
         axis.plot(waiting, np.full(len(waiting), row), "x", color=ALARM, markersize=5)
-        if (gap := flow.longest_gap()) is not None:
+        if (gap := flow.longest_gap(end)) is not None:
             start, length = (gap[0] - begin) / BILLION, gap[1] / BILLION
             axis.plot([start, start + length], [row - 0.4] * 2, color="tab:gray", linewidth=1, solid_capstyle="butt")
             middle = min(max(start + length / 2, 0.02 * span), 0.98 * span)  # Keep the text inside the plot.
@@ -269,7 +269,7 @@ def _list_marks(axis: Axes, lines: list[tuple[str, str]]) -> None:
         axis.text(0.01, row + 0.5, text, fontsize=SMALL, va="center")
 
 
-def _keys(flows: list[Flow], marks: bool) -> Iterator[Artist]:
+def _keys(flows: list[Flow], end: int, marks: bool) -> Iterator[Artist]:
     for direction, color in COLORS.items():
         if any(flow.direction is direction for flow in flows):
             yield Patch(color=color, label="unknown direction" if direction is None else direction.value)
@@ -277,7 +277,7 @@ def _keys(flows: list[Flow], marks: bool) -> Iterator[Artist]:
         yield Line2D([], [], color=ALARM, marker="x", linestyle="", markersize=5, label="became pending")
     if any(flow.delays or flow.pending for flow in flows):
         yield Patch(label="pending", **_PENDING)
-    if any(flow.longest_gap() for flow in flows):
+    if any(flow.longest_gap(end) for flow in flows):
         yield Line2D([], [], color="tab:gray", linewidth=1, label="longest gap")
     if marks:
         yield Line2D([], [], color=ALARM, linestyle=":", linewidth=1, label="mark (listed below the rates)")

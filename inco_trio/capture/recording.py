@@ -309,8 +309,9 @@ class Recording:
         self.left_out: Counter[str] = Counter()
         """The number of packets that were skipped, keyed by reason."""
         self.boards: set[str] = set()
-        """The names of the boards in the recording so far."""
-        self._is_ours = False
+        """The names of the boards in the recording so far, or of the interfaces if another program captured it."""
+        self.is_ours = False
+        """Whether inco-trio recorded at least one of the packets so far."""
         self._uncommented = 0
         self._table = table
         self._count = 1
@@ -320,7 +321,7 @@ class Recording:
     @property
     def uncommented(self) -> int:
         """The number of frames without a comment of inco-trio, or 0 if inco-trio recorded none of the packets."""
-        return self._uncommented if self._is_ours else 0
+        return self._uncommented if self.is_ours else 0
 
     @property
     def progress(self) -> str:
@@ -360,7 +361,7 @@ class Recording:
             return None
         if packet.data.startswith(_UNFRAMED):
             entry, self._count = _content(packet)
-            self._is_ours = self._is_ours or entry is not None
+            self.is_ours = self.is_ours or entry is not None
             return entry
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
@@ -380,7 +381,7 @@ class Recording:
         # If the proxy ignored a frame, the packet's comment contains the reason instead of the signal.
         recorded, board = packet.direction if ours else None, packet.interface.name
         if packet.comment:
-            self._is_ours = self._is_ours or ours
+            self.is_ours = self.is_ours or ours
         else:
             self._uncommented += 1
         if recorded is None or not packet.comment:

@@ -6,7 +6,7 @@ import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import attrs
 
@@ -76,9 +76,12 @@ class Flow:
                 periods.append((start, end))
         return periods
 
-    def longest_gap(self) -> tuple[int, int] | None:
-        """Return the start and length of the longest gap in nanoseconds, or None if there is no gap."""
-        gaps = zip(self.intervals(), self.times, strict=False)
+    def longest_gap(self, last: int) -> tuple[int, int] | None:
+        """Return the start and length of the longest gap in nanoseconds, or None if there is no gap.
+
+        The time from the last notification to `last`, when the recording ends, is also a gap.
+        """
+        gaps = zip(chain(self.intervals(), (last - time for time in self.times[-1:])), self.times, strict=True)
         gap, begin = max(gaps, default=(0, 0), key=lambda each: each[0])
         return (begin, gap) if gap > 0 else None
 
@@ -153,15 +156,15 @@ class Summary:
         return {
             "from": begin / BILLION,
             "to": end / BILLION,
-            "signals": [self._flow_numbers(flow, end - begin) for flow in self.flows.values()],
+            "signals": [self._flow_numbers(flow, begin, end) for flow in self.flows.values()],
             "pairs": [_pair_numbers(pair) for pair in self.pairs],
             "ignored": self.ignored,
             "left_out": dict(self.left_out),
             "marks": [{"time": mark.time_ns / BILLION, "text": mark.text} for mark in self.marks],
         }
 
-    def _flow_numbers(self, flow: Flow, span_ns: int) -> dict[str, object]:
-        gap = flow.longest_gap()
+    def _flow_numbers(self, flow: Flow, begin: int, end: int) -> dict[str, object]:
+        gap, span_ns = flow.longest_gap(end), end - begin
         return {
             "board": flow.board or None,
             "signal": flow.signal,

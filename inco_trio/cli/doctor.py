@@ -108,14 +108,18 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
+    from inco_trio.doctor.services import not_running
     from inco_trio.doctor.silence import silent
     from inco_trio.doctor.survey import survey
+    from inco_trio.links.address import parse_address
 
     processes = look()
     yield from proc(processes)
     answers = ask(processes)
     if link is None and directory is None:
         yield from survey(processes, answers)
+    if link is not None:
+        yield from not_running(processes, parse_address(link).label)
     signals: tuple[Signal, ...] = ()
     content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"

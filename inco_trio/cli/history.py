@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.monitor import Lines
 from inco_trio.cli.options import add_color, add_place, number_of_seconds
-from inco_trio.cli.signalling import board_of, direction_of, remark_unknown
+from inco_trio.cli.signalling import board_of, check_open, direction_of, remark_unknown
 from inco_trio.cli.streams import remark, say, say_text
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import Client, connect
@@ -65,9 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def past_of(client: Client, board: str | None, seconds: float | None) -> list[Past]:
-    """Return the recorded history of one board or of all boards. `seconds` limits its age (None: no limit)."""
+    """Return the recorded history of one board or of all boards. `seconds` limits its age (None: no limit).
+
+    Raises IncoError, for example if none of the boards is open.
+    """
     after = None if seconds is None else max(0, time.monotonic_ns() - round(seconds * 1e9))
     boards = client.greeting.boards if board is None else (board,)
+    if not boards:
+        check_open(client.status())
     answers = [client.request(HistoryRequest(each, after)).history for each in boards]
     return [past for past in answers if past is not None]
 

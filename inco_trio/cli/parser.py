@@ -63,7 +63,7 @@ EXIT_CODES = {
     3: "`doctor` found only warnings",
     4: "the command of `wait --after` failed",
     65: "the file is not a recording, or it contains no usable notifications",
-    69: "a required program, device, interface or proxy is missing",
+    69: "a required program, device, interface or proxy is missing, or a board is not open",
     70: "internal error",
     71: "a resource limit is reached: descriptors, inotify limits, memory, disk",
     77: "no permission",

@@ -72,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
         notes.append(f"{path}: {cut}: the packets before this position were played")
     if len(recording.boards) > 1:
         names = ", ".join(sorted(recording.boards))
-        hint = "all were played together (`record --board NAME` records only one)"
-        notes.append(f"{path}: contains {len(recording.boards)} boards, {names}: {hint}")
+        what, hint = ("boards", "`record --board NAME` records") if recording.is_ours else ("interfaces", "capture")
+        text = f"contains {len(recording.boards)} {what}, {names}: all were played together ({hint} only one)"
+        notes.append(f"{path}: {text}")
     if played.overflowed:
         notes.append("the inotify queue overflowed: the counts are too low")
     _report(args, path, played, recording.left_out, notes)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, check_link, configured_board, path_of
 from inco_trio.cli.streams import remark
-from inco_trio.errors import unwrapped
+from inco_trio.errors import BoardNotOpenError, unwrapped
 from inco_trio.links.address import InterfaceAddress, UnixAddress, address_fault, parse_address
 from inco_trio.signals import Direction, Signal, builtin_signals, name_fault
 
 if TYPE_CHECKING:
     from inco_trio.capture.recording import Recording
     from inco_trio.control.client import Client
-    from inco_trio.control.protocol import Event
+    from inco_trio.control.protocol import BoardStatus, Event
 
 OF_THE_PROXY = ("link", "control", "board")
 OF_CORE_0 = ("irq_dir", "config")
@@ -90,17 +90,33 @@ def board_of(client: Client, args: argparse.Namespace) -> str | None:
 
 
 def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
-    """Return the direction of each signal by name, and whether all links are up."""
-    boards = [each.status for each in client.status(board) if each.status is not None]
+    """Return the direction of each signal by name, and whether all links are up.
+
+    Raises BoardNotOpenError if none of the boards is open.
+    """
+    found = client.status(board)
+    check_open(found)
+    boards = [each.status for each in found if each.status is not None]
     directions = {signal.signal: signal.direction.value for each in boards for signal in each.signals}
     return directions, all(each.running for each in boards)
+
+
+def check_open(boards: Sequence[BoardStatus]) -> None:
+    """Raise BoardNotOpenError if none of the boards is open."""
+    from inco_trio.control.client import not_open
+
+    if boards and all(each.status is None for each in boards):
+        raise not_open(boards[0])
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
     """Print a note for each signal in --signal that is not in the signal table or that --direction excludes."""
     if args.signal is None:
         return
-    known, _ = signals_of(client, board_of(client, args))
+    try:
+        known, _ = signals_of(client, board_of(client, args))
+    except BoardNotOpenError:
+        return  # The signal table is unknown until the board is open.
     for name in args.signal:
         if args.direction not in (None, known.get(name, args.direction)):
             remark(f"{name}: is {known[name]}, so --direction {args.direction} excludes it")

@@ -131,7 +131,13 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
             yield f"  {task.task}: {restarted}{task.problem or f'last: {task.last_problem}'}"
     if status.last_down is not None:
         ago = _duration(max(0.0, now - status.last_down))
-        yield f"  the link went down {times(status.counters.link_downs)}, last {ago} ago"
+        lasted = status.last_down_duration
+        length = "" if lasted is None else f" for {_duration(lasted)}"
+        reason = f": {status.last_down_reason}" if status.last_down_reason else ""
+        yield f"  the link went down {times(status.counters.link_downs)}, last {ago} ago{length}{reason}"
+    for rival in status.rivals:
+        shared, ago = ", ".join(rival.shared), _duration(max(0.0, now - rival.since))
+        yield f"  another proxy, process {rival.pid}, has shared {shared} for {ago}: run: inco-trio doctor"
     if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
         yield f"  counters: {counters}"
     if (recorded := status.recorded) is not None and recorded.since is not None:

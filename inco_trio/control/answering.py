@@ -34,6 +34,11 @@ PART = 16_384
 """Approximate number of bytes of a long response that are encoded and written at once."""
 HISTORY_SECONDS = 60.0
 """Timeout for writing the history to a client of another user. The clients of inco-trio wait at most 10 seconds."""
+HISTORY_SECONDS_SHARED = 4.0
+"""The timeout from the time on at which another `history` request of the same user waits.
+
+The waiting client has its turn before its own timeout, even if the client before it does not read.
+"""
 
 CLOSED = "the board was closed or removed during this request"
 """The problem of a board that was open when the proxy began the response, unless a newer reason is known."""
@@ -54,6 +59,8 @@ class Connection:
         """The bytes that the next write sends first. After a cancelled write, they are the rest of a line."""
         self._unwritten: Iterator[bytes] | None = None
         """The parts of lines that follow `_unsent`, or None if the last write was completed."""
+        self._rival_of: list[Proxy] = []
+        """The proxies to which the client, another proxy, has reported that it shares their link or directory."""
         self.fault = ""
         """The limit that the client exceeded, if that ended the connection; otherwise empty."""
 
@@ -93,6 +100,8 @@ class Connection:
         finally:
             if self._monitor is not None:
                 self._feed.remove(self._monitor)
+            for proxy in self._rival_of:
+                proxy._rivals().ended(self.peer.process)
 
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)
@@ -138,6 +147,8 @@ class Connection:
                 case protocol.ReloadRequest():
                     self._check_permitted("reload the configuration")
                     value = await self._reload()
+                case protocol.RivalRequest():
+                    value = self._rival(request)
             await self._write([protocol.encode_response(request, value, tag)])
             # Send events only after the response, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
@@ -194,12 +205,18 @@ class Connection:
         if self.peer.is_owner:
             await self._write(parts)
             return
+        turn = self._feed.history_turn(self.peer.user)
+        if turn.lock.locked():
+            turn.scope.deadline = min(turn.scope.deadline, trio.current_time() + HISTORY_SECONDS_SHARED)
         # Wait for the user's other requests first, so that they do not delay the requests of other users.
-        async with self._feed.history_lock(self.peer.user), self._feed.histories:
-            with trio.move_on_after(HISTORY_SECONDS) as scope:
+        async with turn.lock, self._feed.histories:
+            is_shared = turn.lock.statistics().tasks_waiting > 0
+            begun = trio.current_time()
+            with trio.move_on_after(HISTORY_SECONDS_SHARED if is_shared else HISTORY_SECONDS) as turn.scope:
                 await self._write(parts)
-        if scope.cancelled_caught:
-            self.fault = f"the history was not read within {HISTORY_SECONDS:.0f} s"
+            is_late, seconds = turn.scope.cancelled_caught, turn.scope.deadline - begun
+        if is_late:
+            self.fault = f"the history was not read within {seconds:.0f} s"
             nursery.cancel_scope.cancel()
 
     def _proxy(self, board: str | None) -> tuple[str, Proxy]:
@@ -207,11 +224,12 @@ class Connection:
         self._check_board(board)
         proxies = self._served.proxies()
         if board is None:
-            if len(proxies) != 1:
+            names = [*proxies] or [*self._served.not_open()][:1]
+            if len(names) != 1:
                 raise RequestError("unknown-board", f"board: missing (open boards: {', '.join(proxies) or 'none'})")
-            (board,) = proxies
+            (board,) = names
         if board not in proxies:
-            raise RequestError("unknown-board", f"board {board!r} is not open: {self._served.not_open()[board]}")
+            raise RequestError("not-open", f"board {board!r}: not open: {self._served.not_open()[board]}")
         return board, proxies[board]
 
     async def _send(self, request: protocol.SendRequest) -> int:
@@ -296,6 +314,16 @@ class Connection:
                 history.end()
                 forgotten.append(name)
         return forgotten
+
+    def _rival(self, request: protocol.RivalRequest) -> list[str]:
+        """Report the client to the proxies whose link or directory it shares. Return the names of their boards."""
+        self._check_permitted("report a proxy")
+        found = []
+        for name, proxy in self._served.proxies().items():
+            if proxy._rival_claims(self.peer.process, request.link, request.netns, request.directory):
+                found.append(name)
+                self._rival_of.append(proxy)
+        return found
 
     def _check_permitted(self, what: str) -> None:
         if not self.peer.is_owner:

@@ -34,7 +34,7 @@ from inco_trio.linux.sockets import peer_of, refuse_descriptors
 
 __all__ = [
     "AGAIN", "CHUNK", "PATIENCE", "SILENT", "Channel", "Client", "answering", "client_of", "connect", "connect_all",
-    "dial", "sockets", "wait_for_end",
+    "dial", "not_open", "sockets", "wait_for_end",
 ]  # fmt: skip
 
 CHUNK = 1 << 16
@@ -50,6 +50,7 @@ SILENT = "the proxy does not answer"
 _UCRED = struct.Struct("iII")
 """The format of struct ucred (unix(7)): PID, user ID and group ID."""
 ERRORS: dict[str, type[IncoError]] = {
+    "not-open": BoardNotOpenError,
     "not-permitted": PermissionDeniedError,
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
@@ -285,8 +286,13 @@ def connect(link: str | None, control: str | None) -> Client:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if closed is not None:
-        raise BoardNotOpenError(f"board {closed.board!r}", f"not open: {closed.problem}")
+        raise not_open(closed)
     raise _none_answers(errors, "no running proxy" if link is None else f"no proxy of {link}")
+
+
+def not_open(status: BoardStatus) -> BoardNotOpenError:
+    """Return the error for a board that is not open."""
+    return BoardNotOpenError(f"board {status.board!r}", f"not open: {status.problem}")
 
 
 def _closed_board(clients: Sequence[Client], name: str) -> BoardStatus | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Reload", "Served"]
+__all__ = ["HISTORIES_MAX", "Batch", "Feed", "HistoryTurn", "Reload", "Served"]
 
 HISTORIES_MAX = 4
 """Maximum number of `history` requests of other users that are answered at the same time, one of each user.
@@ -71,6 +71,15 @@ class Batch:
         return "pending" if self.reason else "notification"
 
 
+@attrs.define(eq=False)
+class HistoryTurn:
+    """The turn of a user's `history` requests. A user other than the proxy's has only one of them at a time."""
+
+    lock: trio.Lock = attrs.field(factory=trio.Lock, init=False)
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    """The scope in which the response is written while a request holds the lock."""
+
+
 class Feed:
     """A `notifications.Listener` that passes all events of `served` to monitors and followers."""
 
@@ -84,12 +93,11 @@ class Feed:
         self.turn = trio.Lock()
         """The turn of clients of other users: all other tasks run at least once before the next client has its turn."""
         self.histories = trio.Semaphore(HISTORIES_MAX)
-        self._history_locks = weakref.WeakValueDictionary[int, trio.Lock]()
+        self._history_turns = weakref.WeakValueDictionary[int, HistoryTurn]()
         self._log = _LogTap(self)
 
-    def history_lock(self, user: int) -> trio.Lock:
-        """Return the lock that a `history` request of another user holds, so that a user has only one at a time."""
-        return self._history_locks.setdefault(user, trio.Lock())
+    def history_turn(self, user: int) -> HistoryTurn:
+        return self._history_turns.setdefault(user, HistoryTurn())
 
     def add(self, monitor: Monitor) -> None:
         self.monitors.add(monitor)

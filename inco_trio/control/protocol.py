@@ -26,9 +26,10 @@ __all__ = [
     "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
     "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryRequest", "HistoryStatus",
     "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "ReloadRequest", "Reply", "Request",
-    "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request",
-    "encode_alone", "encode_board", "encode_error", "encode_event", "encode_greeting", "encode_history",
-    "encode_notifications", "encode_request", "encode_response", "encode_status", "event_now", "to_json",
+    "RequestError", "Response", "RivalRequest", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply",
+    "decode_request", "encode_alone", "encode_board", "encode_error", "encode_event", "encode_greeting",
+    "encode_history", "encode_notifications", "encode_request", "encode_response", "encode_status", "event_now",
+    "to_json",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -158,9 +159,21 @@ class ReloadRequest:
     """A request to reload the configuration, as SIGHUP does, and to report what was refused."""
 
 
+@attrs.frozen(slots=False)
+class RivalRequest:
+    """A report by another proxy that it shares this link or this IRQ directory, until it closes the connection."""
+
+    link: str | None = None
+    netns: str | None = None
+    """The network namespace of the link, as DEVICE:INODE."""
+    directory: str | None = None
+    """The directory, as DEVICE:INODE, because its path may differ between mount namespaces."""
+
+
 Request = (
     HistoryRequest
     | ReloadRequest
+    | RivalRequest
     | StatusRequest
     | SendRequest
     | MonitorRequest
@@ -182,6 +195,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "forget": (ForgetRequest, "forgotten"),
     "history": (HistoryRequest, "history"),
     "reload": (ReloadRequest, "refused"),
+    "rival": (RivalRequest, "rival"),
 }
 """The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
@@ -192,7 +206,7 @@ _POSITIONS = Rule(
     lambda items: all(isinstance(item, list) and [*map(type, item)] == [str, str, int] for item in items),
 )
 _KEYS: dict[str, Rule] = {
-    **dict.fromkeys(("board", "boot", "signal"), RULES[str]),
+    **dict.fromkeys(("board", "boot", "directory", "link", "netns", "signal"), RULES[str]),
     **dict.fromkeys(("after", "count", "sequence"), RULES[int]),
     **dict.fromkeys(("boards", "signals"), _SET),
     "direction": RULES[Direction],
@@ -310,6 +324,8 @@ class Response:
     forgotten: tuple[str, ...] = ()
     history: Past | None = None
     refused: tuple[str, ...] = ()
+    rival: tuple[str, ...] = ()
+    """The boards whose link or IRQ directory the client shares."""
     error: str = ""
     message: str = ""
     keys: frozenset[str] = frozenset()

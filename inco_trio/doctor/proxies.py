@@ -39,6 +39,7 @@ COUNTERS = {
     "send_failures": "sending a frame failed: `inco-trio history` shows when and why",
     "unsendable": "the frame of a notification is larger than the MTU, and was discarded",
     "link_downs": "the link went down: `inco-trio history` shows when",
+    "rivals": "another proxy shared this link or its triggers: `inco-trio history` shows when",
     "restarts": "a failed task was restarted: `inco-trio history` shows when and why",
 }
 """The meaning of each counter that should be 0, and the remedy."""
@@ -68,7 +69,8 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
-        text = f"{len(proxies)} proxies: {named(proxies)}: each {harm}"
+        all_named = ", ".join(f"{each.pid} ({each.name}) {each.supervision}" for each in proxies)
+        text = f"{len(proxies)} proxies: {all_named}: each {harm}"
         yield fail("proxy", subject, text, superfluous(proxies).stop)
     elif len(everyone) > 1:
         text = f"several processes use it: {named(everyone)}: if two are proxies, each {harm}"
@@ -181,6 +183,11 @@ def counters(board: BoardStatus) -> Iterator[Result]:
         yield fail("board", board.board, f"not open: {board.problem}")
         return
     faults = []
+    waiting_for = {signal.direction for signal in status.signals if signal.problem is not None or signal.pending}
+    over = {
+        "write_failures": Direction.INBOUND not in waiting_for,
+        "send_failures": Direction.OUTBOUND not in waiting_for,
+    }
     for signal in status.signals:
         if signal.problem is not None or signal.pending:
             waiting = "not delivered yet" if signal.direction is Direction.INBOUND else "not sent yet"
@@ -189,5 +196,6 @@ def counters(board: BoardStatus) -> Iterator[Result]:
     faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
     for name, count in status.counters.as_dict().items():
         if count and name in COUNTERS:
-            faults.append(warn("counters", board.board, f"{name} is {count}: {COUNTERS[name]}"))
+            past = " (recovered)" if over.get(name) else ""
+            faults.append(warn("counters", board.board, f"{name} is {count}{past}: {COUNTERS[name]}"))
     yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since the start")]

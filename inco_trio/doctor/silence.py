@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from inco_trio.doctor.result import Result, fail
+from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.linux.processes import lines_of, status_of
 
 __all__ = ["silent"]
@@ -30,13 +30,19 @@ This takes less than the 3 s after which the NFS client begins a new wait for an
 child process may take longer, but it is runnable or enters further waits.
 """
 _WAITS = 600
-"""The child process also hangs if this number of looks find it in any wait.
+"""The doctor also gives up if this number of looks find the child process in any wait.
 
-This limits a server that answers endlessly in small steps, and takes at least a minute. Looks that find the child
-process runnable do not count, because the host may be busy.
+This limits a server that answers endlessly in small steps, and takes at least a minute. A slow server can be healthy,
+so the result is only a warning. Looks that find the child process runnable do not count: the host may be busy.
 """
 _CPU = 60
 """The maximum CPU time of the child process in seconds: a server may list endlessly many files."""
+_HANGS = "does not answer: restart the program or host that serves its filesystem, or unmount it"
+_SLOW = "not checked, because it takes longer than a minute: find out why the server of its filesystem is slow"
+_KILLED = (
+    "not checked, because signal {} ended the process that read it: "
+    "see whether the host has too little memory, or the directory too many files"
+)
 _WAITING = re.compile(r" - (?:fuse(?!ctl)|nfs|cifs|smb3|9p|virtiofs|ceph|afs|autofs(?! systemd-1 )|vboxsf)")
 """The types of filesystems that another program or another host serves, in a line of /proc/self/mountinfo.
 
@@ -47,19 +53,19 @@ This excludes the automount points of systemd, which every host has for binfmt_m
 def silent(check: str, path: Path, use: Callable[[], object], *, elsewhere: bool = False) -> Result | None:
     """Return a failure of `check` if `use`, which accesses the files at `path`, would hang; otherwise None.
 
+    Return a warning if `use` takes too long, or if the kernel ends the process that calls it.
+
     If no mounted filesystem can keep the doctor waiting, return None without calling `use`. With `elsewhere`, the path
     leads to another mount namespace, whose filesystems are unknown.
     """
     if not elsewhere and not any(_WAITING.search(line) for line in lines_of(Path("/proc/self/mountinfo"))):
         return None
-    if _ends(use):
-        return None
-    text = "does not answer: restart the program or host that serves its filesystem, or unmount it"
-    return fail(check, path, text)
+    problem = _problem(use)
+    return (fail if problem == _HANGS else warn)(check, path, problem) if problem else None
 
 
-def _ends(use: Callable[[], object]) -> bool:
-    """Call `use` in a child process. Return True if it ends, or False if it hangs. Ignore its result and exceptions."""
+def _problem(use: Callable[[], object]) -> str:
+    """Call `use` in a child process. Return why it does not end, or "" if it ends. Ignore its result and exceptions."""
     child = os.fork()
     if child == 0:  # pragma: no cover - coverage.py does not measure this process
         try:
@@ -84,10 +90,13 @@ def _ends(use: Callable[[], object]) -> bool:
         os.close(fd)
     if not ended:
         os.kill(child, signal.SIGKILL)
+    status = 0
     with contextlib.suppress(ChildProcessError):
         _, status = os.waitpid(child, 0 if ended else os.WNOHANG)
-        ended = ended and status == 0  # The kernel kills a process that exceeds a limit.
-    return ended
+    if not ended:
+        return _SLOW if looks < _LOOKS else _HANGS
+    # The kernel kills a process that exceeds the limit of CPU time, and when the host has no memory left.
+    return _KILLED.format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
 
 
 def _wait_of(process: int) -> str:

@@ -14,6 +14,7 @@ from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
 from inco_trio.doctor.proxies import board_files, counters, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
+from inco_trio.doctor.services import not_running
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
@@ -44,6 +45,7 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
             text = f"no proxy is running: {services}"
         yield fail("proxy", "this machine", text)
         yield from machine.inotify_limits(processes, None)
+    yield from not_running(processes)
     for process in running:
         if process.pid in answers.by_pid:
             yield from _answering(process, processes, answers)

@@ -38,6 +38,8 @@ _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
 """The command that stops a service, for each supervisor's process name. Its argument is the service's directory."""
+_SUPERVISORS = {"s6-svc": "s6", "sv": "runit", "svc": "daemontools", "systemctl": "systemd"}
+"""The supervisor to which each of these commands belongs."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 NS_GET_USERNS = 0xB701
@@ -86,6 +88,8 @@ class Process:
     """Whether this user is not permitted to inspect the descriptors. `sockets` and `watches` are then empty."""
     supervised: str = ""
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
+    groups: frozenset[int] = frozenset()
+    """The effective group ID and the supplementary group IDs."""
 
     @property
     def is_proxy(self) -> bool:
@@ -96,6 +100,14 @@ class Process:
     def stop(self) -> str:
         """The command that stops the process permanently. After kill(1), a supervisor would restart the process."""
         return self.supervised or f"kill {self.pid}"
+
+    @property
+    def supervision(self) -> str:
+        """The service of the process as text, such as `in s6 service /run/service/x`, or `without a supervisor`."""
+        if not self.supervised:
+            return "without a supervisor"
+        words = shlex.split(self.supervised)
+        return f"in {_SUPERVISORS[words[0]]} service {words[-1]}"
 
     @property
     def is_holder(self) -> bool:
@@ -178,6 +190,7 @@ def look(
                 watches=watches,
                 hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
+                groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
     return Processes(tuple(found), unseen, bool(numbers))

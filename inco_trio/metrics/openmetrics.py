@@ -30,6 +30,7 @@ COUNTERS = {
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
     "link_downs": ("link_downs", "Number of times that the link went down."),
+    "rivals": ("rivals", "Other proxies that served the same link or watched the same triggers."),
 }
 """The name and help text of each counter's metric."""
 SIGNALS = {

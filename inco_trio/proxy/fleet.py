@@ -194,7 +194,7 @@ class Proxies(Mapping[str, Proxy]):
         """Return the proxy of a board. Raises BoardNotOpenError, or KeyError if the board is not configured."""
         board = self._boards[name]
         if board.proxy is None:
-            raise BoardNotOpenError(name, f"not open: {board.problem or 'still being opened'}")
+            raise BoardNotOpenError(name, f"not open: {self.not_open[name]}")
         return board.proxy
 
     def __iter__(self) -> Iterator[str]:
@@ -211,7 +211,8 @@ class Proxies(Mapping[str, Proxy]):
     @property
     def not_open(self) -> Mapping[str, str]:
         """The names of the configured boards that are not open, each with the reason."""
-        return {name: board.problem for name, board in self._boards.items() if board.proxy is None}
+        boards = [board for board in self._boards.values() if board.proxy is None]
+        return {board.name: board.problem or "it is being opened or closed" for board in boards}
 
     @property
     def stats(self) -> Mapping[str, Stats]:

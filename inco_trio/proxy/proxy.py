@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -30,7 +31,7 @@ from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_m
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
-from inco_trio.problems import noted_by, noting, report, times
+from inco_trio.problems import board_name, noted_by, noting, report, times
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -42,6 +43,9 @@ from inco_trio.registers.states import StateFile
 from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 from inco_trio.wall_clock import WallClock
+
+if TYPE_CHECKING:
+    from inco_trio.proxy.others import Others
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -75,6 +79,8 @@ class Proxy:
         self._link = parts.link
         self._inbound, self._outbound = parts.inbound, parts.outbound
         self._closed = self._successor = False
+        self._board = board_name.get()
+        self._others: Others | None = None
         self._present = trio.Event()
         self._reloading = trio.Lock()
         self._tasks: dict[str, Callable[[Health], Awaitable[None]]] = {
@@ -91,6 +97,9 @@ class Proxy:
         self._since = self._table_since = real_clock.monotonic_ns()
         self._down_at = 0
         """When the link last went down (real_clock.monotonic_ns()), or 0."""
+        self._down_reason: str | None = None
+        self._down_duration: float | None = None
+        """How long the link was down the last time (seconds), or None if it is still down or that is unknown."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -119,6 +128,8 @@ class Proxy:
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
             last_down=self._clock.seconds(self._down_at) if self._down_at else None,
+            last_down_reason=self._down_reason,
+            last_down_duration=self._down_duration,
             recorded=None if recorder is None else recorder.status(),
             counters=self.stats,
             signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
@@ -134,6 +145,7 @@ class Proxy:
             netns=None if self.config.netns is None else str(self.config.netns),
             owner=self.config.owner,
             group=self.config.group,
+            rivals=() if self._others is None else self._others.status(self._clock),
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
@@ -252,6 +264,20 @@ class Proxy:
         """Keep new notifications in the history until a client acknowledges them."""
         return self._parts.events.keep()
 
+    def _rivals(self) -> Others:
+        """Return the record of other proxies that share the link or a directory."""
+        if self._others is None:
+            # Import the module lazily, because most proxies never need it.
+            from inco_trio.proxy.others import Others
+
+            self._others = Others(self._board, self._counters, self._parts.events.note, lambda: self._closed)
+        return self._others
+
+    def _rival_claims(self, pid: int, link: str | None, netns: str | None, directory: str | None) -> bool:
+        """Report the process `pid` if it shares this link or directory (see `RivalRequest`). Return whether it does."""
+        open_directories = self._registers.directories.by_path.values()
+        return self._rivals().claimed(pid, link, netns, directory, self.config, open_directories)
+
     def _recorder(self) -> Recorder | None:
         return self._parts.events.recorder
 
@@ -354,6 +380,10 @@ class Proxy:
             text = f"the link came up after {seconds:.1f} s"
         if reason := "" if running else self._link.down_reason:
             text += f": {reason}"
+        if before:
+            self._down_reason, self._down_duration = reason or None, None
+        elif running and self._down_at:
+            self._down_duration = seconds
         if before is not None:
             # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO

@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import trio
 
@@ -20,6 +20,7 @@ from inco_trio.config import Config
 from inco_trio.control import place
 from inco_trio.control.feed import Served
 from inco_trio.control.server import Control
+from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
@@ -28,6 +29,10 @@ from inco_trio.service.log import log_statistics
 from inco_trio.service.privileges import raise_descriptor_limit
 from inco_trio.service.runner import Runner
 from inco_trio.signals import Signal
+
+if TYPE_CHECKING:
+    from inco_trio.control.client import Client
+    from inco_trio.service.rivals import Rival
 
 __all__ = ["Boards", "Daemon", "OneBoard", "read_aside"]
 
@@ -122,19 +127,25 @@ class Daemon:
         self._fd_store = fd_store
         self._restrict = restrict
         self._control_path: Path | None = None
+        self._opened: Sequence[Proxy] = ()
+        """The proxies that were open when the daemon became ready, until the diagnosis examines them."""
         self._after_crash = False
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
+        self._announced: Sequence[Client] = ()
+        """The connections to other proxies of the same links and directories. They end with this process."""
 
     async def run(self, runner: Runner) -> None:
         raise_descriptor_limit()
         async with self._answering(runner) as control, self._boards.open(self._fd_store, control):
             # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
             is_ready = threading.Event()
-            self._start_diagnosis(is_ready)
+            self._start_diagnosis(is_ready, trio.lowlevel.current_trio_token())
             self._restrict(self._boards.configs(), self._control_path)
             if control is not None:
                 control.after_crash = False  # Before this process, no process served the boards that a reload adds.
             runner.ready()
+            # The diagnosis must not read this mapping itself: the event loop opens and closes boards at the same time.
+            self._opened = [*self._boards.proxies().values()]
             is_ready.set()
             await runner.follow_reloads()
 
@@ -186,22 +197,55 @@ class Daemon:
             other = path.with_name(f"{path.stem}-{os.getpid()}.sock")
             return resources.enter_context(place.listening(other))
 
-    def _start_diagnosis(self, is_ready: threading.Event) -> None:
+    def _start_diagnosis(self, is_ready: threading.Event, token: trio.lowlevel.TrioToken) -> None:
         # Do not use trio.to_thread: it wakes the event loop when its thread ends. Skip the diagnosis if no thread can
         # start.
         with contextlib.suppress(RuntimeError):
-            threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
+            threading.Thread(target=self._diagnose, args=(is_ready, token), daemon=True).start()
 
-    def _diagnose(self, is_ready: threading.Event) -> None:
-        """Log conditions that may prevent notifications. Wait for readiness first, because reading /proc takes time."""
+    def _diagnose(self, is_ready: threading.Event, token: trio.lowlevel.TrioToken) -> None:
+        """Log conditions that may prevent notifications. Wait for readiness first, because reading /proc takes time.
+
+        If other proxies share a link or a directory with this process, return after they have ended.
+        """
         is_ready.wait()
-        # A vanished file or a lack of descriptors ends the diagnosis, but not the daemon.
-        with contextlib.suppress(OSError):
+        # A vanished file, a lack of descriptors or a stop of the daemon ends the diagnosis.
+        with contextlib.suppress(OSError, IncoError, trio.RunFinishedError):
             for line in diagnose(self._boards.signals()):
                 logger.warning("%s", line)
             # Import the module lazily, because the import would delay the start of the daemon.
             from inco_trio.service.rivals import rivals
 
-            configs = [proxy.config for proxy in [*self._boards.proxies().values()]]
-            for line in rivals([(config.address, config.netns, config.signals) for config in configs]):
-                logger.warning("%s", line)
+            proxies, self._opened = self._opened, ()
+            configs = [proxy.config for proxy in proxies]
+            if found := [*rivals([(config.address, config.netns, config.signals) for config in configs])]:
+                self._meet(found, proxies, configs, token)
+
+    def _meet(
+        self,
+        found: Sequence[Rival],
+        proxies: Sequence[Proxy],
+        configs: Sequence[Config],
+        token: trio.lowlevel.TrioToken,
+    ) -> None:
+        """Record other proxies in the history, report this process to them, and record when they end.
+
+        Raises OSError, IncoError, or trio.RunFinishedError if this process stops.
+        """
+        from inco_trio.service.announcing import announce, wait_for_ends
+
+        for rival in found:
+            token.run_sync_soon(_appeared, proxies[rival.board], rival)
+        self._announced = announce(found, configs)
+        concerned = [proxies[number] for number in dict.fromkeys(rival.board for rival in found)]
+        pids = dict.fromkeys(rival.process.pid for rival in found)
+        wait_for_ends(pids, lambda pid: token.run_sync_soon(_ended, concerned, pid))
+
+
+def _appeared(proxy: Proxy, rival: Rival) -> None:
+    proxy._rivals().appeared(rival.process.pid, rival.subject, rival.text)
+
+
+def _ended(proxies: Sequence[Proxy], pid: int) -> None:
+    for proxy in proxies:
+        proxy._rivals().ended(pid)

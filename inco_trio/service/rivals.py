@@ -23,9 +23,11 @@ from inco_trio.linux.processes import (
     packet_sockets,
     unix_sockets,
 )
+from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
 from inco_trio.signals import Direction, Signal
 
 __all__ = [
+    "Rival",
     "Users",
     "rivals",
     "serving",
@@ -55,6 +57,21 @@ class Users:
         if len(self.proxies) == 1:
             return self.proxies[0]
         return self.others[0] if not self.proxies and len(self.others) == 1 else None
+
+
+@attrs.frozen
+class Rival:
+    """Another proxy that serves the link or the IRQ directory `subject` of a board."""
+
+    board: int
+    """The position of the board in the argument of `rivals`."""
+    subject: str
+    process: Process
+    text: str
+    is_link: bool
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}"
 
 
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
@@ -117,30 +134,24 @@ def superfluous(proxies: Iterable[Process]) -> Process:
 
 def rivals(
     boards: Iterable[tuple[InterfaceAddress | UnixAddress, Path | None, Iterable[Signal]]],
-) -> Iterator[str]:
-    """Yield a line for every other proxy that serves a link or a directory of this process.
+) -> Iterator[Rival]:
+    """Yield each other proxy that serves a link or a directory of this process.
 
     `boards` contains the link, the network namespace and the signals of each board.
     """
     processes = look(wanted=is_proxy_command)
     if all(process.pid == os.getpid() for process in processes.all):
         return
-    for address, netns, signals in boards:
+    for board, (address, netns, signals) in enumerate(boards):
         try:
             with inside(netns, address.name):
                 users = users_of(address, processes)
         except IncoError:
             continue  # The network namespace no longer exists, or this user cannot enter it.
-        yield from _line(
-            address.name,
-            _serving(address, users, processes),
-            "also serves this link, so both proxies receive each frame",
-        )
+        yield from _rival(board, address.name, _serving(address, users, processes), OF_LINK)
         for directory in dict.fromkeys(signal.directory for signal in signals):
             watching = watchers((signal for signal in signals if signal.directory == directory), processes)
-            yield from _line(
-                str(directory), watching, "also watches its triggers, so both proxies send each notification"
-            )
+            yield from _rival(board, str(directory), watching, OF_TRIGGERS)
 
 
 def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
@@ -163,6 +174,8 @@ def _names(link: str, command: Sequence[str]) -> bool:
     return any(word == link or word.startswith(f"unix:{link},") for word in command)
 
 
-def _line(subject: str, proxies: Sequence[Process], what: str) -> Iterator[str]:
-    if others := [process for process in proxies if process.pid != os.getpid()]:
-        yield f"{subject}: process {named(others)} {what}: run: {superfluous(proxies).stop}"
+def _rival(board: int, subject: str, proxies: Sequence[Process], what: str) -> Iterator[Rival]:
+    for process in proxies:
+        if process.pid != os.getpid():
+            text = f"process {named([process])} {what}: run: {superfluous(proxies).stop}"
+            yield Rival(board, subject, process, text, is_link=what == OF_LINK)

@@ -30,6 +30,7 @@ from inco_trio import (
     ProxyNotFoundError,
     RecorderStatus,
     ResourceError,
+    RivalStatus,
     Signal,
     SignalStatus,
     Stats,
@@ -145,6 +146,10 @@ def reports(event: Notification, status: Status) -> None:
     assert_type(status.signals, tuple[SignalStatus, ...])
     assert_type(status.tasks, tuple[TaskStatus, ...])
     assert_type(status.recorded, RecorderStatus | None)
+    assert_type(status.rivals, tuple[RivalStatus, ...])
+    for rival in status.rivals:
+        assert_type((rival.pid, rival.since), tuple[int, float])
+        assert_type(rival.shared, tuple[str, ...])
     for signal in status.signals:
         assert_type(signal.signal, str)
         assert_type(signal.direction, Direction)

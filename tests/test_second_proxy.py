@@ -1,0 +1,178 @@
+"""Tests of two proxies that share a link or a directory: both must record when the other one appears and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.config import Config
+from inco_trio.control.client import Client
+from inco_trio.control.protocol import Event, HistoryRequest
+from inco_trio.linux.processes import look
+from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
+from inco_trio.proxy_status import Status
+from inco_trio.service.announcing import announce, wait_for_ends
+from inco_trio.service.rivals import Rival
+from inco_trio.simulation.world import Cores
+from netns.fixtures import Proxy, StartProxy
+from netns.hang import HANG
+
+pytestmark = pytest.mark.netns
+
+ENDED = " s after it was noticed: it had shared "
+TEXT_MAX = 150
+"""The flight recorder keeps this number of characters of a text. The directories of pytest have long names."""
+
+
+def status_of(control: Path, board: str | None = None) -> Status:
+    with Client(control) as client:
+        (found,) = client.status(board)
+    assert found.status is not None
+    return found.status
+
+
+def events_of(control: Path, board: str | None = None) -> list[Event]:
+    """Return the recorded problems and recoveries."""
+    with Client(control) as client:
+        past = client.request(HistoryRequest(board)).history
+    assert past is not None
+    return [event for event in past.events if event.event in ("problem", "works")]
+
+
+def rivals_of(control: Path, board: str | None = None) -> dict[int, tuple[str, ...]]:
+    return {rival.pid: rival.shared for rival in status_of(control, board).rivals}
+
+
+def start_two(proxy: StartProxy, tmp_path: Path, *options: str) -> tuple[Proxy, Proxy]:
+    """Start two proxies of the same link and directory, and wait until each has noticed the other one."""
+    one, two = (proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / name, *options) for name in ("one", "two"))
+    for each in (one, two):
+        for what in (OF_LINK, OF_TRIGGERS):
+            each.wait_log(what)
+    return one, two
+
+
+@pytest.mark.parametrize(("number", "sandbox"), [(signal.SIGTERM, "on"), (signal.SIGKILL, "none")])
+def test_a_second_proxy_leaves_a_trace(
+    cores: Cores, proxy: StartProxy, tmp_path: Path, number: signal.Signals, sandbox: str
+) -> None:
+    shared = (cores.link, str(tmp_path / "irq"))
+    one, two = start_two(proxy, tmp_path, "--sandbox", sandbox)
+    assert rivals_of(tmp_path / "one") == {two.pid: shared}
+    assert rivals_of(tmp_path / "two") == {one.pid: shared}
+    two.stop(number)
+    one.wait_log(ENDED)
+    appeared, also, ended = events_of(tmp_path / "one")
+    assert appeared.message.startswith(f"{cores.link}: process {two.pid} {OF_LINK}: ")
+    assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
+    assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
+    assert [event.event for event in (appeared, also, ended)] == ["problem", "problem", "works"]
+    status = status_of(tmp_path / "one")
+    assert (status.rivals, status.counters.rivals) == ((), 1)
+    logged = len(one.log)
+    three = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
+    one.wait_log(OF_TRIGGERS, after=logged)
+    status = status_of(tmp_path / "one")
+    assert ([rival.pid for rival in status.rivals], status.counters.rivals) == ([three.pid], 2)
+
+
+def test_the_second_proxy_records_the_end_of_the_first(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+    one, two = start_two(proxy, tmp_path)
+    one.stop(signal.SIGKILL)
+    two.wait_log(ENDED)
+    assert [event.event for event in events_of(tmp_path / "two")] == ["problem", "problem", "works"]
+    assert status_of(tmp_path / "two").rivals == ()
+    # The supervisor of the first proxy restarts it.
+    logged = len(two.log)
+    again = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
+    two.wait_log(OF_TRIGGERS, after=logged)
+    assert rivals_of(tmp_path / "two") == {again.pid: (cores.link, str(tmp_path / "irq"))}
+
+
+def test_a_restart_is_no_second_proxy(proxy: StartProxy, tmp_path: Path) -> None:
+    proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one").stop(signal.SIGKILL)
+    again = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
+    # The diagnosis of this third proxy finds nothing in the second one's directory but the proxy `again`.
+    other = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
+    again.wait_log(OF_TRIGGERS)
+    other.wait_log(OF_TRIGGERS)
+    assert {event.message.partition(" also ")[0].rpartition(" ")[2] for event in events_of(tmp_path / "one")} == {
+        str(other.pid)
+    }
+
+
+def test_only_the_board_that_shares_a_directory_is_concerned(tmp_path: Path) -> None:
+    boards, control = tmp_path / "boards", tmp_path / "fleet"
+    boards.mkdir()
+    for name in ("b1", "b2"):
+        board = {"link": f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1", "irq_dir": f"{tmp_path}/{name}"}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    with ExitStack() as stack:
+
+        def start(*words: object) -> Proxy:
+            started = Proxy(None, [*map(str, words)], {}, tmp_path / f"{words[-1]}.log")
+            stack.callback(started.close)
+            started.wait_ready()
+            return started
+
+        fleet = start("--boards", boards, "--control", control, "--log-format", "json")
+        link = f"unix:{tmp_path}/other.0,peer={tmp_path}/other.1"
+        other = start(link, "--irq-dir", tmp_path / "b1", "--control", "none")
+        fleet.wait_log(OF_TRIGGERS)
+        assert rivals_of(control, "b1") == {other.pid: (str(tmp_path / "b1"),)}
+        assert rivals_of(control, "b2") == {}
+        other.stop()
+        assert json.loads(fleet.wait_log(ENDED))["board"] == "b1"
+        assert [event.event for event in events_of(control, "b1")] == ["problem", "works"]
+
+
+def test_a_process_that_has_already_ended_is_reported_at_once() -> None:
+    ended: list[int] = []
+    with subprocess.Popen(["true"]) as child:
+        pass
+    wait_for_ends([child.pid], ended.append)
+    assert ended == [child.pid]
+
+
+def test_a_proxy_that_refuses_the_report_keeps_its_connection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An older proxy does not know the request. This process is then recorded only in its own history."""
+    path = tmp_path / "s"
+    greeting = {"protocol": 1, "name": "l0", "pid": os.getpid(), "boot": "b", "boards": ["l0"]}
+    refusal = {"error": "unknown-request", "message": "request: unknown"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rw") as lines:
+                print(json.dumps(greeting), file=lines, flush=True)
+                lines.readline()
+                print(json.dumps(refusal), file=lines, flush=True)
+                lines.readline()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        (own,) = (each for each in look().all if each.pid == os.getpid())
+        rivals = [Rival(0, "l0", own, "", is_link=True)]
+        with caplog.at_level("INFO"):
+            (client,) = announce(rivals, [Config("l0", ())])
+        client.close()
+        thread.join(HANG)
+    assert f"process {own.pid} does not record that this process shares its link" in caplog.text
+
+
+def test_a_proxy_without_a_control_socket_gets_no_report(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "infinity"]) as child:
+        (process,) = (each for each in look().all if each.pid == child.pid)
+        assert announce([Rival(0, "l0", process, "", is_link=True)], [Config("l0", ())]) == []
+        child.kill()
