@@ -14,8 +14,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -871,18 +872,26 @@ def test_the_rights_of_the_doctor_do_not_matter_to_a_proxy_of_another_user(tmp_p
     irq.chmod(0o700)
 
 
-def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(tmp_path: Path) -> None:
-    irq, link, uid = tmp_path / "irq", f"unix:{tmp_path}/a,peer={tmp_path}/b", os.geteuid() + 1
+@pytest.fixture
+def searchable() -> Iterator[Path]:
+    """Return a directory that all users may search, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        Path(home).chmod(0o755)
+        yield Path(home)
+
+
+def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Path) -> None:
+    irq, link, uid = searchable / "irq", f"unix:{searchable}/a,peer={searchable}/b", os.geteuid() + 1
     irq.mkdir()
     signals = builtin_signals(irq)
     state, trigger = (next(each for each in signals if each.direction is way) for way in Direction)
     proxy = process(3, f"inco-trio run {link}", uid=uid)
 
-    def denied(*modes: int, user: int = uid) -> list[tuple[str, str | None]]:
+    def denied(*modes: int, user: int = uid, groups: Set[int] = frozenset()) -> list[tuple[str, str | None]]:
         for path, mode in zip((irq, state.path, trigger.path), modes, strict=False):
             path.touch()
             path.chmod(mode)
-        found = list(register_files.denied((state, trigger), attrs.evolve(proxy, uid=user)))
+        found = list(register_files.denied((state, trigger), attrs.evolve(proxy, uid=user, groups=frozenset(groups))))
         irq.chmod(0o700)
         return [(f"{each.subject}: {each.found.partition(' may ')[2]}", each.fix) for each in found]
 
@@ -894,6 +903,16 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(tmp_path: Path
     ]
     assert denied(0o700, 0o646, 0o604) == [(f"{irq}: not use it", f"chown {uid} {irq}")]
     assert denied(0o755, 0o646, 0o604) == []
+    gid = searchable.stat().st_gid
+    assert denied(0o750, 0o660, 0o640, groups={gid}) == []
+    searchable.chmod(0o710)
+    above = f"{searchable}: not search it: let this user search it, or use another IRQ directory"
+    assert denied(0o755, 0o600, 0o600) == [(above, None)]
+    assert denied(0o755, 0o646, 0o600, groups={gid}) == [
+        (f"{state.path}: not write it", f"chown {uid} {state.path}"),
+        (f"{trigger.path}: not read it", f"chown {uid} {trigger.path}"),
+    ]
+    searchable.chmod(0o755)
     own = os.geteuid()
     assert denied(0o755, 0o444, 0o600, user=own) == [(f"{state.path}: not write it", f"chmod u+w {state.path}")]
     irq.chmod(0o755)

@@ -25,7 +25,7 @@ class Recorder(Bank):
     """An in-flight buffer that only records that it was cleared."""
 
     def __init__(self, name: str, done: list[str]) -> None:
-        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), bytes(7))
+        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), memoryview(bytearray(8)), bytes(7))
         self._name = name
         self._done = done
 

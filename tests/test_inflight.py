@@ -171,12 +171,13 @@ def test_parts_of_the_memory_do_not_overlap(memory: Inflight, successor: Callabl
     banks = memory.frames + memory.events
     for number, bank in enumerate(banks):
         bank.begin(number + 1)
+        bank.pending_since = number + 2
         bank.view[:] = bytes([number + 1]) * len(bank.view)
     memory.pending[b"o"] = 5
     memory.watches[b"w"] = 6
     found = successor()
     for number, bank in enumerate(found.frames + found.events):
-        assert bank.sequence == number + 1
+        assert (bank.sequence, bank.pending_since) == (number + 1, number + 2)
         assert bytes(bank.view) == bytes([number + 1]) * len(bank.view)
     assert (found.pending[b"o"], found.watches[b"w"]) == (5, 6)
     assert (list(found.pending), list(found.watches)) == ([b"o"], [b"w"])

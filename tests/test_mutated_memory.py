@@ -71,6 +71,7 @@ def parts() -> dict[str, int]:
     after_events = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK
     return {
         "header": 0,
+        "times": PAGE - 80,
         "sequences": PAGE - 48,
         "frames": PAGE,
         "pending keys": after_events,
@@ -99,6 +100,7 @@ def use(memory: Inflight) -> None:
     """Use the memory in the same way as the proxy, the gateway and the status report do."""
     for bank in (*memory.frames, *memory.events):
         bank.begin(bank.sequence + 1)
+        bank.pending_since = bank.pending_since
     for bank in memory.frames:
         assert all(frames_in(bank))
     for bank in memory.events:

@@ -10,18 +10,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
 
-from inco_trio.capture.gaps import Gaps, separated
+from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.control.protocol import Event, Past
+from inco_trio.control.protocol import BoardStatus, Event, Past, encode_board, encode_status
 from inco_trio.frame import encode
+from inco_trio.persist.recorder import truncated
+from inco_trio.proxy_status import Stats, Status
 from inco_trio.registers.states import RUNS
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
@@ -470,6 +475,132 @@ sys.exit(main())
     assert marks == [f"{FLOOD - there} events were lost here: they arrived too fast"]
 
 
+Replies = dict[str, list[bytes]]
+"""The bytes to send in response to each kind of request; the last ones also in response to further requests."""
+
+
+def line(**content: object) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def notification(board: str, sequence: int) -> dict[str, object]:
+    at = {"board": board, "time": time.time(), "monotonic_ns": time.monotonic_ns()}
+    return {"event": "notification", **at, "direction": "inbound", "signal": IN, "sequence": sequence, "count": 1}
+
+
+def history(board: str, *sequences: int) -> bytes:
+    return line(history={"board": board, "boot": "1", "events": [notification(board, each) for each in sequences]})
+
+
+def statuses(*names: str) -> bytes:
+    """Return a response that reports these boards as open, and the board `x` as not open."""
+    opened = tuple(BoardStatus(name, "", Status(name, 1, 1, True, "", None, Stats(), (), ())) for name in names)
+    return "".join(encode_status(map(encode_board, (*opened, BoardStatus("x", "no room"))), {})).encode()
+
+
+MONITOR, LOST = line(monitor=True), line(event="lost", count=5, time=time.time(), monotonic_ns=time.monotonic_ns())
+FLUSHED = line(flush=True) + line(event="flushed")
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Yield a function that starts a stand-in for a proxy and returns the path of its control socket.
+
+    Each argument has the replies for one connection. A request without a reply ends the connection.
+    """
+    path, threads = tmp_path / "scripted.sock", []
+
+    def serve(listener: socket.socket, connections: Sequence[Replies]) -> None:
+        greeting = {"name": "b", "pid": os.getpid(), "boot": "1", "boards": ["a", "b", "c"], "protocol": 1}
+        for number, replies in enumerate(connections, 1):
+            accepted, _ = listener.accept()
+            if number == len(connections):
+                listener.close()
+            with accepted, accepted.makefile("rb") as lines:
+                accepted.sendall(line(**greeting))
+                for each in lines:
+                    if not (some := replies.get(json.loads(each)["request"])):
+                        break
+                    accepted.sendall(some.pop(0) if len(some) > 1 else some[0])
+
+    def start(*connections: Replies) -> Path:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.settimeout(HANG)
+        listener.bind(str(path))
+        listener.listen()
+        threads.append(threading.Thread(target=serve, args=(listener, connections), daemon=True))
+        threads[0].start()
+        return path
+
+    yield start
+    for thread in threads:
+        thread.join(HANG)
+        assert not thread.is_alive()
+
+
+def test_an_event_that_arrives_with_a_history_is_recorded_at_once(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    replies = {
+        "status": [statuses("b")],
+        "monitor": [MONITOR + LOST],
+        "history": [history("b") + line(**notification("b", 6))],
+        "flush": [FLUSHED],
+    }
+    recording = start(tmp_path / "f", "--control", scripted(replies), "--count", "1")
+    assert recording.end() == 0
+    assert counts(tmp_path / "f") == {IN: 1}
+
+
+@pytest.mark.parametrize("is_followed", [True, False])
+def test_events_that_arrived_before_the_proxy_ended_are_recorded(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path, is_followed: bool
+) -> None:
+    """The proxy ends while it is asked for the events that the recording has lost."""
+    arrived = b"".join(line(**notification("b", each)) for each in (1, 2, 3))
+    ends = {"status": [statuses("b")], "monitor": [MONITOR + arrived + LOST]}
+    follows = {
+        "status": [statuses("b")],
+        "monitor": [MONITOR],
+        "history": [history("b", 4, 5, 6, 7, 8)],
+        "flush": [FLUSHED],
+    }
+    recording = start(tmp_path / "f", "--control", scripted(ends, *([follows] if is_followed else [])))
+    ended = "the proxy was started again" if is_followed else "waiting"
+    if is_followed:
+        while not any(isinstance(each, Mark) and each.text == ended for each in everything(tmp_path / "f")):
+            assert recording.process.poll() is None
+    else:
+        assert ended in recording.remark()
+    finish(recording)
+    assert counts(tmp_path / "f") == {IN: 8 if is_followed else 3}
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert ("5 events were lost here: they arrived too fast" in marks) is not is_followed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_complete"),
+    [("a", "ab", True), ("abc", "ab", False), ("ab", "abc", False)],
+    ids=["added", "removed", "without a history"],
+)
+def test_boards_that_a_reload_adds_or_removes_are_filled_in_or_marked(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path,
+    before: str, after: str, is_complete: bool,
+) -> None:  # fmt: skip
+    replies = {
+        "status": [statuses(*before), statuses(*after)],
+        "monitor": [MONITOR + LOST],
+        "history": [history("a", 1), history("b", 1), line(error="invalid", message="the proxy records no history")],
+        "flush": [FLUSHED],
+    }
+    recording = start(tmp_path / "f", "--control", scripted(replies))
+    while sum(counts(tmp_path / "f").values()) < 2:
+        assert recording.process.poll() is None
+    finish(recording)
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert ("5 events were lost here: they arrived too fast" in marks) is not is_complete
+
+
 @pytest.mark.s6
 def test_what_a_killed_proxy_did_not_report_is_filled_in(
     board: Board, start: Callable[..., Running], tmp_path: Path
@@ -621,10 +752,12 @@ def test_only_notifications_that_are_still_pending_are_plotted_as_pending(
 def test_merged_pending_events_keep_the_time_of_the_last_one() -> None:
     """The wall clock was set forward by an hour between the two times, which the time of the last one must contain."""
 
+    base = 10**18  # This is later than the beginning of the recording.
+
     def event(kind: str, seconds: float, step: float = 0.0, count: int = 1, last: float = 0.0) -> Event:
-        last_ns = round(last * 10**9)
+        last_ns = base + round(last * 10**9) if last else 0
         return Event(
-            kind, "b", 1000 + seconds + step, round(seconds * 10**9), Direction.INBOUND, IN, reason="full",
+            kind, "b", 1000 + seconds + step, base + round(seconds * 10**9), Direction.INBOUND, IN, reason="full",
             count=count, last_ns=last_ns,
         )  # fmt: skip
 
@@ -635,4 +768,39 @@ def test_merged_pending_events_keep_the_time_of_the_last_one() -> None:
     gaps = Gaps()
     past = Past("b", "boot", tuple(merged))
     assert gaps.is_new(event("pending", 2))
-    assert list(gaps.missing(past)) == expected[1:]
+    assert list(gaps.missing(past)) == [event("pending", 2, count=2), *expected[1:]]
+    assert list(gaps.missing(past)) == []
+
+
+def test_a_filled_gap_contains_each_pending_notification_once() -> None:
+    def event(seconds: int, count: int = 0, last: int = 0, reason: str = "full") -> Event:
+        start = 10**18
+        at, last_ns = start + seconds * 10**9, last and start + last * 10**9
+        return Event(
+            "pending", "b", 1e9 + seconds, at, Direction.INBOUND, IN, reason=reason, count=count, last_ns=last_ns
+        )
+
+    def number(gaps: Gaps, *events: Event) -> int:
+        missing = [each for each in gaps.missing(Past("b", "boot", events)) if each.event == "pending"]
+        assert [each.monotonic_ns for each in missing] == sorted(each.monotonic_ns for each in missing)
+        return sum(max(1, each.count) for each in missing)
+
+    gaps, long = Gaps(), "a reason that is longer than a record of the flight recorder " * 4
+    stored = truncated(long.encode()).decode()
+    for second in range(10):
+        assert gaps.is_new(event(second))
+        assert gaps.is_new(event(second, reason=long))
+    # The third of these began after the second had ended.
+    assert number(gaps, event(0, 12, 20), event(0, 30, 29, stored), event(25, 3, 29)) == 2 + 20 + 3
+    assert number(gaps, event(0, 12, 20), event(0, 30, 29, stored), event(25, 8, 39)) == 5
+    assert gaps.is_new(event(40))
+    assert number(gaps, event(25, 9, 40)) == 0
+    # An unknown number of these became pending before the recording began.
+    old = attrs.evolve(event(0, 50, 60), monotonic_ns=1)
+    assert [(each.message, each.count) for each in gaps.missing(Past("b", "boot", (old,)))] == [
+        (f"up to 28 earlier notifications of {IN} became pending: not recorded", 0), ("", 1),
+    ]  # fmt: skip
+    for second in range(61, 61 + 3 * TIMES):
+        assert gaps.is_new(event(second))
+    assert number(gaps, event(61 + 2 * TIMES, TIMES + 1, 61 + 3 * TIMES)) == 1
+    assert number(gaps, event(61, 4 * TIMES, 61 + 3 * TIMES)) == 0

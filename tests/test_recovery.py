@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -22,6 +24,7 @@ from inco_trio.errors import ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
+from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import FRAME_STEP, Bank, Inflight, frames_in
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.proxy import Proxy, open_supervised
@@ -58,13 +61,13 @@ class Board:
             trigger(self.irq / f"{name}_trig")
 
     @asynccontextmanager
-    async def proxy(self) -> AsyncIterator[Proxy]:
+    async def proxy(self, listener: Listener | None = None) -> AsyncIterator[Proxy]:
         """Yield a proxy that takes over from its predecessor.
 
         The proxy stops at the end of the block and leaves its pending work to its successor.
         """
         self.store = self.store.heir()
-        async with open_supervised(self.config, self.store) as proxy:
+        async with open_supervised(self.config, self.store, listener) as proxy:
             yield proxy
 
     async def leave(self) -> None:
@@ -260,6 +263,68 @@ def test_events_of_both_banks_are_sent_in_the_order_of_their_arrival(board: Boar
         async with board.proxy() as proxy, board.peer() as peer:
             assert await peer.receive(4) == ["redun", "crash", "redun", "uart"]
             assert proxy.stats.recovered == 4
+
+    run(main)
+
+
+class Reported(Deaf):
+    """A listener that stores the names of pending notifications, and since when delivered ones were pending."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.delivered: list[tuple[str, int]] = []
+
+    def pending(self, *args: Any) -> None:
+        self.names += [signal.name for signal in args[0]]
+
+    def carried(self, *args: Any) -> None:
+        signals, *_, since = args
+        self.delivered += [(signal.name, since) for signal in signals]
+
+
+def test_a_restart_does_not_report_pending_notifications_again(board: Board) -> None:
+    async def main() -> None:
+        await board.leave()
+        reported = Reported()
+        async with board.proxy(reported):
+            board.trigger("redun", "crash")
+            await stuck()
+        assert reported.names == ["redun", "crash"]
+        end = time.monotonic_ns()
+        async with board.proxy(reported):
+            await stuck()
+        async with board.proxy(reported), board.peer() as peer:
+            assert await peer.receive(2) == ["redun", "crash"]
+            board.trigger("uart")
+            await peer.receive(1)
+            await stuck()
+        assert reported.names == ["redun", "crash"]
+        assert [name for name, since in reported.delivered if 0 < since < end] == ["redun", "crash"]
+        assert reported.delivered[2:] == [("uart", 0)]
+
+    run(main)
+
+
+@pytest.mark.parametrize("older_is_reported", [True, False])
+def test_recovered_notifications_become_pending_unless_a_predecessor_reported_them(
+    board: Board, older_is_reported: bool
+) -> None:
+    async def main() -> None:
+        await leave_in_flight(board, ["redun", "crash"], ["uart"])
+        memory = board.memory()
+        memory.events[not older_is_reported].pending_since = since = time.monotonic_ns()
+        memory.close()
+        reported = Reported()
+        async with board.proxy(reported):
+            await stuck()
+        assert reported.names == ([] if older_is_reported else ["redun", "crash"])
+        async with board.proxy(reported), board.peer() as peer:
+            assert await peer.receive(3) == ["redun", "crash", "uart"]
+            await stuck()
+        (_, first), (_, second), (_, third) = reported.delivered
+        assert first == second > 0
+        assert (first if older_is_reported else third) == since
+        assert (third > 0) is not older_is_reported
 
     run(main)
 

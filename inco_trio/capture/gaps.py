@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import operator
 import time
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import attrs
 
 from inco_trio.control.protocol import Event, Past
+from inco_trio.persist.recorder import truncated
 from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction
 
 __all__ = ["Gaps", "separated"]
+
+TIMES = 2**15
+"""Minimum number of pending notifications of a signal whose times are kept, if there were that many."""
 
 
 def separated(events: Iterable[Event]) -> Iterator[Event]:
@@ -42,6 +48,28 @@ def separated(events: Iterable[Event]) -> Iterator[Event]:
 
 
 @attrs.define
+class _Pending:
+    """The recorded `pending` events of one signal and reason. Times are CLOCK_MONOTONIC in nanoseconds."""
+
+    times: array[int]
+    """The times of the newest events. The number of events before `times[0]` is unknown."""
+    totals: array[int] = attrs.Factory(lambda: array("Q", [0]))
+    """For each time, the number of events up to and including it."""
+    last: Event | None = None
+
+    def add(self, event: Event, count: int) -> None:
+        self.times.append(event.monotonic_ns)
+        self.totals.append(self.totals[-1] + count)
+        self.last = event
+        if len(self.times) > 2 * TIMES:
+            del self.times[:TIMES], self.totals[:TIMES]
+
+    def since(self, time_ns: int) -> int:
+        """Return the number of events since a time."""
+        return self.totals[-1] - self.totals[max(0, bisect_left(self.times, time_ns) - 1)]
+
+
+@attrs.define
 class _Seen:
     """The last recorded events of one board. Times are CLOCK_MONOTONIC in nanoseconds."""
 
@@ -57,6 +85,14 @@ class _Seen:
     """The time of the last recorded event that is not a notification."""
     filled_ns: int = 0
     """The time up to which the recording is complete. A monitor may report earlier events again."""
+    begun_ns: int = attrs.Factory(time.monotonic_ns)
+    """When the recording began."""
+    _pending: dict[tuple[object, ...], _Pending] = attrs.Factory(dict)
+
+    def pending(self, event: Event) -> _Pending:
+        """Return the recorded events with the signal and the reason of `event`."""
+        reason = truncated(event.reason.encode("utf-8", "backslashreplace"))
+        return self._pending.setdefault((event.direction, event.signal, reason), _Pending(array("Q", [self.begun_ns])))
 
 
 class Gaps:
@@ -64,15 +100,19 @@ class Gaps:
 
     def __init__(self) -> None:
         self._boards: dict[str, _Seen] = {}
+        self._begun_ns = time.monotonic_ns()
 
     def begin(self, board: str, recorded: RecorderStatus) -> None:
         """Treat all earlier events of a board's flight recorder as recorded."""
         now = time.monotonic_ns()
-        self._boards[board] = _Seen(recorded.boot, recorded.sequence, now, noted_ns=now)
+        self._boards[board] = _Seen(recorded.boot, recorded.sequence, now, noted_ns=now, begun_ns=now)
+
+    def _seen(self, board: str) -> _Seen:
+        return self._boards.setdefault(board, _Seen(begun_ns=self._begun_ns))
 
     def is_new(self, event: Event) -> bool:
         """Return whether a monitor's event is not in the recording yet. If so, the caller must record it."""
-        seen = self._boards.setdefault(event.board, _Seen())
+        seen = self._seen(event.board)
         if event.monotonic_ns <= seen.filled_ns:
             return False
         if event.event == "notification":
@@ -83,20 +123,29 @@ class Gaps:
             seen.sequence = event.sequence
         else:
             seen.noted_ns = event.monotonic_ns
+            if event.event == "pending":
+                seen.pending(event).add(event, max(1, event.count))
         return True
 
     def after(self, board: str) -> int:
         """Return the time after which the flight recorder may have events that the recording lacks."""
-        seen = self._boards.setdefault(board, _Seen())
-        return max(0, min(seen.last_ns, seen.noted_ns) - 1)
+        seen = self._seen(board)
+        return max(seen.begun_ns, min(seen.last_ns, seen.noted_ns) - 1)
 
     def missing(self, past: Past) -> Iterator[Event]:
         """Yield the events in `past` that the recording lacks, and a mark for each gap in `past` itself."""
-        seen = self._boards.setdefault(past.board, _Seen())
+        seen = self._seen(past.board)
         is_same = past.boot == seen.boot
         if not is_same and seen.boot:
             yield _mark(past, "earlier events are unknown: the history was lost when the proxy exited")
-        for event in separated(past.events):
+        events, uncertain = _unrecorded(seen, past)
+        for event in separated(events):
+            if event.event == "pending":
+                if number := uncertain.pop((event.direction, event.signal, event.reason), 0):
+                    text = f"up to {number} earlier notifications of {event.signal} became pending: not recorded"
+                    yield attrs.evolve(_mark(past, text, event), direction=event.direction, signal=event.signal)
+                yield event
+                continue
             if event.event != "notification":
                 if max(event.monotonic_ns, event.last_ns) > seen.noted_ns:
                     yield event
@@ -117,6 +166,43 @@ class Gaps:
         seen.boot = past.boot
         seen.filled_ns = max(seen.filled_ns, newest)
         seen.last_ns, seen.noted_ns = max(seen.last_ns, newest), max(seen.noted_ns, newest)
+
+
+def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[object, ...]]]:
+    """Return the events in `past` without the pending notifications that are recorded.
+
+    The flight recorder merges equal events, some of which may be recorded. Also return, for each direction, signal and
+    reason, how many others may be missing, because they may also be older than the recording.
+    """
+    events: list[Event] = []
+    uncertain, later = Counter[tuple[object, ...]](), Counter[tuple[object, ...]]()
+    added: list[tuple[_Pending, Event, int]] = []
+    for event in reversed(past.events):
+        if event.event != "pending":
+            events.append(event)
+            continue
+        pending, key = seen.pending(event), (event.direction, event.signal, event.reason)
+        recorded = pending.since(event.monotonic_ns) - later[key]
+        later[key] += recorded
+        missing = max(1, event.count) - recorded
+        if missing <= 0:
+            continue
+        last_ns = max(event.monotonic_ns, event.last_ns)
+        first = event
+        if pending.last is not None and event.monotonic_ns < pending.last.monotonic_ns < last_ns:
+            # The missing ones are newer. Their times must not precede those of events that are already in the file.
+            first = attrs.evolve(event, time=pending.last.time, monotonic_ns=pending.last.monotonic_ns)
+        seconds = (last_ns - first.monotonic_ns) / 1e9
+        last = attrs.evolve(first, time=first.time + seconds, monotonic_ns=last_ns, count=1)
+        added.append((pending, last, missing))
+        if event.monotonic_ns > pending.times[0]:
+            events.append(attrs.evolve(first, count=missing) if missing > 1 else last)
+        elif last_ns > seen.noted_ns:
+            events.append(last)
+            uncertain[key] = missing - 1
+    for pending, last, missing in reversed(added):
+        pending.add(last, missing)
+    return events[::-1], uncertain
 
 
 def _mark(past: Past, text: str, at: Event | None = None) -> Event:

@@ -22,7 +22,7 @@ from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_se
 from inco_trio.cli.signalling import board_of, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import SILENT, Client, connect
-from inco_trio.control.protocol import Event, FlushRequest, HistoryRequest, MonitorRequest
+from inco_trio.control.protocol import Event, FlushRequest, HistoryRequest, MonitorRequest, Past
 from inco_trio.errors import BoardNotOpenError, IncoError, InvalidArgumentError, ProxyNotFoundError
 from inco_trio.service import process_signals
 from inco_trio.signals import Direction
@@ -162,11 +162,17 @@ class _Proxy:
         self.name = client.greeting.name
         self._gone = False
         board = board_of(client, args)
+        self._open: set[str] = set()
+        """The boards that were open when the recording was last complete."""
         self._wanted = MonitorRequest(board, direction_of(args), args.signal, frames=True)
         self._gaps = Gaps()
+        self._lost: list[Event] = []
+        """The `lost` events that the next proxy may replace, because the proxy ended before it sent its history."""
         for each in client.status(board):
-            if each.status is not None and each.status.recorded is not None:
-                self._gaps.begin(each.board, each.status.recorded)
+            if each.status is not None:
+                self._open.add(each.board)
+                if each.status.recorded is not None:
+                    self._gaps.begin(each.board, each.status.recorded)
         self._ask()
 
     def _ask(self) -> None:
@@ -177,6 +183,11 @@ class _Proxy:
 
     def fileno(self) -> int:
         return self._client.fileno()
+
+    @property
+    def has_received(self) -> bool:
+        """Whether `arrived` returns events even if the socket is not readable."""
+        return self._client.has_received
 
     def arrived(self) -> list[Event]:
         """Return the events that have arrived. If the proxy has exited, first wait until a new proxy is running."""
@@ -191,10 +202,13 @@ class _Proxy:
                 with contextlib.suppress(ProxyNotFoundError):
                     self._client = Client(self._client.path)
                     self._ask()
-                    events = [ended, *(self._missing() or ()), _mark("the proxy was started again")]
+                    missing, is_complete = self._missing()
+                    lost = () if is_complete else self._lost
+                    events = [ended, *lost, *missing, _mark("the proxy was started again")]
+                    self._lost = []
                     return sorted(events, key=operator.attrgetter("monotonic_ns"))
             self._gone = True
-            return [ended]
+            return [*self._lost, ended]
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
         """Return the events that the recording does not contain yet. Replace a `lost` event with the lost events."""
@@ -202,29 +216,35 @@ class _Proxy:
         for event in events:
             if event.event == "lost":
                 try:
-                    missing = self._missing()
+                    missing, is_complete = self._missing()
                 except ProxyNotFoundError as error:
                     if error.reason != SILENT:
-                        raise
+                        self._lost.append(event)
+                        continue
                     _show("")
                     remark(f"{error}: the recording lacks {event.count} events (`inco-trio history` may show them)")
-                    missing = None
-                new += [event] if missing is None else missing
+                    missing, is_complete = [], False
+                new += missing if is_complete else [*missing, event]
             elif self._gaps.is_new(event):
                 new.append(event)
         return new
 
-    def _missing(self) -> list[Event] | None:
-        """Return the events that only the proxy's flight recorder contains, or None if the flight recorder is off."""
-        boards = self._client.greeting.boards if self._wanted.board is None else (self._wanted.board,)
-        try:
-            requests = [HistoryRequest(board, self._gaps.after(board)) for board in boards]
-            pasts = [self._client.request(request).history for request in requests]
-        except (BoardNotOpenError, InvalidArgumentError):
-            # The board is closed, its flight recorder is off, or the proxy is older than this program.
-            return None
-        missing = [event for past in pasts if past is not None for event in self._gaps.missing(past)]
-        return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns"))
+    def _missing(self) -> tuple[list[Event], bool]:
+        """Return the events that only the flight recorders contain, and whether all boards have a flight recorder."""
+        pasts: dict[str, Past] = {}
+        boards: set[str] = set()
+        with contextlib.suppress(InvalidArgumentError):  # A reload has removed the only recorded board.
+            boards = {each.board for each in self._client.status(self._wanted.board) if each.status is not None}
+        for board in sorted(boards):
+            # The board may have closed, its flight recorder may be off, or the proxy is older than this program.
+            with contextlib.suppress(BoardNotOpenError, InvalidArgumentError):
+                past = self._client.request(HistoryRequest(board, self._gaps.after(board))).history
+                if past is not None:
+                    pasts[board] = past
+        is_complete = self._open | boards <= pasts.keys()
+        self._open = boards
+        missing = [event for past in pasts.values() for event in self._gaps.missing(past)]
+        return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns")), is_complete
 
     def rest(self) -> Iterator[Event]:
         """Yield the events that the proxy has not sent yet."""
@@ -237,6 +257,7 @@ class _Proxy:
                 if event.event == "flushed":
                     break
                 yield from self._new([event])
+        yield from self._lost
 
 
 def _mark(text: str) -> Event:
@@ -264,7 +285,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
 def _events(source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> Iterator[Event]:
     """Yield the events of `source` until the recording stops, and show the progress."""
     shows, shown = sys.stderr.isatty(), time.monotonic()
-    while not stop.wait(SHOWN if shows else math.inf, source):
+    while not stop.wait(0 if source.has_received else SHOWN if shows else math.inf, source):
         yield from source.arrived()
         if shows and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()

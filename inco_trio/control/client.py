@@ -225,9 +225,14 @@ class Client(Channel, AbstractContextManager["Client"]):
         """Return the descriptor that is readable when `arrived` has new events."""
         return self._sock.fileno()
 
+    @property
+    def has_received(self) -> bool:
+        """Whether data was received that `arrived` has not returned yet. `fileno` need not be readable."""
+        return bool(self._events or self._lines)
+
     def arrived(self) -> list[Event]:
         """Return the monitor events that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
-        if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
+        if not self.has_received and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while self._lines:
             self._read_event(math.inf)

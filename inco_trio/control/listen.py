@@ -26,6 +26,9 @@ _FILTER = (
 class Listening(contextlib.AbstractContextManager["Listening"]):
     """A capture of the frames on an interface. Frames that this host sends are outbound. Raises IncoError."""
 
+    has_received = False
+    """Whether `arrived` returns events even if the socket is not readable."""
+
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface
         self._signals, self._direction = signals, direction

@@ -141,7 +141,8 @@ def _register(signal: Signal, *, access: bool) -> Iterator[Result]:
 def denied(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
     """Check the owner and mode of registers that a proxy of another user was not permitted to use.
 
-    The check ignores groups and ACLs, so it must not examine registers that the proxy can use.
+    Name the first part of the path that denies the access. The check ignores ACLs, so it must not examine registers
+    that the proxy can use.
     """
     found: dict[Path, Result] = {}
     for signal in signals:
@@ -149,15 +150,21 @@ def denied(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
         needed = [(signal.directory, stat.S_IXUSR, "use", "u+rwx"), (signal.path, use, verb, f"u+{verb[0]}")]
         if not os.path.lexists(signal.path):
             needed = [(signal.directory, stat.S_IWUSR | stat.S_IXUSR, "create files in", "u+rwx")]
+        # Search the directories of symlinks before those to which they lead.
+        above = [*reversed(signal.directory.parents), *reversed(Path(os.path.realpath(signal.directory)).parents)]
+        needed = [*((path, stat.S_IXUSR, "search", "") for path in dict.fromkeys(above)), *needed]
         for path, bits, verb, mode in needed:
             try:
-                status = path.lstat()
+                status = path.stat(follow_symlinks=path != signal.path)
             except OSError:
                 break  # `directory` reports this error.
-            granted = status.st_mode if status.st_uid == proxy.uid else status.st_mode << 6
-            if granted & bits != bits:
+            shift = 0 if status.st_uid == proxy.uid else 3 if status.st_gid in proxy.groups else 6
+            if status.st_mode << shift & bits != bits:
                 text = f"process {proxy.pid} of {user_name(proxy.uid)} may not {verb} it"
-                found.setdefault(path, fail("registers", path, text, permit(path, mode, proxy.uid)))
+                # Do not advise chown(1) for a directory above: it may belong to other programs, as /root does.
+                fix = permit(path, mode, proxy.uid) if mode else None
+                text += "" if mode else ": let this user search it, or use another IRQ directory"
+                found.setdefault(path, fail("registers", path, text, fix))
                 break
     yield from found.values()
 

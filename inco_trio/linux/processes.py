@@ -88,6 +88,8 @@ class Process:
     """Whether this user is not permitted to inspect the descriptors. `sockets` and `watches` are then empty."""
     supervised: str = ""
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
+    groups: frozenset[int] = frozenset()
+    """The effective group ID and the supplementary group IDs."""
 
     @property
     def is_proxy(self) -> bool:
@@ -188,6 +190,7 @@ def look(
                 watches=watches,
                 hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
+                groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
     return Processes(tuple(found), unseen, bool(numbers))

@@ -23,6 +23,7 @@ import os
 
 import attrs
 
+from inco_trio import real_clock
 from inco_trio.frame import FRAME_MAX, is_wire_name
 from inco_trio.linux.inotify import parse_events
 from inco_trio.persist.followed import HISTORY, History
@@ -83,9 +84,10 @@ def _no_frames(mark: bytes, frames: int) -> bytes:
 class Bank:
     """Memory for one batch of frames or events. Its content is `blank` while it is unused."""
 
-    def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
+    def __init__(self, view: memoryview, sequence: memoryview, since: memoryview, blank: bytes) -> None:
         self.view = view
         self._sequence = sequence
+        self._since = since
         self.blank = blank
         """The content of the memory while it is unused."""
 
@@ -93,6 +95,15 @@ class Bank:
     def sequence(self) -> int:
         """The sequence number of the batch. Batches are numbered in the order in which they were read."""
         return int.from_bytes(self._sequence, "little")
+
+    @property
+    def pending_since(self) -> int:
+        """When the notifications of the batch were reported as pending (real_clock.monotonic_ns()), or 0."""
+        return min(int.from_bytes(self._since, "little"), real_clock.monotonic_ns())
+
+    @pending_since.setter
+    def pending_since(self, time_ns: int) -> None:
+        self._since[:] = time_ns.to_bytes(8, "little")
 
     def begin(self, sequence: int) -> None:
         """Store the sequence number of the next batch. Call this method before reading the batch."""
@@ -163,7 +174,8 @@ class Inflight:
         offset = PAGE
         for number, (blank, size) in enumerate(2 * [(no_frames, FRAME_BANK)] + 2 * [(_NO_EVENTS, EVENT_BANK)]):
             sequence = view[PAGE - 32 + 8 * number : PAGE - 24 + 8 * number]
-            banks.append(Bank(view[offset : offset + len(blank)], sequence, blank))
+            since = view[PAGE - 80 + 8 * number : PAGE - 72 + 8 * number]
+            banks.append(Bank(view[offset : offset + len(blank)], sequence, since, blank))
             offset += size
         if not inherited:
             for bank in banks[:2]:

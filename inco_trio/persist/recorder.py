@@ -29,7 +29,18 @@ from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
 from inco_trio.wall_clock import WallClock, step_text
 
-__all__ = ["AREA", "EVENTS_SHARE", "KEPT", "KEPT_MAX", "KINDS", "Note", "Recorded", "Recorder", "events_kept"]
+__all__ = [
+    "AREA",
+    "EVENTS_SHARE",
+    "KEPT",
+    "KEPT_MAX",
+    "KINDS",
+    "Note",
+    "Recorded",
+    "Recorder",
+    "events_kept",
+    "truncated",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +87,11 @@ LEVELS = ("info", "warning", "error")
 def events_kept(kept: int) -> int:
     """Return the maximum number of events that a recorder for `kept` notifications keeps."""
     return max(EVENTS_MIN, kept // EVENTS_SHARE)
+
+
+def truncated(text: bytes) -> bytes:
+    """Return what an event record stores of `text`, which is UTF-8."""
+    return text if len(text) <= _TEXT else text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
 
 
 @attrs.frozen
@@ -337,8 +353,6 @@ class Recorder:
             else:
                 number = self._new_name(note.signal) if known < 0 else known
                 number |= _OUTBOUND * (note.direction is Direction.OUTBOUND)
-        if len(text) > _TEXT:
-            text = text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
         _EVENT.pack_into(
             self._events,
             self._noted % (self._events_kept + 1) * _EVENT.size,
@@ -349,7 +363,7 @@ class Recorder:
             number,
             KINDS.index(note.kind) if note.kind in KINDS else 0,
             note.state,
-            text,
+            truncated(text),
             note.seconds,
         )
         self._count_outside(note.kind, self._noted)

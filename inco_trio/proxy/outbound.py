@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Outbound:
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
-        self._recovered: Batch[Signal] | None = None
+        self._recovered: list[Batch[Signal]] = []
         self._waiting: set[trio.Event] = set()
         self._sending: Batch[Signal] = Batch([])
         """The batch that the task `send` is sending. Its items are in `_sent` or `_rest`, or were reported as sent."""
@@ -69,13 +70,16 @@ class Outbound:
 
     def recover(self) -> None:
         """Recover events that an earlier process read but did not finish. The task `triggers` passes them on."""
-        triggered = Triggered()
-        banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
-        for bank in banks:
-            triggered.extend(self._triggers.follow(parse_events(bank.view)))
-        self._counters.recovered += len(triggered.signals)
-        self._recovered = self._batch(triggered, banks=[(bank, len(bank.view)) for bank in banks])
-        self._recovered.finished = trio.Event()
+        in_order = sorted(self._inflight.events, key=lambda bank: bank.sequence)
+        for since, banks in itertools.groupby(in_order, key=lambda bank: bank.pending_since):
+            triggered, used = Triggered(), []
+            for bank in banks:
+                triggered.extend(self._triggers.follow(parse_events(bank.view)))
+                used.append((bank, len(bank.view)))
+            self._counters.recovered += len(triggered.signals)
+            batch = self._batch(triggered, banks=used)
+            batch.pending_since = since
+            self._recovered.append(batch)
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
         """Return a batch of the triggered signals without the first `sent` signals."""
@@ -108,10 +112,10 @@ class Outbound:
 
     async def triggers(self, health: Health) -> None:
         """Run the task that reads inotify."""
-        if self._recovered is not None:
-            batch, self._recovered = self._recovered, None
+        while self._recovered:
+            batch = self._recovered.pop(0)
+            batch.finished = trio.Event()
             await self._handoff.hand_over(batch)
-            assert batch.finished is not None  # noqa: S101 - set by `recover`
             await batch.finished.wait()  # Wait, because the recovered events occupy the memory for new events.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
@@ -119,6 +123,7 @@ class Outbound:
     def _begin_bank(self) -> None:
         self._bank = self._inflight.events[self._fills & 1]
         self._bank.begin(self._fills + 1)
+        self._bank.pending_since = 0
 
     async def _read_queued(self) -> None:
         """Read inotify until the queue is empty, and send or hand over the triggered signals."""
@@ -200,6 +205,8 @@ class Outbound:
         if not batch.pending_since:
             batch.pending_since = real_clock.monotonic_ns()
             self._events.pending(batch.items, self._delay, ())
+            for bank, _ in batch.banks:
+                bank.pending_since = batch.pending_since  # The next process must not report the batch again.
 
     async def _send(self, signal: Signal, health: Health) -> bool:
         """Send one frame, waiting until the link accepts it. Return False if the frame is too long for the link.

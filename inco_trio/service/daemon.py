@@ -128,7 +128,7 @@ class Daemon:
         self._restrict = restrict
         self._control_path: Path | None = None
         self._opened: Sequence[Proxy] = ()
-        """The proxies that were open when the daemon became ready."""
+        """The proxies that were open when the daemon became ready, until the diagnosis examines them."""
         self._after_crash = False
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
         self._announced: Sequence[Client] = ()
@@ -216,9 +216,10 @@ class Daemon:
             # Import the module lazily, because the import would delay the start of the daemon.
             from inco_trio.service.rivals import rivals
 
-            configs = [proxy.config for proxy in self._opened]
+            proxies, self._opened = self._opened, ()
+            configs = [proxy.config for proxy in proxies]
             if found := [*rivals([(config.address, config.netns, config.signals) for config in configs])]:
-                self._meet(found, self._opened, configs, token)
+                self._meet(found, proxies, configs, token)
 
     def _meet(
         self,
