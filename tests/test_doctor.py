@@ -40,9 +40,9 @@ from inco_trio.linux.processes import Process, Processes, look, packet_sockets, 
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.proxy_status import SignalStatus, Stats, Status
 from inco_trio.registers.diagnose import UNREPORTED
-from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.trust import Trust
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process

@@ -23,10 +23,10 @@ from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import Process, Processes
 from inco_trio.linux.users import find_owner
 from inco_trio.proxy_status import Status
-from inco_trio.registers.trust import Trust
 from inco_trio.service.descriptions import USER
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
+from inco_trio.trust import Trust
 
 __all__ = ["examine", "expected_trust", "trust_of"]
 
