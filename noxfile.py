@@ -353,6 +353,8 @@ def netns(session: nox.Session) -> None:
     """Run the tests that need network namespaces, s6, a second core in QEMU or other system tools."""
     need_programs(session)
     install(session, "test")
+    # Compile the tests once. Otherwise, each of the eight processes would compile all of them.
+    session.run("pytest", "tests", "--collect-only", "-qq", silent=True)
     run_pytest(session, "tests", "-m", "netns or s6 or qemu or tools", data="netns", root=True)
 
 
@@ -370,19 +372,19 @@ def mosquitto13(session: nox.Session) -> None:
 @nox.session
 def faults_short(session: nox.Session) -> None:
     """Run the quick form of the fault suite."""
-    run_faults(session, "faults", INCO_TRIO_FAULTS="short")
+    run_faults(session, "tests/faults", INCO_TRIO_FAULTS="short")
 
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU."""
-    run_faults(session, "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
+    run_faults(session, "tests", "-m", "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
-def run_faults(session: nox.Session, marker: str, **env: str) -> None:
+def run_faults(session: nox.Session, *tests: str, **env: str) -> None:
     need_programs(session)
     install(session, "test")
-    run_pytest(session, "tests", "-m", marker, data="faults", root=True, **env)
+    run_pytest(session, *tests, data="faults", root=True, **env)
 
 
 @nox.session(default=False)

@@ -17,10 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import trio
 
 from inco_trio.control import place
-from inco_trio.control.monitors import AHEAD, WAITING_MAX
-from inco_trio.control.protocol import LINE_MAX
+from inco_trio.control.monitors import AHEAD, WAITING_MAX, Monitor
+from inco_trio.control.protocol import LINE_MAX, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
@@ -281,6 +282,32 @@ def test_a_slow_monitor_loses_events_and_receives_their_number(board: Board) -> 
     assert seen + lost == number
     assert lost > 0
     assert proxy.stop() == 0
+
+
+def test_lost_events_are_counted_where_they_are_missing() -> None:
+    offered = range(1, 5 * WAITING_MAX + 1)
+
+    async def read_slowly() -> list[str]:
+        monitor, lines = Monitor(), list[str]()
+        for number in offered:
+            monitor.offer(event_now("notification", sequence=number))
+            if number % 300 == 0:
+                lines += (await monitor.take()).decode().splitlines()
+        monitor.end()
+        while piece := await monitor.take():
+            lines += piece.decode().splitlines()
+        return lines
+
+    following, gaps = 1, 0
+    for event in map(json.loads, trio.run(read_slowly)):
+        if event["event"] == "lost":
+            following += event["count"]
+            gaps += 1
+        else:
+            assert event["sequence"] == following
+            following += 1
+    assert following == offered.stop
+    assert gaps > 1
 
 
 def test_an_endless_line_closes_only_its_connection(board: Board) -> None:

@@ -59,9 +59,11 @@ class Monitor:
     def _put(self, what: Batch | Event, number: int) -> None:
         if self.board is not None and what.board != self.board:
             return
-        if self._number >= WAITING_MAX:
+        # After a loss, accept no events until half of the queue is empty. Otherwise, each second event would be `lost`.
+        if self._number >= (WAITING_MAX // 2 if self._lost else WAITING_MAX):
             self._lost += number
             return
+        self._append_lost()
         self._append(what, number)
 
     def _append(self, what: Batch | Event, number: int = 1) -> None:
@@ -70,11 +72,15 @@ class Monitor:
         self._waiting.append(what)
         self._arrived.set()
 
-    def flush(self) -> None:
-        """Queue a `flushed` event after all earlier events, even if the queue is full."""
+    def _append_lost(self) -> None:
+        """Queue the number of lost events, if any, at the position where they are missing."""
         if self._lost:
             self._append(event_now("lost", count=self._lost))
             self._lost = 0
+
+    def flush(self) -> None:
+        """Queue a `flushed` event after all earlier events, even if the queue is full."""
+        self._append_lost()
         self._append(event_now("flushed"))
 
     def end(self) -> None:
