@@ -940,7 +940,9 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
         os.kill(child.pid, signal.SIGSTOP)
         os.waitpid(child.pid, os.WUNTRACED)
         proxy = process(child.pid, "inco-trio run l0")
-        (result,) = [each for each in survey(everyone(proxy), Answers()) if each.check == "control"]
+        everywhere = survey(everyone(proxy), Answers()), proxies.users_of_link("l0", Users((proxy,), (), (), 0))
+        result, same = (each for results in everywhere for each in results if each.check == "control")
+        assert result == same
         assert (result.level, result.fix) == (Level.FAIL, f"kill -CONT {child.pid}")
         assert result.found.startswith("the process is stopped by a signal or a debugger")
         run_fix(("", "", result.fix))

@@ -73,6 +73,8 @@ def examine(
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
     proxy = serving or users.proxy
+    if serving is None and proxy is not None and proxy.pid not in answers.by_pid:
+        yield from answers.problems
     boards = boards_of(users)
     status = _status_of(boards)
     if proxy is not None:
