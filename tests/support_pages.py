@@ -9,8 +9,8 @@ HTML comments, which readers do not see, control how the blocks are run:
     <!-- not run: WHY -->   do not run the next block
     <!-- run by TEST -->    another test runs the next block
 
-The output block that follows a shell block must consist of lines that the commands print. The page may leave out lines.
-Numbers, times and addresses may differ.
+The output block that follows a shell block must consist of lines that the commands print. The page may leave out lines;
+a line `...` shows this to readers. Numbers, times and addresses may differ.
 """
 
 from __future__ import annotations

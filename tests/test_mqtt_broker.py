@@ -17,6 +17,7 @@ import trio
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Credentials, parse_broker
 from inco_trio.mqtt.connection import open_connection
+from inco_trio.mqtt.gateway import REQUEST_MAX, RESPONSE_ATTEMPTS
 from inco_trio.mqtt.session import BrokerRefusedError, Limits, Message
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -237,6 +238,41 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
         missing.discard(message.correlation or b"")
         drain(peer)
     assert relay.connections > 1
+
+
+def test_no_request_ends_the_connection_again_and_again(tmp_path: Path, stack: ExitStack) -> None:
+    """mosquitto 2.0 ends the connection of a client that publishes to a topic with more than 200 levels."""
+    bench = Bench(tmp_path, stack)
+    bench.broker.start()
+    peer = with_signals(bench)
+    reader = Reader(bench.broker, "answers/#")
+    stack.callback(reader.close)
+    watching = Reader(bench.broker, name="watching")
+    stack.callback(watching.close)
+    gateway = bench.gateway(send={"*": ["*"]}, response_prefix="answers")
+    watching.until_status(bench.name, state="online")
+    reader.publish(f"lab/{bench.name}/send/s1", response="answers" + "/x" * 300)
+    reader.publish(f"lab/{bench.name}/send/s2", response="answers/1", correlation=b"17")
+    assert reader.next().correlation == b"17"
+    assert names(peer, RESPONSE_ATTEMPTS + 1) == ["s1"] * RESPONSE_ATTEMPTS + ["s2"]
+    gateway.wait_log("gave up the response")
+
+
+def test_requests_of_all_sizes_are_handled_or_dropped(tmp_path: Path, stack: ExitStack) -> None:
+    """mosquitto 2.0.11 sends packets that are one byte larger than the client allows."""
+    bench = Bench(tmp_path, stack)
+    bench.broker.start()
+    peer = with_signals(bench)
+    reader = bench.reader()
+    gateway = bench.gateway(send={"*": ["*"]})
+    reader.until_status(bench.name, state="online")
+    topic = f"lab/{bench.name}/send/s1"
+    for size in range(REQUEST_MAX - 12, REQUEST_MAX + 1):
+        reader.publish(topic, bytes(size - len(topic)))
+    reader.publish(f"lab/{bench.name}/send/s2")
+    while names(peer, 1) != ["s2"]:
+        pass
+    assert "bytes, but was allowed only" not in gateway.log
 
 
 def drain(peer: socket.socket) -> None:

@@ -17,6 +17,7 @@ from inco_trio.mqtt.session import (
     EXCESS,
     OVERHEAD,
     PACKET_MAX,
+    PUBLISH_OVERHEAD,
     RECEIVE_MAX,
     BrokerLostError,
     BrokerRefusedError,
@@ -271,6 +272,22 @@ def test_topics_that_clients_choose_get_no_alias() -> None:
     responses = [Message(f"answers/{number}", b"1", is_response=True) for number in range(3)]
     _, packets = publish(session, *responses, Message("lab/b1/status", b"1"))
     assert [packet.topic_alias for packet in packets] == [None, None, None, 1]
+
+
+def test_a_packet_may_be_one_byte_larger_than_announced() -> None:
+    session = opened()
+
+    def packet(size: int) -> bytes:
+        payload = bytes(size - PUBLISH_OVERHEAD)
+        empty = len(mqtt5.PublishPacket("lab/x", payload).write()) - len(payload)
+        data = mqtt5.PublishPacket("lab/x", bytes(size - empty)).write()
+        assert len(data) == size
+        return data
+
+    session.feed(packet(PACKET_MAX + 1))
+    assert len(session.received) == 1
+    with pytest.raises(BrokerLostError, match=f"sent a packet of {PACKET_MAX + 2} bytes"):
+        session.feed(packet(PACKET_MAX + 2))
 
 
 def test_packets_may_arrive_in_pieces() -> None:

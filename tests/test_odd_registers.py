@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
@@ -16,7 +17,7 @@ from inco_trio.errors import ConfigError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.inotify import Event
-from inco_trio.registers.directory import Directory
+from inco_trio.registers.directory import SEARCHED_MAX, Directory
 from inco_trio.signals import Direction, Signal
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
@@ -227,6 +228,27 @@ def test_the_second_name_that_a_killed_proxy_left_is_removed(world: World) -> No
     assert not left.exists()
     trigger.path.write_text("1")
     assert world.triggered() == [trigger.name]
+
+
+def test_a_large_directory_is_not_searched_completely(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An application could otherwise create millions of files, and block the process for seconds at each attempt."""
+    state, _ = registers(world)
+    world.open()
+    state.path.with_name("another name").hardlink_to(state.path)
+    for number in range(2 * SEARCHED_MAX):
+        os.mknod(state.directory / str(number))
+    read = itertools.count()
+    scandir = os.scandir
+
+    @contextmanager
+    def counted(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            yield (entry for entry, _ in zip(entries, read, strict=False))
+
+    monkeypatch.setattr(os, "scandir", counted)
+    world.write(state)
+    assert next(read) == SEARCHED_MAX
+    assert world.pending == {state.name: 1}
 
 
 @pytest.mark.netns

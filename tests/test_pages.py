@@ -120,7 +120,7 @@ def test_the_commands_of_a_page_print_what_it_shows(cores: Cores, core1: Peer, t
     said = re.findall(r"^=== \d+\n(.*?)^===$", done.stdout, re.MULTILINE | re.DOTALL)
     assert len(said) == len(script.shown)
     for (_, shown), output in zip(script.shown, said, strict=True):
-        assert comparable(shown) <= comparable(output), output
+        assert comparable(shown) - {"..."} <= comparable(output), output
 
 
 @pytest.mark.netns

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio import trust as trust_module
 from inco_trio.capture.recording import Recorder
 from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
@@ -37,13 +38,11 @@ from inco_trio.linux import users
 from inco_trio.linux.files import fuse_user, open_output
 from inco_trio.linux.libc import libc
 from inco_trio.linux.process import overflow_uid
-from inco_trio.registers import trust as trust_module
 from inco_trio.registers.diagnose import unreported_type
 from inco_trio.registers.directories import ABANDONED
-from inco_trio.registers.refusals import UnfitFileError
-from inco_trio.registers.trust import Trust, open_trusted
 from inco_trio.service.launch import Launched
 from inco_trio.signals import Direction, Signal
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 from netns.hang import HANG
 from tests.support_registers import Clock, World
 
@@ -214,8 +213,7 @@ def test_an_owner_that_was_removed_refuses_a_reload(tmp_path: Path, monkeypatch:
 FUSE = """
 import ctypes, os, sys
 from pathlib import Path
-from inco_trio.registers.refusals import UnfitFileError
-from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 place, user = sys.argv[1], int(sys.argv[2])
 fd = os.open("/dev/fuse", os.O_RDWR)
 options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
@@ -243,7 +241,7 @@ from pathlib import Path
 import pytest
 from inco_trio.errors import ConfigError
 from inco_trio.registers.directories import ABANDONED
-from inco_trio.registers.trust import Trust
+from inco_trio.trust import Trust
 from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 irq, cover, owner, missing = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "missing"
@@ -304,7 +302,7 @@ import ctypes, os, sys
 from pathlib import Path
 import pytest
 from inco_trio.registers.directory import Directory
-from inco_trio.registers.trust import Trust
+from inco_trio.trust import Trust
 from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 irq, owner = Path(sys.argv[1]), int(sys.argv[2])

@@ -11,7 +11,7 @@ import trio
 
 from inco_trio.control.follower import Conversation
 from inco_trio.control.protocol import BoardStatus, Event, Notifications
-from inco_trio.mqtt.session import do_nothing
+from inco_trio.mqtt.session import Received, do_nothing
 from inco_trio.signals import Direction
 
 __all__ = ["Board", "Entry"]
@@ -54,6 +54,10 @@ class Board:
     """The queued events, oldest first."""
     generation: int = 0
     """How many times the queue has been cleared because another proxy repeats the notifications."""
+    unanswered: Received | None = None
+    """The request whose response the broker has not acknowledged, also after the connection has ended."""
+    attempts: int = 0
+    """How many times the gateway has published the response to `unanswered`."""
     push: Callable[[], None] = do_nothing
     """A function that publishes the queue without waiting; see `Publisher.push`."""
     _last: tuple[str, int] = ("", 0)

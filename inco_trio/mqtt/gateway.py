@@ -56,6 +56,12 @@ REQUESTS_MAX = 100
 """Maximum number of requests for a board that the broker may send before the gateway has handled the first one."""
 REQUEST_MAX = 16 << 10
 """Maximum size of a request in bytes."""
+RESPONSE_ATTEMPTS = 5
+"""How many times the gateway publishes a response if the connection ends each time before the acknowledgement.
+
+Some brokers end the connection if a client may not publish to a topic. Without this limit, one request with such a
+response topic would block all later requests.
+"""
 SHORT = 3.0
 """A connection that ends within this time (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
@@ -338,9 +344,14 @@ class Gateway:
         """Handle MQTT clients' requests to send signals, in the order in which they arrive."""
         async for received in connection.received:
             if (signal := topics.signal_of(received.topic)) is not None:
-                response = await self._try_to_send(board, signal, received)
-                # Acknowledge the request last: if the connection breaks before that, the broker repeats the request.
-                await self._respond(board, connection, received, response)
+                if _is_given_up(board, received):
+                    what = f"the connection ended during {board.attempts} responses to a request: gave up the response"
+                    self._problems.failed((board, "response"), what, board.name)
+                    board.unanswered = None
+                else:
+                    response = await self._try_to_send(board, signal, received)
+                    # Acknowledge the request last: if the connection breaks before, the broker repeats the request.
+                    await self._respond(board, connection, received, response)
             elif self._problems.said(key := (board, "topic")) is None:
                 text = f"ignored a message with the topic {received.topic!r}"
                 hint = "does another program use the client identifier?"
@@ -384,11 +395,26 @@ class Gateway:
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return
         message = Message(topic, _json(response), correlation=received.correlation, is_response=True)
+        board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
+        board.unanswered = received
         (refusal,) = await connection.publish([message])
+        board.unanswered = None
         if refusal is None:
             self._problems.forget(key)
         else:
             self._problems.failed(key, f"the broker refused a response: {refusal}", board.name)
+
+
+def _is_unanswered(board: Board, received: Received) -> bool:
+    """Return whether the connection has ended while the gateway published the response to this request."""
+    last = board.unanswered
+    return last is not None and (last.topic, last.response_topic, last.correlation) == (
+        received.topic, received.response_topic, received.correlation,
+    )  # fmt: skip
+
+
+def _is_given_up(board: Board, received: Received) -> bool:
+    return _is_unanswered(board, received) and board.attempts >= RESPONSE_ATTEMPTS
 
 
 def _status(board: Board, limits: Limits) -> dict[str, object]:

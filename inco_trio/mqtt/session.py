@@ -40,6 +40,12 @@ RECEIVE_MAX = 500
 """Default maximum number of unacknowledged messages from the broker. A bridge can have up to 400 of them."""
 PACKET_MAX = 128 << 10
 """Default maximum size of a packet from the broker, in bytes. Messages from a bridge are up to 102,549 bytes long."""
+PACKET_EXCESS = 1
+"""Number of bytes by which a packet from the broker may exceed the maximum size that the client has announced.
+
+mosquitto 2.0.11 does not count the first byte of a packet. If a client disconnects because of such a packet, mosquitto
+sends it again on each new connection.
+"""
 EXCESS = 1024
 """Maximum memory for the unacknowledged messages from the broker, in packets of maximum size.
 
@@ -326,7 +332,7 @@ class Session:
             shift += 7
             if byte < 0x80:
                 end = index + 1 + length
-                if end - place > self._packet_max:
+                if end - place > self._packet_max + PACKET_EXCESS:
                     self.goodbye = mqtt5.DisconnectReasonCode.PACKET_TOO_LARGE
                     text = f"sent a packet of {end - place} bytes, but was allowed only {self._packet_max}"
                     raise BrokerLostError(self._subject, text)

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import attrs
@@ -17,8 +18,7 @@ from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.files import fuse_user, kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
-from inco_trio.registers.refusals import UnfitFileError
-from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 
 __all__ = ["EMPTIED", "PATIENCE", "TEMPORARY", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
@@ -29,6 +29,8 @@ EMPTIED = 1.0
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 TEMPORARY = ".inco-trio."
 """The prefix of the temporary file names that all proxies use."""
+SEARCHED_MAX = 4096
+"""Maximum number of files in a directory that are searched for temporary names. A search takes some milliseconds."""
 KIND = stat.S_IFMT(0xFFFF)
 """The bits of `st_mode` that contain the type of the file."""
 OTHER_FILESYSTEM = "not on the same filesystem as its directory"
@@ -211,10 +213,13 @@ class Directory:
             self.devices.add(found.st_dev)
 
     def _unlink_temporaries(self, found: os.stat_result) -> bool:
-        """Remove temporary names of a trigger that a killed proxy left behind. Return whether only one name remains."""
+        """Remove temporary names of a trigger that a killed proxy left behind. Return whether only one name remains.
+
+        Search only part of a large directory, because an application could create millions of files.
+        """
         names = 0
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self.name(".")):
+        with contextlib.suppress(OSError), os.scandir(self.name(".")) as entries:
+            for entry in islice(entries, SEARCHED_MAX):
                 if entry.name.startswith(TEMPORARY) and entry.inode() == found.st_ino:
                     self._unlink(entry.name)
                     names += 1
