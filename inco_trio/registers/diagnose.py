@@ -53,15 +53,19 @@ def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
     for existing in (path, *path.parents):
         try:
             with pinned(existing) as fd:
-                mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-                return existing, filesystem_type(mounts, os.fstat(fd).st_dev)
+                device = os.fstat(fd).st_dev
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ForeignFuseError:
             return existing, "fuse"
         except OSError:
             return existing, None  # The process cannot open more descriptors, or may not search a directory.
-    return path, None
+        try:
+            mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return existing, None
+        return existing, filesystem_type(mounts, device)
+    return path, None  # The working directory has been removed.
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:
