@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import socket
@@ -23,7 +25,7 @@ from trio.testing import wait_all_tasks_blocked
 from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
 from inco_trio.control.feed import Feed
-from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
+from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, ResourceError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.inflight import Inflight
@@ -220,6 +222,20 @@ def test_boards_that_share_a_link_or_directory_are_refused(place: Place) -> None
     }
     # A board that is already open takes precedence.
     assert set(refuse_shared(configs, {"b": configs["b"]})) == {"a", "d"}
+
+
+def test_a_reload_without_free_descriptors_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors, the proxy cannot find out which boards share a directory."""
+    opened = os.open
+
+    def refuse(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if dir_fd is None:
+            return opened(path, flags)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ResourceError, match="boards: cannot compare their paths: Too many open files"):
+        refuse_shared(place.configs("a"))
 
 
 def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:
@@ -543,6 +559,78 @@ async def test_a_board_whose_link_is_down_fills_only_its_own_queue(place: Place)
             assert await received(peer) == b"redun_notify_irq"
         assert proxies["down"].stats.sent == 2000
         assert proxies["down"].stats.overflowed == 0
+
+
+async def read_all(peer: socket.socket) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(peer)
+        peer.recv(200)
+
+
+def rename(home: Path, number: int) -> None:
+    for _ in range(number // 2):
+        (home / "new").rename(home / "old").rename(home / "new")
+
+
+def change_modes(home: Path, number: int) -> None:
+    """Change the modes of two files in the directory above, which all boards watch."""
+    for mode in (0o755, 0o700) * (number // 4):
+        for name in ("one", "two"):
+            (home.parent / name).chmod(mode)
+
+
+def create_and_remove(home: Path, number: int) -> None:
+    for _ in range(number):
+        (home / "created").touch()
+        (home / "created").unlink()
+
+
+def write_in_turn(home: Path, number: int) -> None:
+    with (home / "message_1_trig").open("ab", 0) as one, (home / "message_6_trig").open("ab", 0) as other:
+        for _ in range(number):
+            one.write(b"1")
+            other.write(b"1")
+
+
+@pytest.mark.parametrize("flood", [rename, change_modes, create_and_remove, write_in_turn])
+@in_trio
+async def test_a_flood_of_one_board_overflows_no_queue_of_another(
+    place: Place, monkeypatch: pytest.MonkeyPatch, flood: Callable[[Path, int], None]
+) -> None:
+    """At each read of its board, the application causes several times the events that the board reads."""
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    flooded, sent = place.home / "a", 0
+    read_into = Share.read_into
+    configs = place.configs("a", "b")
+    uart = Signal("uart_irq", Direction.OUTBOUND, flooded, "message_1_trig")
+    configs["a"] = Config(configs["a"].link, [*configs["a"].signals, uart])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_all, peers["a"])
+        async with open_proxies(configs) as proxies:
+            for path in (flooded / "new", place.home / "one", place.home / "two"):
+                path.touch()
+            share = proxies._kept["a"].share
+
+            def read(self: Share, buffer: memoryview) -> int:
+                nonlocal sent
+                if self is share and sent < 24:
+                    flood(flooded, 1024)
+                    place.trigger("b")
+                    sent += 1
+                return read_into(self, buffer)
+
+            monkeypatch.setattr(Share, "read_into", read)
+            # Fill a part of the board's queue.
+            while len(share.queue) < 400_000 and flood is not change_modes:
+                flood(flooded, 1024)
+                proxies._shared.drain()
+            for _ in range(24):
+                if sent < 24:
+                    place.trigger("a")
+                assert await received(peers["b"]) == b"redun_notify_irq"
+            await until(lambda: proxies["b"].stats.triggered >= sent)
+            assert (sent, proxies["b"].stats.triggered, proxies["b"].stats.overflowed) == (24, 24, 0)
+        nursery.cancel_scope.cancel()
 
 
 @in_trio

@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs/design.md").read_text()
 LAYERS = (
     ("linux", "real_clock"),
     ("backoff", "errors", "frame", "problems", "trio_clock", "wall_clock"),
-    ("notify", "nurseries", "signals"),
+    ("notify", "nurseries", "signals", "trust"),
     ("proxy_status", "validation"),
     ("links", "persist"),
     ("config", "registers"),

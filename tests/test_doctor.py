@@ -40,9 +40,9 @@ from inco_trio.linux.processes import Process, Processes, look, packet_sockets, 
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.proxy_status import SignalStatus, Stats, Status
 from inco_trio.registers.diagnose import UNREPORTED
-from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.trust import Trust
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
@@ -940,7 +940,9 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
         os.kill(child.pid, signal.SIGSTOP)
         os.waitpid(child.pid, os.WUNTRACED)
         proxy = process(child.pid, "inco-trio run l0")
-        (result,) = [each for each in survey(everyone(proxy), Answers()) if each.check == "control"]
+        everywhere = survey(everyone(proxy), Answers()), proxies.users_of_link("l0", Users((proxy,), (), (), 0))
+        result, same = (each for results in everywhere for each in results if each.check == "control")
+        assert result == same
         assert (result.level, result.fix) == (Level.FAIL, f"kill -CONT {child.pid}")
         assert result.found.startswith("the process is stopped by a signal or a debugger")
         run_fix(("", "", result.fix))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from inco_trio.cli import main
 from inco_trio.doctor import services
-from inco_trio.doctor.result import Result
+from inco_trio.doctor.result import Result, warn
 from inco_trio.doctor.services import not_running
 from inco_trio.linux.processes import Processes, look
 from netns.hang import HANG
@@ -113,3 +115,14 @@ def test_a_service_whose_state_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_signal_without_a_name_is_shown_as_a_number() -> None:
     assert services._signal(250) == "signal 250"
+
+
+def test_the_fix_for_a_link_without_a_proxy_is_its_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for fix in ("s6-svc -u /s", None):
+        monkeypatch.setattr(services, "not_running", lambda *_, fix=fix: [warn("service", "/s", "it is down", fix)])
+        main(["doctor", f"unix:{tmp_path}/core0,peer={tmp_path}/core1", "--irq-dir", str(tmp_path), "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        (found,) = (result["fix"] for result in results if result["check"] == "proxy")
+        assert found == fix or (fix is None and found.startswith("inco-trio run unix:"))

@@ -85,7 +85,7 @@ OTHERS = {
     "persist.queue.POSITION_MAX": "a larger number in stored memory is invalid",
     "persist.recorder.COUNT_MAX": "one record; further notifications are in the next record",
     "proxy.fleet.PAUSE_MAX": "a pause between attempts",
-    "registers.trust.SYMLINKS_MAX": "the kernel's limit",
+    "trust.SYMLINKS_MAX": "the kernel's limit",
     "testing.carriers._FDS_MAX": "the test bench",
     "validation.NUMBER_MAX": "a larger number in a file is invalid",
     "validation.SHOWN_MAX": "a message cuts longer values",

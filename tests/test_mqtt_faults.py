@@ -241,17 +241,21 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
 
 @pytest.mark.parametrize("seconds", [1, 0])
 def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the client used its own KEEPALIVE, it would not ping before the test ends (paho.mqtt.python#905)."""
+    """If the client used its own KEEPALIVE or patience, it would not ping before the test ends.
+
+    See paho.mqtt.python#905.
+    """
     monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:
-        pinged = trio.Event()
+        pings = trio.Semaphore(0)
         with socket.create_server(("127.0.0.1", 0)) as server:
+            broker = at(server.getsockname()[1])
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.to_thread.run_sync, with_keep_alive, server, seconds, pinged.set)
-                async with open_connection(at(server.getsockname()[1]), Credentials(), "test") as connection:
-                    if seconds:
-                        await pinged.wait()
+                nursery.start_soon(trio.to_thread.run_sync, with_keep_alive, server, seconds, pings.release)
+                async with open_connection(broker, Credentials(), "test", patience=60_000) as connection:
+                    for _ in range(3 if seconds else 0):
+                        await pings.acquire()
                     assert await connection.publish([Message("lab/x", b"1")]) == [None]
 
     trio.run(main)

@@ -164,6 +164,36 @@ def test_a_lone_trigger_does_not_overtake_pending_ones(world: World) -> None:
     assert [name for name, _ in world.link.sent] == ["uart_irq", "redun_notify_irq"]
 
 
+def test_a_flood_of_events_lets_other_tasks_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = turns = 0
+    stranger = world.notify.directory / "stranger"
+    read_into = world.inotify.read_into
+
+    def read(buffer: memoryview) -> int:
+        """Cause more events than one read returns."""
+        nonlocal reads
+        if reads < 20:
+            for _ in range(512):
+                stranger.touch()
+                stranger.unlink()
+            reads += 1
+        return read_into(buffer)
+
+    monkeypatch.setattr(world.inotify, "read_into", read)
+
+    async def main() -> None:
+        nonlocal turns
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.outbound.triggers, Health("triggers"))
+            while reads < 20:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert turns >= 20
+
+
 def test_a_lone_close_with_or_without_a_write_is_recognised(world: World) -> None:
     write(world.notify)
     assert world.closed_alone(world.queued()) == world.notify

@@ -118,8 +118,8 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
     answers = ask(processes)
     if link is None and directory is None:
         yield from survey(processes, answers)
-    if link is not None:
-        yield from not_running(processes, parse_address(link).label)
+    services = [] if link is None else [*not_running(processes, parse_address(link).label)]
+    yield from services
     signals: tuple[Signal, ...] = ()
     content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"
@@ -140,6 +140,8 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
             else:
                 content = config, signals
                 yield ok("configuration", config, f"valid, {len(signals)} signals")
+    # A second proxy next to the service would not use its stored queue.
+    start = next((service.fix for service in services if service.fix is not None), start)
     yield from examine(link, signals, processes, answers, configuration=content, start=start)
 
 

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from inco_trio.linux.sockets import SOCKET_PATH_MAX, refuse_descriptors
+from inco_trio.trust import Trust, open_trusted
 
 __all__ = [
     "bind", "default_path", "is_live", "is_stale", "listening", "make_directory", "runtime_directories",
@@ -110,6 +111,8 @@ def is_stale(path: Path) -> bool:
 
 def bind(path: Path) -> socket.socket:
     """Return a socket that listens at `path`. Raises OSError (EADDRINUSE if another process listens)."""
+    # No untrusted user can redirect a path that is trusted here. So bind(2) and unlink(2) may use it.
+    os.close(open_trusted(path.parent.absolute(), Trust(), entries=False)[0])
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # The lock keeps two processes from replacing a stale socket at the same time. If locking fails, continue.

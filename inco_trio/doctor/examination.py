@@ -23,10 +23,10 @@ from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import Process, Processes
 from inco_trio.linux.users import find_owner
 from inco_trio.proxy_status import Status
-from inco_trio.registers.trust import Trust
 from inco_trio.service.descriptions import USER
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
+from inco_trio.trust import Trust
 
 __all__ = ["examine", "expected_trust", "trust_of"]
 
@@ -73,6 +73,8 @@ def examine(
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
     proxy = serving or users.proxy
+    if serving is None and proxy is not None and proxy.pid not in answers.by_pid:
+        yield from answers.problems
     boards = boards_of(users)
     status = _status_of(boards)
     if proxy is not None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
+from inco_trio.links.peer_socket import directory_of, open_socket
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import read
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 from inco_trio.signals import Direction, Signal
+from inco_trio.trust import UnfitFileError
 
 __all__ = ["bound", "interface", "order", "peer", "short_names", "socket_path", "state"]
 
@@ -146,7 +148,7 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
-        yield _socket_directory(path.parent)
+        yield _socket_directory(address)
         return
     except OSError as error:
         yield fail("socket", path, f"cannot be inspected: {error.strerror}")
@@ -166,18 +168,35 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         yield fail("socket", path, f"cannot connect to this socket: {os.strerror(code)}")
 
 
-def _socket_directory(directory: Path) -> Result:
+def _socket_directory(address: UnixAddress) -> Result:
+    directory = Path(address.local).parent
     if not directory.exists():
         text = "does not exist: the proxy creates its socket in this directory"
         return fail("socket", directory, text, f"mkdir -p {shlex.quote(str(directory))}")
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         text = f"uid {os.geteuid()} may not create a socket in this directory"
         return fail("socket", directory, text, permit(directory, "u+rwx"))
-    return ok("socket", directory, "the proxy can create its socket in this directory")
+    try:
+        with directory_of(address.local):
+            return ok("socket", directory, "the proxy can create its socket in this directory")
+    except UnfitFileError as error:
+        return fail("socket", directory, f"{error.strerror}; {error.remedy}")
+    except OSError as error:
+        return fail("socket", directory, f"cannot be inspected: {error.strerror}")
 
 
 def peer(address: UnixAddress) -> Iterator[Result]:
     """Check that core 1 has bound its socket."""
+    try:
+        fd = open_socket(address.peer)
+    except UnfitFileError as error:
+        yield fail("peer", error.filename, f"{error.strerror}; {error.remedy}")
+        return
+    except OSError:
+        pass  # `bound` reports this error.
+    else:
+        if fd is not None:
+            os.close(fd)
     code = bound(address.peer)
     if code == 0:
         yield ok("peer", address.peer, "core 1 has bound this socket")

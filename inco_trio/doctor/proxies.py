@@ -13,7 +13,7 @@ from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
 from inco_trio.linux.capabilities import names_of
-from inco_trio.linux.processes import Process, Processes, named
+from inco_trio.linux.processes import Process, Processes, named, status_of
 from inco_trio.proxy_status import Status
 from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
@@ -25,6 +25,7 @@ __all__ = [
     "configuration",
     "counters",
     "descriptors",
+    "stopped",
     "users_of_directory",
     "users_of_link",
     "value_of",
@@ -55,6 +56,13 @@ def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator
         yield warn("proxy", link, f"no proxy serves this link{kept}", start or f"inco-trio run {shlex.quote(link)}")
 
 
+def stopped(process: Process) -> Iterator[Result]:
+    """Yield a failure if a signal or a debugger has stopped the process."""
+    if status_of(Path(f"/proc/{process.pid}")).get("State", "").strip().lower().startswith("t"):
+        text = "the process is stopped by a signal or a debugger, and neither delivers nor sends notifications"
+        yield fail("control", f"process {process.pid} ({process.name})", text, f"kill -CONT {process.pid}")
+
+
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
     """Check that no two proxies watch the trigger files of the same directory."""
     found = [process for process in watchers(signals, processes) if process.pid != os.getpid()]
@@ -68,6 +76,8 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
     """
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
+    for process in proxies:
+        yield from stopped(process)
     if len(proxies) > 1:
         all_named = ", ".join(f"{each.pid} ({each.name}) {each.supervision}" for each in proxies)
         text = f"{len(proxies)} proxies: {all_named}: each {harm}"

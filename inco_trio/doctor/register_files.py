@@ -17,10 +17,9 @@ from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process
 from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
-from inco_trio.registers.refusals import UnfitFileError
-from inco_trio.registers.trust import Trust, open_trusted
 from inco_trio.service.descriptions import USER
 from inco_trio.signals import Direction, Signal
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 
 __all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "watched"]
 

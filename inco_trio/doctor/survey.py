@@ -12,7 +12,7 @@ from inco_trio.control.place import silent_services
 from inco_trio.doctor import machine
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
-from inco_trio.doctor.proxies import board_files, counters, value_of
+from inco_trio.doctor.proxies import board_files, counters, stopped, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
 from inco_trio.doctor.services import not_running
 from inco_trio.doctor.silence import silent
@@ -25,7 +25,6 @@ from inco_trio.linux.processes import (
     interfaces_of,
     is_same_mount_namespace,
     is_same_system,
-    status_of,
 )
 from inco_trio.signals import Signal, builtin_signals
 
@@ -77,12 +76,8 @@ def _silent(process: Process, processes: Processes, answers: Answers) -> Iterato
     if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    if status_of(Path(f"/proc/{process.pid}")).get("State", "").strip().lower().startswith("t"):
-        text = "the process is stopped by a signal or a debugger, and neither delivers nor sends notifications"
-        yield fail("control", subject, text, f"kill -CONT {process.pid}")
-    else:
-        text = "the process does not answer on a control socket: its counters and its configuration are unknown"
-        yield warn("control", subject, text)
+    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
+    yield from [*stopped(process)] or [warn("control", subject, text)]
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(_network(process), subject):
         names = interfaces_of(process)

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import STRERROR, IncoError, LinkNotFoundError, ResourceError, from_os_error
+from inco_trio.errors import STRERROR, ConfigError, IncoError, LinkNotFoundError, ResourceError, from_os_error
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
+from inco_trio.links.peer_socket import directory_of, open_socket
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.sockets import SO_PEEK_OFF, refuse_descriptors
 from inco_trio.problems import report
+from inco_trio.trust import UnfitFileError
 
 __all__ = ["UnixLink"]
 
@@ -80,6 +82,11 @@ class UnixLink:
         self._refusal: IncoError = LinkNotFoundError(self.name, "not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
         self._closed = False
+        self._target = address.peer
+        """The path to which frames are sent: the peer's path, a path of `_peer`, or empty if the peer has no socket."""
+        self._peer: int | None = None
+        """The peer's socket (O_PATH), if untrusted users can replace it."""
+        self._not_found: OSError | None = None
 
     @classmethod
     def open(cls, address: UnixAddress, note: memoryview, names: Names) -> UnixLink:
@@ -125,15 +132,20 @@ class UnixLink:
     def down_reason(self) -> str:
         if not self._ours:
             return self.absence
+        if self._target != self._address.peer:
+            self._find_peer()
         try:
             with _new_socket() as probe:
-                probe.connect(self._address.peer)
+                probe.connect(self._target)
         except OSError as error:
             return self._why_not(error)
         return ""
 
     def _why_not(self, error: OSError) -> str:
         """Describe why frames cannot reach the peer."""
+        error = self._not_found or error
+        if isinstance(error, UnfitFileError):
+            return f"{error.filename}: {error.strerror} ({error.remedy})"
         peer, absent = self._address.peer, error.errno in (errno.ENOENT, errno.ECONNREFUSED)
         why = f"no process has bound {peer}" if absent else f"{peer} accepts no frames"
         return f"{why} ({error.strerror})"
@@ -154,6 +166,7 @@ class UnixLink:
         self._senders = {self._address.peer: True}
         if self._room is not None:
             trio.lowlevel.notify_closing(self._room)  # The peer may have changed.
+        self._find_peer()
         self._ours = self._bound and self._is_ours()
         if not self._ours:
             try:
@@ -162,6 +175,27 @@ class UnixLink:
             except IncoError as error:
                 self._refusal = error
         return self._ours
+
+    def _find_peer(self) -> bool:
+        """Choose the target of frames. Return whether it has changed, so that sending again may succeed.
+
+        Untrusted users may be able to replace the peer's socket, for example by a symlink to another user's socket. The
+        target is then a descriptor of the socket.
+        """
+        before, target = self._peer, self._target
+        self._peer, self._not_found = None, None
+        try:
+            self._peer = open_socket(self._address.peer)
+            self._target = self._address.peer if self._peer is None else f"/proc/self/fd/{self._peer}"
+        except OSError as error:
+            self._target, self._not_found = "", error
+        if before is None or self._peer is None:
+            changed = self._target not in ("", target)
+        else:
+            changed = not os.path.samestat(os.fstat(before), os.fstat(self._peer))
+        if before is not None:
+            os.close(before)
+        return changed
 
     def _is_ours(self) -> bool:
         try:
@@ -190,7 +224,9 @@ class UnixLink:
     def _bind(self) -> None:
         """Bind the socket. If it was bound before, bind a new socket instead. Raises IncoError."""
         try:
-            self._clear_path()
+            # No untrusted user can redirect a path that is trusted here. So bind(2) and unlink(2) may use it.
+            with directory_of(self.name):
+                self._clear_path()
             sock = _new_socket() if self._bound else self._socket
             try:
                 sock.bind(self.name)
@@ -201,6 +237,8 @@ class UnixLink:
                 raise
         except IncoError:
             raise
+        except UnfitFileError as error:
+            raise ConfigError(self.name, f"{error.strerror} ({error.remedy})") from error
         except OSError as error:
             raise from_os_error(
                 error,
@@ -369,7 +407,20 @@ class UnixLink:
 
     def send_frame(self, frame: bytes) -> None:
         try:
-            self._socket.sendto(frame, self._address.peer)
+            self._socket.sendto(frame, self._target)
+        except OSError as error:
+            if self._target and error.errno not in NO_PEER:
+                raise
+            if self._find_peer():
+                self._send_again(frame)
+                return
+            error = self._not_found or error
+            raise LinkDownError(error.errno, self._why_not(error)) from None
+
+    def _send_again(self, frame: bytes) -> None:
+        """Send a frame to the socket that has replaced the peer's former socket."""
+        try:
+            self._socket.sendto(frame, self._target)
         except OSError as error:
             if error.errno in NO_PEER:
                 raise LinkDownError(error.errno, self._why_not(error)) from None
@@ -382,7 +433,7 @@ class UnixLink:
             await trio.lowlevel.wait_writable(self.fd)
             # Then wait until the peer's queue has room. poll(2) checks that queue only for a connected socket.
             with _new_socket() as self._room:
-                self._room.connect(self._address.peer)
+                self._room.connect(self._target)
                 await trio.lowlevel.wait_writable(self._room)
         except trio.ClosedResourceError:
             if self._closed:
@@ -412,8 +463,11 @@ class UnixLink:
     def close(self, *, remove: bool = False) -> None:
         self._closed = True
         if remove and self._bound and self._is_ours():
-            with contextlib.suppress(OSError):
-                Path(self.name).unlink()
+            with contextlib.suppress(OSError), directory_of(self.name) as (directory, _):
+                os.unlink(Path(self.name).name, dir_fd=directory)
+        if self._peer is not None:
+            os.close(self._peer)
+            self._peer, self._target = None, ""
         self._names.forget(self._watched)
         trio.lowlevel.notify_closing(self.fd)
         for sock in (*self._former, self._socket):

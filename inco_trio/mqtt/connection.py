@@ -336,7 +336,11 @@ class Connection:
                     await self._flush()
                     continue
                 deadline = min(deadline, ping)
-            with trio.move_on_at(min(deadline, now + self._patience)):
+            # The answer to a ping does not wake this task, so look again before the next ping is due.
+            pause = self._patience
+            if session.limits is not None and session.limits.keep_alive:
+                pause = min(pause, session.limits.keep_alive / 2)
+            with trio.move_on_at(min(deadline, now + pause)):
                 await (self._answered if session.limits is None else self.ended).wait()
 
     def _broke(self, error: Exception) -> IncoError:

@@ -32,7 +32,7 @@ from inco_trio.persist.queue import LOST, EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
-__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "SHORT", "Bank", "Inflight", "frames_in"]
+__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "LAST_EVENTS", "SHORT", "Bank", "Inflight", "frames_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ FRAMES = 256
 """Maximum number of frames in a batch. Large batches reduce the cost of handing frames to another task."""
 EVENT_BANK = 4 * PAGE
 """Size in bytes of the memory for a batch of inotify events. It has room for 1,024 events without a name."""
+LAST_EVENTS = EVENT_BANK - 16 - 256
+"""After a read of at most this number of bytes, the queue was empty: even the largest event would have fitted."""
 SEQUENCE_MAX = 1 << 62
 """Maximum sequence number of a batch. A higher number means that the memory is corrupt."""
 WATCH_MAX = (1 << 31) - 1

@@ -17,7 +17,7 @@ from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
 from inco_trio.notifications import Deaf, Events
-from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
+from inco_trio.persist.inflight import LAST_EVENTS, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
 from inco_trio.proxy_status import Counters
@@ -28,8 +28,6 @@ __all__ = ["Outbound"]
 
 LATE = 0.1
 """How long (seconds) a notification may wait for room in a queue before it is reported as pending."""
-EVENT_ROOM = 16 + 256
-"""Size of the largest inotify event in bytes. If a read leaves less space in the buffer, more events may be queued."""
 
 
 class Outbound:
@@ -133,7 +131,7 @@ class Outbound:
             if self.finish_alone(bank.view, length):
                 bank.clear(length)
                 return
-            last = length <= EVENT_BANK - EVENT_ROOM
+            last = length <= LAST_EVENTS
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
             # If all earlier notifications are finished and no more are queued, a hand-over would only delay these
             # signals.
@@ -149,6 +147,8 @@ class Outbound:
                 self._handoff.finish(batch)
             if last:
                 return
+            # A flood of events without notifications must not keep other tasks from running.
+            await trio.lowlevel.checkpoint()
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
         """If `events` reports only one closed trigger and no batch is in progress, send the frame and return True."""

@@ -40,8 +40,8 @@ from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskSt
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
-from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
+from inco_trio.trust import Trust
 from inco_trio.wall_clock import WallClock
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import trio
 
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
-from inco_trio.persist.inflight import Bank, Inflight
+from inco_trio.persist.inflight import LAST_EVENTS, Bank, Inflight
 from inco_trio.persist.queue import EventQueue
 from inco_trio.proxy.supervise import Health
 
@@ -33,6 +33,8 @@ NOTHING = ino.pack_event(0, ino.IN_MODIFY)
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
 """Events that the kernel reports even if a watch does not request them."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
+READS = 8
+"""Maximum number of consecutive reads of the descriptor before the boards process what they received."""
 
 
 @attrs.define
@@ -103,8 +105,13 @@ class SharedInotify:
         if self.held:
             await self._released.wait()
         while True:
-            while self._pump():
-                await trio.lowlevel.checkpoint()
+            reads = 0
+            while length := self._pump():
+                reads += 1
+                # During a flood, move events faster than the flooded board processes them, so that only the queue of
+                # this board overflows, not the kernel's.
+                if length <= LAST_EVENTS or not reads % READS:
+                    await trio.lowlevel.checkpoint()
             health.well()
             await self.inotify.wait_readable()
 
@@ -117,16 +124,17 @@ class SharedInotify:
         while self.inotify.read < target and self._pump():
             pass
 
-    def _pump(self) -> bool:
-        """Read the descriptor once and move the events to their boards. Return whether any events were queued."""
+    def _pump(self) -> int:
+        """Read the descriptor once and move the events to their boards. Return their size in bytes."""
         length = 0 if self.held else self.inotify.read_into(self._bank.view)
         if length:
             self._move(length)
-        return length > 0
+        return length
 
     def _move(self, length: int) -> None:
         """Move the events in the first `length` bytes of the shared memory to their boards, and wake the boards."""
         view, moved = self._bank.view, dict[Share, list[bytes]]()
+        attributes = set[bytes]()
         offset = 0
         while offset + ino.EVENT.size <= length:
             wd, mask, cookie, name_length = ino.EVENT.unpack_from(view, offset)
@@ -144,6 +152,11 @@ class SharedInotify:
                 if not mask & ino.IN_IGNORED:
                     self.inotify.unwatch(wd)  # The board that used this watch was removed.
                 continue
+            if mask & ino.IN_ATTRIB:
+                # All boards below the directory receive this event, and repeating it has no effect.
+                if event in attributes:
+                    continue
+                attributes.add(event)
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
                     head = ino.EVENT.pack(watch.number, mask, cookie, name_length)

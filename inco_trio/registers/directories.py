@@ -20,9 +20,8 @@ from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems
 from inco_trio.registers.directory import Directory, proc_is_mounted, watch_key
-from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.retries import FALLBACK, Retries
-from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 
 __all__ = ["ABANDONED", "Directories"]
 

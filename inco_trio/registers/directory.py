@@ -18,8 +18,7 @@ from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.files import fuse_user, kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
-from inco_trio.registers.refusals import UnfitFileError
-from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.trust import Trust, UnfitFileError, open_trusted
 
 __all__ = ["EMPTIED", "PATIENCE", "TEMPORARY", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 

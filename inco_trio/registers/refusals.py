@@ -8,18 +8,12 @@ import shlex
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
+from inco_trio.linux.files import pinned
+from inco_trio.trust import UnfitFileError
 
-__all__ = ["UnfitFileError", "refusal"]
+__all__ = ["refusal"]
 
 _MISPLACED = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
-
-
-class UnfitFileError(OSError):
-    """A file or directory exists but cannot be used as a register or IRQ directory."""
-
-    def __init__(self, path: Path, what: str, remedy: str) -> None:
-        super().__init__(errno.EINVAL, what, str(path))
-        self.remedy = remedy
 
 
 def refusal(error: OSError, what: object, *, is_directory: bool = False) -> IncoError:
@@ -50,9 +44,9 @@ def _needed(what: object, is_directory: bool) -> str:
 
 def _is_missing(path: Path) -> bool:
     try:
-        path.lstat()
+        with pinned(path, follow=False):
+            return False
     except FileNotFoundError:
         return True
     except OSError:
-        pass
-    return False
+        return False

@@ -19,11 +19,11 @@ from inco_trio.proxy_status import Counters
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import Directory
-from inco_trio.registers.refusals import UnfitFileError, refusal
+from inco_trio.registers.refusals import refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
-from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.trust import Trust, UnfitFileError
 
 __all__ = ["Registers"]
 

@@ -31,8 +31,8 @@ from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories
 from inco_trio.registers.directory import TEMPORARY, Directory, temporary_name, watch_key
-from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
+from inco_trio.trust import UnfitFileError
 
 __all__ = ["RETIREMENT", "Trigger", "Triggered", "Triggers"]
 

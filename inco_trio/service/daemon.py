@@ -29,6 +29,7 @@ from inco_trio.service.log import log_statistics
 from inco_trio.service.privileges import raise_descriptor_limit
 from inco_trio.service.runner import Runner
 from inco_trio.signals import Signal
+from inco_trio.trust import UnfitFileError
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -156,9 +157,10 @@ class Daemon:
             try:
                 listener = self._control_socket(resources)
             except OSError as error:
-                logger.warning(
-                    "control socket: cannot open %s: %s", error.filename or self._control, error.strerror or error
-                )
+                reason = error.strerror or str(error)
+                if isinstance(error, UnfitFileError):
+                    reason = f"{reason} ({error.remedy})"
+                logger.warning("control socket: cannot open %s: %s", error.filename or self._control, reason)
                 listener = None
             if listener is None:
                 yield None

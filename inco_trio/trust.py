@@ -1,4 +1,4 @@
-"""Open an IRQ directory so that no untrusted user can redirect its path to another directory.
+"""Open the directory of registers or of a socket so that no untrusted user can redirect its path to another directory.
 
 This module opens each component of the path in turn and resolves symlinks itself (path_resolution(7)). Each directory
 and symlink must belong to root, to the user of this process or to the configured owner. Everything below a directory
@@ -19,9 +19,8 @@ import attrs
 from inco_trio.linux.files import fuse_user, mount_id
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.users import is_private_group, user_name
-from inco_trio.registers.refusals import UnfitFileError
 
-__all__ = ["Trust", "open_trusted"]
+__all__ = ["Trust", "UnfitFileError", "open_trusted"]
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -31,6 +30,14 @@ SYMLINKS_MAX = 40
 STANDARD = frozenset({"/", "/dev", "/dev/shm", "/home", "/run", "/run/user", "/tmp", "/var", "/var/tmp"})  # noqa: S108
 """Directories that belong to root on every system (hier(7), file-hierarchy(7))."""
 ACL = "system.posix_acl_access"
+
+
+class UnfitFileError(OSError):
+    """A file or directory exists but cannot be used, for example as a register or an IRQ directory."""
+
+    def __init__(self, path: Path, what: str, remedy: str) -> None:
+        super().__init__(errno.EINVAL, what, str(path))
+        self.remedy = remedy
 
 
 @attrs.frozen
@@ -53,13 +60,16 @@ class Trust:
         return found.st_uid not in (0, self.user) or bool(found.st_mode & stat.S_IWGRP)
 
 
-def open_trusted(path: Path, trust: Trust, *, make: bool = False, ancestor: bool = False) -> tuple[int, os.stat_result]:
+def open_trusted(
+    path: Path, trust: Trust, *, make: bool = False, ancestor: bool = False, entries: bool = True
+) -> tuple[int, os.stat_result]:
     """Return a descriptor (O_PATH) of the directory at `path`, and its status. With `make`, create it if it is missing.
 
     With `ancestor`, the path leads to an ancestor of an IRQ directory, so other users may write to a sticky directory.
+    Without `entries`, any user may own the directory and change its entries, but not replace the directory.
     Raises OSError, or UnfitFileError if an untrusted user could replace the directory or change its files.
     """
-    walk = _Walk(path, trust)
+    walk = _Walk(path, trust, entries=entries)
     try:
         walk.run(make=make, ancestor=ancestor)
     except OSError as error:
@@ -72,9 +82,10 @@ def open_trusted(path: Path, trust: Trust, *, make: bool = False, ancestor: bool
 class _Walk:
     """The resolution of one path. `fd` is the descriptor of the last directory that has been opened."""
 
-    def __init__(self, path: Path, trust: Trust) -> None:
+    def __init__(self, path: Path, trust: Trust, *, entries: bool) -> None:
         self._path = path
         self._trust = trust
+        self._entries = entries
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
         self._symlinks = 0
         self._below: int | None = None
@@ -102,13 +113,18 @@ class _Walk:
             os.close(self.fd)
             self.fd = fd
             self._place = os.path.join(self._place, name)  # noqa: PTH118 - faster, and called for each component
-            if self._trust.delegated:
+            # In a sticky directory, the owner of this directory may rename it.
+            any_owner = not self._entries and not self._names and not self.found.st_mode & _WRITERS
+            check_early = self._trust.delegated or any_owner
+            if check_early:
                 self._check_fuse()  # Call this before fstat(2), which waits for the process that serves the files.
             before, self.found = self.found, os.fstat(fd)
-            if self.found.st_dev != before.st_dev and not self._trust.delegated:
+            if self.found.st_dev != before.st_dev and not check_early:
                 self._check_fuse()
-            self._check_owner(self.found)
-        self._check_writers(final=not ancestor)
+            if not any_owner:
+                self._check_owner(self.found)
+        if self._entries:
+            self._check_writers(final=not ancestor)
 
     def _follow_symlink(self, name: str) -> None:
         fd = os.open(name, _ANYTHING, dir_fd=self.fd)
@@ -169,7 +185,8 @@ class _Walk:
             self._below = uid
         elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
-            raise self._untrusted(what, f"run the proxy as this user, or trust this user with --irq-owner {uid}")
+            other = f"trust this user with --irq-owner {uid}" if self._entries else "use a directory below /run"
+            raise self._untrusted(what, f"run the proxy as this user, or {other}")
 
     def _check_fuse(self) -> None:
         """Check that no user serves this directory through FUSE.
