@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import attrs
 
 from inco_trio.config import Board, Config, read_board
-from inco_trio.errors import ConfigError, IncoError
+from inco_trio.errors import ConfigError, IncoError, ResourceError
 from inco_trio.links.address import UnixAddress, address_fault
-from inco_trio.linux.files import is_path
+from inco_trio.linux.files import Resolver, is_path
 from inco_trio.linux.users import find_owner
 from inco_trio.signals import builtin_signals
 from inco_trio.validation import ABSOLUTE_PATH, InvalidValueError, Rule, parse_table, read_file
@@ -82,7 +82,10 @@ class Boards:
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Read the board files in `directory`. `refuse_shared` explains `running`. Raises ConfigError."""
+    """Read the board files in `directory`. `refuse_shared` explains `running`.
+
+    Raises ConfigError or ResourceError.
+    """
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
@@ -126,15 +129,26 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     return Config(file.link, board.signals, wait_link=True, netns=netns, owner=owner, group=group), board.notes
 
 
-def claims(config: Config) -> dict[object, str]:
-    """Return the link and the directories that no other board may use, each with a description."""
+def claims(configs: Iterable[Config]) -> list[dict[object, str]]:
+    """Return the link and the directories of each board, which no other board may use, each with a description.
+
+    Raises ResourceError if no descriptors or memory are left.
+    """
+    try:
+        with closing(Resolver()) as resolver:
+            return [_claims(config, resolver) for config in configs]
+    except OSError as error:
+        raise ResourceError("boards", f"cannot compare their paths: {error.strerror}") from error
+
+
+def _claims(config: Config, resolver: Resolver) -> dict[object, str]:
     address = config.address
     if isinstance(address, UnixAddress):
-        claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
+        claimed: dict[object, str] = {resolver.resolve(address.local): f"the link {address.local}"}
     else:
         claimed = {(address.name, config.netns): f"the link {address.name}"}
     for directory in {signal.directory for signal in config.signals}:
-        claimed[os.path.realpath(directory)] = f"the directory {directory}"
+        claimed[resolver.resolve(directory)] = f"the directory {directory}"
     return claimed
 
 
@@ -142,19 +156,21 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
     """Return the boards whose link or directory is already in use by another board, each with the reason to refuse it.
 
     `running` contains the current configurations, which have priority. A refused board keeps its current configuration.
+    Raises ResourceError.
     """
     running = running or {}
+    now, wanted = (dict(zip(each, claims(each.values()), strict=True)) for each in (running, configs))
     refused: dict[str, str] = {}
     while True:
         taken: dict[object, str] = {}
-        for name, config in running.items():
+        for name in running:
             if name not in configs or name in refused:
-                taken |= dict.fromkeys(claims(config), name)
+                taken |= dict.fromkeys(now[name], name)
         more: dict[str, str] = {}
         # Unchanged boards come first, then changed boards, then new ones.
         order = {name: (name not in running, running.get(name) != configs[name], name) for name in configs}
         for name in sorted(configs.keys() - refused.keys(), key=order.__getitem__):
-            claimed = claims(configs[name])
+            claimed = wanted[name]
             shared = next((what for what in claimed if what in taken), None)
             if shared is not None:
                 more[name] = f"{claimed[shared]} is already used by the board {taken[shared]}"

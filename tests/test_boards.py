@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import socket
@@ -23,7 +25,7 @@ from trio.testing import wait_all_tasks_blocked
 from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
 from inco_trio.control.feed import Feed
-from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
+from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, ResourceError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.inflight import Inflight
@@ -220,6 +222,20 @@ def test_boards_that_share_a_link_or_directory_are_refused(place: Place) -> None
     }
     # A board that is already open takes precedence.
     assert set(refuse_shared(configs, {"b": configs["b"]})) == {"a", "d"}
+
+
+def test_a_reload_without_free_descriptors_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors, the proxy cannot find out which boards share a directory."""
+    opened = os.open
+
+    def refuse(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if dir_fd is None:
+            return opened(path, flags)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ResourceError, match="boards: cannot compare their paths: Too many open files"):
+        refuse_shared(place.configs("a"))
 
 
 def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:

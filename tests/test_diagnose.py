@@ -16,9 +16,10 @@ import pytest
 import trio
 
 from inco_trio.config import Config
+from inco_trio.linux import files
 from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.registers.diagnose import UNREPORTED, diagnose, filesystem_type, unreported
+from inco_trio.registers.diagnose import UNREPORTED, diagnose, filesystem, filesystem_type, unreported
 from inco_trio.service import daemon, rivals
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
@@ -59,6 +60,22 @@ def test_the_daemon_warns_about_a_shared_filesystem(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(UNREPORTED, kind, UNREPORTED["9p"])
     (line,) = diagnose(builtin_signals(tmp_path))
     assert line.startswith(f"{tmp_path}: on a filesystem of type {kind}: ")
+
+
+def test_the_type_of_an_inaccessible_filesystem_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert filesystem(tmp_path / "loop") == (tmp_path / "loop", None)
+    (tmp_path / "removed").mkdir()
+    monkeypatch.chdir(tmp_path / "removed")
+    (tmp_path / "removed").rmdir()
+    assert filesystem(Path("irq")) == (Path("irq"), None)
+
+
+def test_a_filesystem_of_another_user_is_named_but_not_accessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "fuse_user", lambda _: 12345)
+    assert filesystem(tmp_path) == (tmp_path, "fuse")
 
 
 @contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 import inco_trio
-from inco_trio.linux.files import is_path, kind_of_file
+from inco_trio.linux import files
+from inco_trio.linux.files import Resolver, is_path, kind_of_file
 from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNET, entered, identity
 
@@ -29,7 +32,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_linux_imports_nothing_else_of_the_package() -> None:
     found = {name for path in LINUX.glob("*.py") for name in imports(path) if name.startswith("inco_trio")}
-    assert found == {"inco_trio.linux.bpf", "inco_trio.linux.libc"}
+    assert found == {"inco_trio.linux.bpf", "inco_trio.linux.files", "inco_trio.linux.libc"}
 
 
 def test_only_linux_loads_libc_and_defines_kernel_constants() -> None:
@@ -86,3 +89,45 @@ def test_namespace_none_means_the_current_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         entered(tmp_path / "missing")
     assert identity(tmp_path / "missing") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a/b/file", "a/./b//..", "up/b/file", "absolute/b", "up", "chain/file", "a/b/missing/..", "a/missing/x",
+        "a/b/file/x", "../../a", "",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_path_is_resolved_without_its_symlinks(
+    path: str, mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/file").touch()
+    (tmp_path / "a/up").symlink_to("../a/./")
+    (tmp_path / "up").symlink_to("a/up")
+    (tmp_path / "absolute").symlink_to(tmp_path / "up")
+    (tmp_path / "chain").symlink_to("absolute/b")
+
+    def without_proc(_: int) -> int:
+        raise FileNotFoundError
+
+    if not mounted:
+        monkeypatch.setattr(files, "mount_id", without_proc)
+    monkeypatch.chdir(tmp_path)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with closing(Resolver()) as resolver:
+        # The second path has a common beginning with the first one.
+        for each in (path, tmp_path / path, path):
+            assert resolver.resolve(each) == os.path.realpath(each)
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_loop_of_symlinks_is_not_followed_forever(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with closing(Resolver()) as resolver:
+        assert resolver.resolve(tmp_path / "a").startswith(f"{tmp_path}/")
+        with pytest.raises(OSError, match="Too many levels"):
+            resolver.open(tmp_path / "a")
+        assert stat.S_ISLNK(os.fstat(resolver.open(tmp_path / "a", follow=False)).st_mode)

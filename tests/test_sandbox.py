@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from inco_trio.config import Config
-from inco_trio.linux import landlock, seccomp
+from inco_trio.linux import files, landlock, seccomp
 from inco_trio.linux.bpf import AND, JUMP_IF_EQUAL, JUMP_IF_GREATER, LOAD_WORD, RETURN
 from inco_trio.service import sandbox
 from inco_trio.service.sandbox import enter_sandbox
@@ -315,6 +315,28 @@ def test_the_rules_fit_the_version_of_the_kernel(
     assert restrict[0] == 446
 
 
+def test_a_fuse_filesystem_of_another_user_is_not_writable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Libc:
+        def syscall(self, number: int, *_: object) -> int:
+            return os.open("/dev/null", os.O_RDONLY) if number == 444 else 0
+
+    monkeypatch.setattr(landlock, "abi", lambda: 1)
+    monkeypatch.setattr(landlock, "libc", Libc())
+    monkeypatch.setattr(seccomp, "install", lambda _: None)
+    device = tmp_path.stat().st_dev
+    monkeypatch.setattr(files, "fuse_user", lambda fd: 12345 if os.fstat(fd).st_dev == device else None)
+    config, control = Config("rpmsg4000", builtin_signals(tmp_path / "irq")), Path("/dev/shm/control")  # noqa: S108
+    with caplog.at_level("INFO"):
+        enter_sandbox([config], control=control, grows=False, has_fd_holder=False, log=False)
+    text = "the sandbox does not permit writing there, because it is a FUSE filesystem of another user"
+    assert caplog.messages == [
+        f"{tmp_path}: {text} (unmount it and restart)",
+        "sandbox: writing is limited to /dev/shm (restart after adding a directory elsewhere)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
@@ -332,7 +354,8 @@ def test_a_kernel_without_a_part_of_the_sandbox_is_one_warning(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    def accept(*_: object) -> None: ...
+    def accept(*_: object) -> list[Path]:
+        return []
 
     monkeypatch.setattr(landlock, "restrict_files", refuse if broken == "landlock" else accept)
     monkeypatch.setattr(seccomp, "install", refuse if broken == "seccomp" else accept)
@@ -366,7 +389,7 @@ def test_the_filter_depends_on_the_features(
         made.append((len(families), also))
         return b""
 
-    ignore: Callable[..., None] = lambda *_: None  # noqa: E731 - a stand-in
+    ignore: Callable[..., list[Path]] = lambda *_: []  # noqa: E731 - a stand-in
     monkeypatch.setattr(landlock, "restrict_files", ignore)
     monkeypatch.setattr(seccomp, "install", ignore)
     monkeypatch.setattr(seccomp, "filter_code", code)

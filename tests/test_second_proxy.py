@@ -12,6 +12,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
 
 from inco_trio.config import Config
@@ -176,3 +177,16 @@ def test_a_proxy_without_a_control_socket_gets_no_report(tmp_path: Path) -> None
         (process,) = (each for each in look().all if each.pid == child.pid)
         assert announce([Rival(0, "l0", process, "", is_link=True)], [Config("l0", ())]) == []
         child.kill()
+
+
+def test_the_socket_of_another_users_proxy_is_not_used(tmp_path: Path) -> None:
+    """Its path may lead to a FUSE filesystem of this user, where connect(2) would block."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        (own,) = (each for each in look().all if each.pid == os.getpid())
+        rival = Rival(0, "l0", attrs.evolve(own, uid=12345), "", is_link=True)
+        assert announce([rival], [Config("l0", ())]) == []
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()

@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import fcntl
 import itertools
+import json
 import logging
 import os
 import pwd
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -26,9 +28,12 @@ from inco_trio.capture.recording import Recorder
 from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
 from inco_trio.cli.run import _load
+from inco_trio.control.client import Client
+from inco_trio.control.protocol import ReloadRequest
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError, PermissionDeniedError
+from inco_trio.frame import decode
 from inco_trio.linux import users
 from inco_trio.linux.files import fuse_user, open_output
 from inco_trio.linux.libc import libc
@@ -357,6 +362,109 @@ def test_a_fuse_filesystem_is_refused_without_a_trusted_owner(monkeypatch: pytes
 
     monkeypatch.setattr(trust_module, "mount_id", without_proc)
     assert refusal(place) is None
+
+
+LOOK = """
+import ctypes, errno, logging, os, sys
+from pathlib import Path
+from typing import Any
+from inco_trio.board_files import refuse_shared
+from inco_trio.config import Config
+from inco_trio.linux.capabilities import no_new_privileges
+from inco_trio.linux.processes import Processes
+from inco_trio.registers.diagnose import diagnose
+from inco_trio.registers.refusals import refusal
+from inco_trio.service.announcing import _request
+from inco_trio.service.rivals import Rival, watchers
+from inco_trio.service.sandbox import enter_sandbox
+from inco_trio.signals import builtin_signals
+look, cover, user = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+irq = cover / "irq"
+signals = builtin_signals(irq)
+config = Config(f"unix:{irq}/core0,peer={irq}/core1", signals)
+process: Any = None
+
+def sandbox():
+    no_new_privileges()
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    enter_sandbox([config], control=None, grows=False, has_fd_holder=False, log=False)
+
+looks = {
+    "reload": lambda: refuse_shared({"a": config}, {"a": config}),
+    "diagnosis": lambda: [*diagnose(signals)],
+    "rivals": lambda: watchers(signals, Processes((), False, True)),
+    "report": lambda: _request(Rival(0, str(irq), process, "", is_link=False), config),
+    "refusal": lambda: refusal(PermissionError(errno.EACCES, "denied"), irq, is_directory=True),
+    "sandbox": sandbox,
+}
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
+assert ctypes.CDLL(None).mount(b"x", os.fsencode(cover), b"fuse", 0, options) == 0
+try:
+    print(looks[look]())
+except OSError as error:
+    print(error)
+"""
+"""A program that mounts an unresponsive FUSE filesystem, and then accesses an IRQ directory on it."""
+
+
+@pytest.mark.parametrize(
+    ("look", "found"),
+    [
+        ("reload", "{{}}"),
+        ("diagnosis", "['{irq}: on a filesystem of type fuse: the kernel may use several inodes for one file, so "),
+        ("rivals", "[]"),
+        ("report", "[Errno 13] on a FUSE filesystem of another user: '{cover}'"),
+        ("refusal", "{irq}: denied: uid 0 must be able to read triggers and to write state files and their directory "),
+        ("sandbox", "{cover}: the sandbox does not permit writing there, because it is a FUSE filesystem of another "),
+    ],
+)
+def test_a_proxy_does_not_wait_for_a_fuse_filesystem_of_a_user(home: Path, look: str, found: str) -> None:
+    """While one thread waits for such a filesystem, the process cannot end."""
+    cover = give(home / "app", OWNER)
+    (cover / "irq").mkdir()
+    command = ["unshare", "--mount", sys.executable, "-c", LOOK, look, str(cover), str(OWNER)]
+    done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.startswith(found.format(irq=cover / "irq", cover=cover)), done.stdout
+
+
+COVERED = """
+import ctypes, os, subprocess, sys
+cover, user, *command = sys.argv[1:]
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
+assert ctypes.CDLL(None).mount(b"x", os.fsencode(cover), b"fuse", 0, options) == 0
+os.set_inheritable(fd, True)
+os.execvp(command[0], command)
+"""
+"""A program that mounts an unresponsive FUSE filesystem over a directory, and becomes another program."""
+
+
+def test_a_fuse_filesystem_over_one_board_does_not_affect_the_others(home: Path) -> None:
+    """The filesystem exists before the proxy starts, and while it reloads and stops."""
+    cover = give(home / "app", OWNER)
+    boards = home / "boards"
+    boards.mkdir()
+    for name, irq in (("a", cover / "irq"), ("b", home / "irq")):
+        irq.mkdir()
+        board = {"link": f"unix:{home}/{name}.0,peer={home}/{name}.1", "irq_dir": str(irq)}
+        (boards / f"{name}.json").write_text(json.dumps(board | ({"irq_owner": str(OWNER)} if name == "a" else {})))
+    words = ("run", "--boards", boards, "--control", home / "control", "--sandbox", "on")
+    prefix = ["unshare", "--mount", sys.executable, "-c", COVERED, str(cover), str(OWNER)]
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core1,
+        contextlib.closing(Launched(*words, log=home / "log", prefix=prefix)) as proxy,
+    ):
+        core1.settimeout(HANG)
+        core1.bind(f"{home}/b.1")
+        assert proxy.wait_ready(HANG), proxy.log
+        for _ in range(2):
+            (home / "irq" / "message_6_trig").write_text("1")
+            assert decode(core1.recv(200)) == b"redun_notify_irq"
+            with Client(home / "control") as client:
+                assert client.request(ReloadRequest(), HANG).refused == ()
+        assert proxy.stop() == 0
+    assert f"a FUSE filesystem of uid {OWNER}, which can block the proxy" in proxy.log
 
 
 def test_an_output_goes_to_the_directory_that_was_checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

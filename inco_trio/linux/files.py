@@ -1,21 +1,40 @@
-"""File types (inode(7)), file name limits, mount IDs (proc_pid_fdinfo(5)), and mounts (proc_pid_mountinfo(5))."""
+"""File types (inode(7)), file name limits, mount IDs (proc_pid_fdinfo(5)), and mounts (proc_pid_mountinfo(5)).
+
+An access to a FUSE filesystem (fuse(4)) waits for the program of the user who mounted it, and not even SIGKILL may end
+the wait. `Resolver` and `pinned` do not enter the FUSE filesystems of other users.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["FILE_NAME_MAX", "fuse_user", "is_path", "kind_of_file", "mount_id", "open_output"]
+__all__ = [
+    "FILE_NAME_MAX",
+    "ForeignFuseError",
+    "Resolver",
+    "fuse_user",
+    "is_path",
+    "kind_of_file",
+    "mount_id",
+    "open_output",
+    "pinned",
+]
 
 FILE_NAME_MAX = 255
 """Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
 
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PINNED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _OF_PROCESS = re.compile("/proc/[0-9]+/")
 _FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
 
@@ -45,8 +64,12 @@ def is_path(text: str) -> bool:
 
 def mount_id(fd: int) -> int:
     """Return the ID of the mount on which a descriptor was opened. Raises OSError if /proc is not mounted."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:  # noqa: PTH123 - faster than Path.open
-        return next(int(value) for name, _, value in (line.partition(b":") for line in lines) if name == b"mnt_id")
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(info, 4096)  # The line with the ID is one of the first lines.
+    finally:
+        os.close(info)
+    return int(text.partition(b"\nmnt_id:")[2].partition(b"\n")[0])
 
 
 def fuse_user(fd: int) -> int | None:
@@ -58,6 +81,135 @@ def fuse_user(fd: int) -> int | None:
     except FileNotFoundError:
         return None  # /proc is not mounted.
     return None if found is None else int(found[1])
+
+
+class ForeignFuseError(OSError):
+    """A path leads to a FUSE filesystem of another user than root and the user of this process."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EACCES, "on a FUSE filesystem of another user", path)
+
+
+class Resolver:
+    """Resolves paths, and keeps descriptors (O_PATH) of the last one. `close` closes them.
+
+    It opens each component of a path in turn, and follows symlinks. It checks the mount of each component before it
+    looks up the next one, so a mount cannot get in between. Without /proc, it cannot check mounts.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        """The components of the last path that exist, without symlinks."""
+        self._fds = [os.open("/", _PARENT)]
+        """The descriptors of the root directory and of these components."""
+        self._foreign: dict[int, bool] = {}
+        """Whether a mount ID belongs to a FUSE filesystem of another user."""
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def resolve(self, path: Path | str) -> str:
+        """Return the path without symlinks, as os.path.realpath does. A component that cannot be opened may be one.
+
+        Raises OSError if no descriptors or memory are left.
+        """
+        left, error = self._reach(path, follow=True)
+        if error is not None and error.errno in _EXHAUSTED:
+            raise error
+        return os.path.normpath("/" + "/".join([*self._names, *left]))
+
+    def open(self, path: Path | str, *, follow: bool = True) -> int:
+        """Return a descriptor of the file at `path`, which is valid until the next call. Raises OSError.
+
+        If the last component is a symlink, follow it only with `follow`.
+        """
+        _, error = self._reach(path, follow=follow)
+        if error is not None:
+            raise error
+        return self._fds[-1]
+
+    def _reach(self, path: Path | str, *, follow: bool) -> tuple[list[str], OSError | None]:
+        """Open the components of a path. At the first error, return the components that are left, and the error."""
+        text = os.fspath(path)
+        left = deque(_components(text if text.startswith("/") else f"{os.getcwd()}/{text}"))  # noqa: PTH109 - as fast
+        common = 0
+        while common < min(len(left), len(self._names)) and left[common] == self._names[common]:
+            common += 1
+        self._go_up(common)
+        for _ in range(common):
+            left.popleft()
+        symlinks = 0
+        while left:
+            name = left.popleft()
+            if name == "..":
+                self._go_up(max(len(self._names) - 1, 0))
+                continue
+            try:
+                target = self._enter(name, follow=follow or bool(left))
+            except OSError as error:
+                return [name, *left], error
+            if target is None:
+                continue
+            symlinks += 1
+            if symlinks > _SYMLINKS_MAX:
+                return [name, *left], OSError(errno.ELOOP, os.strerror(errno.ELOOP), text)
+            if target.startswith("/"):
+                self._go_up(0)
+            left.extendleft(reversed(_components(target)))
+        return [], None
+
+    def _enter(self, name: str, *, follow: bool) -> str | None:
+        """Open one component. If it is a symlink to follow, close it and return its target. Raises OSError."""
+        is_directory = True
+        try:
+            fd = os.open(name, _PINNED | os.O_DIRECTORY, dir_fd=self._fds[-1])
+        except NotADirectoryError:
+            fd, is_directory = os.open(name, _PINNED, dir_fd=self._fds[-1]), False
+        target = None
+        try:
+            self._check_mount(fd, name)
+            if follow and not is_directory:
+                with contextlib.suppress(FileNotFoundError):  # ENOENT means that `fd` is not a symlink.
+                    target = os.readlink("", dir_fd=fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        if target is not None:
+            os.close(fd)
+        else:
+            self._names.append(name)
+            self._fds.append(fd)
+        return target
+
+    def _check_mount(self, fd: int, name: str) -> None:
+        try:
+            number = mount_id(fd)
+        except FileNotFoundError:
+            return  # /proc is not mounted.
+        if number not in self._foreign:
+            self._foreign[number] = fuse_user(fd) not in (None, 0, os.geteuid())
+        if self._foreign[number]:
+            raise ForeignFuseError("/" + "/".join([*self._names, name]))
+
+    def _go_up(self, depth: int) -> None:
+        del self._names[depth:]
+        while len(self._fds) > depth + 1:
+            os.close(self._fds.pop())
+
+
+def _components(path: str) -> list[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]
+
+
+@contextlib.contextmanager
+def pinned(path: Path | str, *, follow: bool = True) -> Iterator[int]:
+    """Open the file at a path with O_PATH while the block runs. See `Resolver.open`. Raises OSError.
+
+    The descriptor refers to the same file even if another user mounts a filesystem over the path afterwards.
+    """
+    with contextlib.closing(Resolver()) as resolver:
+        yield resolver.open(path, follow=follow)
 
 
 def open_output(path: Path) -> int:

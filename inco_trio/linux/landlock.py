@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from inco_trio.linux.files import ForeignFuseError, pinned
 from inco_trio.linux.libc import check, libc
 
 __all__ = ["abi", "restrict_files"]
@@ -35,11 +37,13 @@ def abi() -> int:
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(_CREATE_RULESET_VERSION))))
 
 
-def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None:
+def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> list[Path]:
     """Allow this thread and the threads that it creates to write only below `writable` and execute only `executable`.
 
-    Reading remains allowed. Since ABI 4, the kernel also refuses TCP. Requires no_new_privs. Raises OSError.
+    Reading remains allowed. Since ABI 4, the kernel also refuses TCP. Requires no_new_privs. Return the paths that lead
+    to a FUSE filesystem of another user, below which the kernel refuses to write. Raises OSError.
     """
+    foreign = []
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ
     attributes = struct.pack("=QQQ", handled & ~IOCTL_DEV, _TCP, _SCOPE_SIGNAL)
@@ -48,19 +52,20 @@ def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None
     try:
         changes = WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SOCK
         for path in writable:
-            _allow(ruleset, path, changes & handled)
+            try:
+                _allow(ruleset, path, changes & handled)
+            except ForeignFuseError:
+                foreign.append(path)
         for path in executable:
             _allow(ruleset, path, EXECUTE)
         check(libc.syscall(_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint(0)))
     finally:
         os.close(ruleset)
+    return foreign
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        rights = rights if path.is_dir() else rights & _FILE
+    with pinned(path) as fd:
+        rights = rights if stat.S_ISDIR(os.fstat(fd).st_mode) else rights & _FILE
         rule = struct.pack("=Qi", rights, fd)
         check(libc.syscall(_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), rule, ctypes.c_uint(0)))
-    finally:
-        os.close(fd)

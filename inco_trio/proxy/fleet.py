@@ -257,9 +257,12 @@ class Proxies(Mapping[str, Proxy]):
             and not (wanted[name].same_link(board.config) and identity(wanted[name].netns) == board.netns)
         ]
         # A proxy that is slow to stop delays only the boards that need its link or directories.
-        freed = {claim for board in (*removed, *moved) for claim in claims(board.config)}
-        late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
-        late |= {board.name for board in moved}
+        late = {board.name for board in moved}
+        if leaving := [board.config for board in (*removed, *moved)]:
+            freed = {claim for claimed in claims(leaving) for claim in claimed}
+            late |= {
+                name for name, claimed in zip(wanted, claims(wanted.values()), strict=True) if freed & claimed.keys()
+            }
         return _Plan(
             removed,
             moved,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from inco_trio.linux.files import ForeignFuseError, pinned
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported", "unreported_type"]
@@ -49,13 +50,18 @@ def unreported_type(kind: str | None) -> str | None:
 
 def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
     """Return `path` or its nearest existing ancestor, and the filesystem type if known. `root` contains /proc."""
-    try:
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-        return path, filesystem_type(mounts, path.stat().st_dev)
-    except OSError:
-        return path, None  # The path has been removed, or the process cannot open more descriptors.
+    for existing in (path, *path.parents):
+        try:
+            with pinned(existing) as fd:
+                mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+                return existing, filesystem_type(mounts, os.fstat(fd).st_dev)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ForeignFuseError:
+            return existing, "fuse"
+        except OSError:
+            return existing, None  # The process cannot open more descriptors, or may not search a directory.
+    return path, None
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
+from inco_trio.linux.files import pinned
 from inco_trio.trust import UnfitFileError
 
 __all__ = ["refusal"]
@@ -43,9 +44,9 @@ def _needed(what: object, is_directory: bool) -> str:
 
 def _is_missing(path: Path) -> bool:
     try:
-        path.lstat()
+        with pinned(path, follow=False):
+            return False
     except FileNotFoundError:
         return True
     except OSError:
-        pass
-    return False
+        return False

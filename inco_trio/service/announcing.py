@@ -6,12 +6,12 @@ import logging
 import os
 import select
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from inco_trio.config import Config
 from inco_trio.control.client import Client, answering, sockets
 from inco_trio.control.protocol import RivalRequest
 from inco_trio.errors import IncoError
+from inco_trio.linux.files import pinned
 from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import Process, listening_sockets
 from inco_trio.proxy.others import key_of
@@ -41,9 +41,11 @@ def announce(rivals: Sequence[Rival], configs: Sequence[Config]) -> list[Client]
 
 
 def _client_of(process: Process) -> Client | None:
-    """Connect to a proxy. If this user cannot see its sockets, try the usual places. Return None if none answers."""
+    """Connect to a proxy. If its sockets cannot be used, try the usual places. Return None if none answers."""
+    # Another user's process may listen on a path on a FUSE filesystem of this user, where connect(2) would block.
+    own = listening_sockets(process) if process.uid in (0, os.geteuid()) else []
     mine = None
-    for paths in (listening_sockets(process), sockets()):
+    for paths in (own, sockets()):
         if mine is None:
             clients, _ = answering(paths)
             mine = next((client for client in clients if client.pid == process.pid), None)
@@ -57,7 +59,8 @@ def _request(rival: Rival, config: Config) -> RivalRequest:
     """Return the report for one link or directory. Raises OSError if the directory has been removed."""
     if rival.is_link:
         return RivalRequest(rival.subject, key_of(identity(config.netns)))
-    found = Path(rival.subject).stat()
+    with pinned(rival.subject) as fd:
+        found = os.fstat(fd)
     return RivalRequest(directory=key_of((found.st_dev, found.st_ino)))
 
 

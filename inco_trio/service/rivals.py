@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,7 @@ from inco_trio.errors import IncoError
 from inco_trio.frame import ETHERTYPE
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.opening import inside
+from inco_trio.linux.files import Resolver
 from inco_trio.linux.if_packet import ETH_P_ALL
 from inco_trio.linux.processes import (
     Process,
@@ -117,10 +119,12 @@ def _users(inodes: Iterable[int], processes: Processes) -> Users:
 def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
     """Return the processes that watch a trigger file of `signals`."""
     found: dict[int, Process] = {}
-    for signal in signals:
-        if signal.direction is Direction.OUTBOUND:
+    with closing(Resolver()) as resolver:
+        for signal in signals:
+            if signal.direction is not Direction.OUTBOUND:
+                continue
             try:
-                status = signal.path.lstat()
+                status = os.fstat(resolver.open(signal.path, follow=False))
             except OSError:
                 continue
             found |= {process.pid: process for process in processes.watching(status.st_dev, status.st_ino)}

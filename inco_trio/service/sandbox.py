@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import socket
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from inco_trio.config import Config
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.linux import landlock, seccomp
+from inco_trio.linux.files import ForeignFuseError, pinned
 
 __all__ = ["enter_sandbox"]
 
@@ -32,8 +35,12 @@ def enter_sandbox(
     try:
         if not log:
             writable = sorted(_writable(configs, control))
-            landlock.restrict_files([*writable, Path("/dev/null")], _programs() if has_fd_holder else ())
-            places = ", ".join(map(str, writable))
+            programs = _programs() if has_fd_holder else ()
+            foreign = landlock.restrict_files([*writable, Path("/dev/null")], programs)
+            for path in foreign:
+                text = "the sandbox does not permit writing there, because it is a FUSE filesystem of another user"
+                logger.warning("%s: %s (unmount it and restart)", path, text)
+            places = ", ".join(str(path) for path in writable if path not in foreign)
             logger.info("sandbox: writing is limited to %s (restart after adding a directory elsewhere)", places)
     except OSError as error:
         logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without it", error.strerror)
@@ -69,9 +76,20 @@ def _writable(configs: Collection[Config], control: Path | None) -> set[Path]:
 def _existing(path: Path) -> Path:
     """Return the parent of `path`, or its nearest existing ancestor. For /NAME, return /NAME instead of /."""
     parent = path.parent
-    while not parent.exists():
+    while not _exists(parent):
         parent = parent.parent
-    return parent if parent != parent.parent or not path.is_dir() else path
+    return parent if parent != parent.parent or not _exists(path, stat.S_IFDIR) else path
+
+
+def _exists(path: Path, kind: int | None = None) -> bool:
+    """Return whether a file exists, or has the file type `kind`. Do not enter a FUSE filesystem of another user."""
+    try:
+        with pinned(path) as fd:
+            return kind is None or stat.S_IFMT(os.fstat(fd).st_mode) == kind
+    except ForeignFuseError:
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _programs() -> Iterator[Path]:
