@@ -133,9 +133,9 @@ class SharedInotify:
 
     def _move(self, length: int) -> None:
         """Move the events in the first `length` bytes of the shared memory to their boards, and wake the boards."""
-        view, moved = self._bank.view, dict[Share, list[bytes]]()
-        attributes = set[bytes]()
-        offset = 0
+        view, offset = self._bank.view, 0
+        moved: dict[Share, list[bytes]] = {}
+        attributes: set[bytes] = set()
         while offset + ino.EVENT.size <= length:
             wd, mask, cookie, name_length = ino.EVENT.unpack_from(view, offset)
             if not mask:
@@ -159,8 +159,11 @@ class SharedInotify:
                 attributes.add(event)
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
-                    head = ino.EVENT.pack(watch.number, mask, cookie, name_length)
-                    moved.setdefault(share, []).append(head + event[ino.EVENT.size :])
+                    numbered = event
+                    if watch.number != wd:
+                        head = ino.EVENT.pack(watch.number, mask, cookie, name_length)
+                        numbered = head + event[ino.EVENT.size :]
+                    moved.setdefault(share, []).append(numbered)
             if mask & ino.IN_IGNORED:
                 del self._watches[wd]
                 self.inotify.forget(wd)
