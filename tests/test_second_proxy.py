@@ -1,4 +1,4 @@
-"""Tests of two proxies that share a link or a directory: both must record when the other one appears and ends."""
+"""Tests of two proxies that share a link or a directory: both must record when the second proxy starts and ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def rivals_of(control: Path, board: str | None = None) -> dict[int, tuple[str, .
 
 
 def start_two(proxy: StartProxy, tmp_path: Path, *options: str) -> tuple[Proxy, Proxy]:
-    """Start two proxies of the same link and directory, and wait until each has noticed the other one."""
+    """Start two proxies of the same link and directory, and wait until both have noticed that there are two."""
     one, two = (proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / name, *options) for name in ("one", "two"))
     for each in (one, two):
         for what in (OF_LINK, OF_TRIGGERS):

@@ -32,7 +32,7 @@ def key_of(place: tuple[int, int]) -> str:
 @attrs.define
 class _Other:
     since: int
-    """When this proxy noticed the other one (real_clock.monotonic_ns())."""
+    """When this proxy noticed the second proxy (real_clock.monotonic_ns())."""
     shared: list[str] = attrs.Factory(list)
     """The name of the link, the IRQ directories, or both."""
 
