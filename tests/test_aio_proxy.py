@@ -387,6 +387,23 @@ def test_closing_a_stream_ends_a_waiting_reader(world: World) -> None:
     run(main)
 
 
+def test_a_reader_whose_event_another_reader_takes_waits_for_the_next_one(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events() as events:
+                waiting = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0)
+                world.send(RESET)
+                # Without a turn of this loop, the waiting reader cannot take the event that Trio's thread has fetched.
+                while not events._fetched:  # type: ignore[attr-defined]
+                    os.sched_yield()
+                assert (await anext(events)).sequence == 1
+                world.send(RESET)
+                assert (await waiting).sequence == 2
+
+    run(main)
+
+
 def test_readers_of_one_stream_share_its_events(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:

@@ -135,14 +135,15 @@ class _Events(AsyncIterator[Notification]):
         return self._fetched.popleft()
 
     async def _fetch(self) -> bool:
-        """Wait for notifications; return False at the end of the stream."""
+        """Wait for notifications, which other readers may take first; return False at the end of the stream."""
         try:
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
                 # Wait until Trio has stopped and `_end` has fetched the last notifications.
                 await self._beside.ended()
-        return bool(self._fetched) or self._closed
+            return bool(self._fetched) or self._closed
+        return True
 
     # Only the Trio thread calls the methods below.
 
