@@ -13,9 +13,9 @@ import attrs
 import trio
 
 from inco_trio import real_clock
+from inco_trio.counters import Counters
 from inco_trio.persist.followed import History
 from inco_trio.persist.recorder import Recorder
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 

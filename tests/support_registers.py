@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from inco_trio.counters import Counters
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.share import Share, SharedInotify
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.directory import EMPTIED
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.triggers import RETIREMENT, Triggered

@@ -28,6 +28,7 @@ from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
+from inco_trio.counters import Stats
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
@@ -38,7 +39,7 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
-from inco_trio.proxy_status import SignalStatus, Stats, Status
+from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals

@@ -14,6 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from inco_trio.counters import Counters
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import EVENT, Inotify, parse_events
@@ -21,7 +22,6 @@ from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from netns.hang import HANG

@@ -18,11 +18,12 @@ import pytest
 import trio
 
 from inco_trio.config import Config
+from inco_trio.counters import Stats
 from inco_trio.doctor import proxies
 from inco_trio.errors import ResourceError
 from inco_trio.linux import capabilities as cap
 from inco_trio.proxy.proxy import open_proxy
-from inco_trio.proxy_status import Stats, Status
+from inco_trio.proxy_status import Status
 from inco_trio.service import privileges
 from inco_trio.service.privileges import drop_capabilities, needed_capabilities
 from inco_trio.signals import builtin_signals

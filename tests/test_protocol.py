@@ -43,7 +43,8 @@ from inco_trio.control.protocol import (
     encode_alone,
     encode_notifications,
 )
-from inco_trio.proxy_status import RivalStatus, SignalStatus, Stats, Status, TaskStatus
+from inco_trio.counters import Stats
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.signals import Direction
 
 STATUS = Status(

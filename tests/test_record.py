@@ -24,9 +24,10 @@ from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
 from inco_trio.control.protocol import BoardStatus, Event, Past, encode_board, encode_status
+from inco_trio.counters import Stats
 from inco_trio.frame import encode
 from inco_trio.persist.recorder import truncated
-from inco_trio.proxy_status import Stats, Status
+from inco_trio.proxy_status import Status
 from inco_trio.registers.states import RUNS
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer

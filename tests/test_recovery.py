@@ -20,6 +20,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.config import Config
+from inco_trio.counters import Counters
 from inco_trio.errors import ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.linux import inotify as ino
@@ -28,7 +29,6 @@ from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import FRAME_STEP, Bank, Inflight, frames_in
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.proxy import Proxy, open_supervised
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered

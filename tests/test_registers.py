@@ -16,11 +16,11 @@ from typing import Any
 import attrs
 import pytest
 
+from inco_trio.counters import Counters
 from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.inotify import Event, Inotify, parse_events
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import ABANDONED, Directories
 from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal

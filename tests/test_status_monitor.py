@@ -29,10 +29,11 @@ from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect, sockets, wait_for_end
 from inco_trio.control.place import silent_services
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryRequest, MonitorRequest
+from inco_trio.counters import Stats
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import textfile
-from inco_trio.proxy_status import RivalStatus, SignalStatus, Stats, Status, TaskStatus
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy

@@ -13,8 +13,8 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.backoff import Backoff
+from inco_trio.counters import Counters
 from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
-from inco_trio.proxy_status import Counters
 
 Task = Callable[[Health], Awaitable[None]]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from inco_trio.counters import Counters
 from inco_trio.frame import encode
 from inco_trio.linux.inotify import Inotify
 from inco_trio.notifications import Events
@@ -17,7 +18,6 @@ from inco_trio.persist.inflight import FRAMES, Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.supervise import Health
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import SignalTable, builtin_signals
 

@@ -47,7 +47,7 @@ class Served(Protocol):
         """Return why each of the other boards is not open, keyed by board name."""
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.define(eq=False, repr=False)
 class Batch:
     """Notifications that the proxy delivered or sent together, or that became pending together."""
 
@@ -71,7 +71,7 @@ class Batch:
         return "pending" if self.reason else "notification"
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class HistoryTurn:
     """The turn of a user's `history` requests. A user other than the proxy's has only one of them at a time."""
 

@@ -51,7 +51,7 @@ class Record(NamedTuple):
     """The same time on the monotonic clock (real_clock.monotonic_ns())."""
 
 
-@attrs.frozen
+@attrs.define(eq=False, repr=False)
 class Merged:
     """The number of merged notifications for one signal."""
 

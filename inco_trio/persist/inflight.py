@@ -116,7 +116,7 @@ class Bank:
         self.view[:length] = self.blank[:length]
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Inflight:
     """The in-flight buffer of one proxy."""
 

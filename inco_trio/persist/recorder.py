@@ -19,15 +19,17 @@ import os
 import struct
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from inco_trio import real_clock
 from inco_trio.frame import is_wire_name
-from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
 from inco_trio.wall_clock import WallClock, step_text
+
+if TYPE_CHECKING:
+    from inco_trio.proxy_status import RecorderStatus
 
 __all__ = [
     "AREA",
@@ -94,7 +96,7 @@ def truncated(text: bytes) -> bytes:
     return text if len(text) <= _TEXT else text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
 
 
-@attrs.frozen
+@attrs.define(eq=False, repr=False)
 class Recorded:
     """Notifications of one signal that were delivered or sent at the same time."""
 
@@ -109,7 +111,7 @@ class Recorded:
     """How long the notifications had been pending (seconds), or 0."""
 
 
-@attrs.frozen
+@attrs.define(eq=False, repr=False)
 class Note:
     """An event other than a notification. `count` is the number of occurrences."""
 
@@ -390,6 +392,8 @@ class Recorder:
         self.note("started", f"{text} (PID {os.getpid()}){rest}")
 
     def status(self) -> RecorderStatus:
+        from inco_trio.proxy_status import RecorderStatus
+
         notifications, events = min(self._written, self._kept), min(self._noted, self._events_kept)
         oldest = [each.monotonic_ns for each in itertools.islice(self.notifications(), 1)]
         oldest += [each.monotonic_ns for each in itertools.islice(self.notes(), 1)]

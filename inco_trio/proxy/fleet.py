@@ -18,6 +18,7 @@ import trio
 
 from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
+from inco_trio.counters import Counters, Stats
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.mounts import Mounts
@@ -32,7 +33,6 @@ from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
 from inco_trio.proxy.share import Share, SharedInotify
 from inco_trio.proxy.supervise import Health, supervise
-from inco_trio.proxy_status import Counters, Stats
 from inco_trio.registers.refusals import refusal
 
 __all__ = ["Proxies", "open_fleet", "open_proxies"]

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 """The type of an item in a batch: a state file to write, or a signal to send."""
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Batch(Generic[Item]):
     """Notifications, in order, that one task reads and another task writes or sends."""
 

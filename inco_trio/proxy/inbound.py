@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import trio
 
+from inco_trio.counters import Counters
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.links.link import Link
 from inco_trio.notifications import Deaf, Events, Listener
@@ -18,7 +19,6 @@ from inco_trio.problems import report
 from inco_trio.proxy.flood import Flood
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile, StateFiles
 
 __all__ = ["Inbound"]

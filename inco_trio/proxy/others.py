@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from inco_trio import real_clock
 from inco_trio.config import Config
+from inco_trio.counters import Counters
 from inco_trio.linux.netns import identity
 from inco_trio.problems import noted_by, report, working_for
-from inco_trio.proxy_status import Counters, RivalStatus
 from inco_trio.registers.directory import Directory
 from inco_trio.wall_clock import WallClock
+
+if TYPE_CHECKING:
+    from inco_trio.proxy_status import RivalStatus
 
 __all__ = ["OF_LINK", "OF_TRIGGERS", "Others", "key_of"]
 
@@ -54,6 +58,8 @@ class Others:
         self._by_pid: dict[int, _Other] = {}
 
     def status(self, clock: WallClock) -> tuple[RivalStatus, ...]:
+        from inco_trio.proxy_status import RivalStatus
+
         found = self._by_pid.items()
         return tuple(RivalStatus(pid, clock.seconds(other.since), tuple(other.shared)) for pid, other in found)
 

@@ -13,6 +13,7 @@ import trio
 
 from inco_trio import real_clock
 from inco_trio.backoff import Backoff
+from inco_trio.counters import Counters
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
@@ -20,7 +21,6 @@ from inco_trio.notifications import Deaf, Events
 from inco_trio.persist.inflight import LAST_EVENTS, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
 

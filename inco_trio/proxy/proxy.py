@@ -18,6 +18,7 @@ import trio
 
 from inco_trio import real_clock
 from inco_trio.config import Config
+from inco_trio.counters import Counters, Stats
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
@@ -36,7 +37,6 @@ from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health, supervise
-from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskStatus
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
@@ -46,6 +46,7 @@ from inco_trio.wall_clock import WallClock
 
 if TYPE_CHECKING:
     from inco_trio.proxy.others import Others
+    from inco_trio.proxy_status import SignalStatus, Status
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -114,6 +115,8 @@ class Proxy:
     @property
     def status(self) -> Status:
         """The current state of the proxy."""
+        from inco_trio.proxy_status import Status, TaskStatus
+
         parts = self._parts
         self._clock.refresh()
         recorder = parts.events.recorder
@@ -149,6 +152,8 @@ class Proxy:
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
+        from inco_trio.proxy_status import SignalStatus
+
         events, states = self._parts.events, self._registers.states
         pending = 0
         if signal.direction is Direction.INBOUND:

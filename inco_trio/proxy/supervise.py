@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from inco_trio.backoff import Backoff
+from inco_trio.counters import Counters
 from inco_trio.problems import Problems
-from inco_trio.proxy_status import Counters
 
 __all__ = ["TRANSIENT", "Health", "supervise"]
 

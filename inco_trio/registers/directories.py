@@ -41,7 +41,7 @@ NAMES_MASK = SELF_MASK | APPEARED | VANISHED
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Awaited:
     """An ancestor that is watched for new entries. `names` maps each awaited entry to missing directories."""
 

@@ -49,7 +49,7 @@ def temporary_name() -> str:
     return f"{TEMPORARY}{os.getpid()}"
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Directory:
     """An IRQ directory. `fd` is -1 while the directory is not open.
 

@@ -10,12 +10,12 @@ import attrs
 import trio
 
 from inco_trio import real_clock
+from inco_trio.counters import Counters
 from inco_trio.errors import ConfigError
 from inco_trio.linux.inotify import Watcher
 from inco_trio.nurseries import in_turns
 from inco_trio.persist.inflight import Inflight
 from inco_trio.problems import Problems
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import Directory
@@ -28,7 +28,7 @@ from inco_trio.trust import Trust, UnfitFileError
 __all__ = ["Registers"]
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _New:
     """The registers that a new table adds. `exchange` collects them before it replaces the table."""
 

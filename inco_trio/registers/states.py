@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio import real_clock
+from inco_trio.counters import Counters
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import WRITE_FLAGS, Directory
 from inco_trio.signals import Signal
@@ -33,7 +33,7 @@ SLICE = 32
 """Maximum number of pending notifications to write before other tasks run."""
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class StateFile:
     """The file of an inbound signal."""
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import attrs
 
 from inco_trio import real_clock
+from inco_trio.counters import Counters
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.queue import LOST_WATCH
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems, report
-from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories
 from inco_trio.registers.directory import TEMPORARY, Directory, temporary_name, watch_key
 from inco_trio.signals import Signal
@@ -44,7 +44,7 @@ RETIREMENT = 1.0
 """How long (seconds) to keep watching the old file of a replaced trigger: a process may still have it open."""
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Trigger:
     """The file of an outbound signal."""
 
@@ -74,7 +74,7 @@ class Trigger:
         self.made_key = b"+" + self.key[1:]
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Triggered:
     """Notifications to send, and watches to store after the notifications have been sent."""
 

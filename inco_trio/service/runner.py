@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -64,6 +65,9 @@ def run_service(
     stamped = needs_timestamps(timestamps, fd, is_s6_service=notification_fd is not None)
     set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
     service = make()
+    # Most objects of the imports are never freed, so the garbage collector need not scan them.
+    gc.freeze()
+    gc.enable()
     try:
         trio.run(Runner(service, notification_fd).run)
     except IncoError:
@@ -84,7 +88,7 @@ def _exhausted(error: Exception) -> OSError | None:
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Answer:
     """The result of a reload, for a caller of `Runner.reload`."""
 

@@ -23,7 +23,7 @@ CAUSES_MAX = 1000
 """Maximum number of causes with waiting lines, per board. Lines of further causes are only counted."""
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Cause:
     """The time when a cause was last logged, the latest record, and the number of records since then."""
 

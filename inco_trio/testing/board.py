@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inco_trio.cores.watch import trigger
+from inco_trio.counters import Stats
 from inco_trio.errors import ClosedError, InvalidArgumentError
-from inco_trio.proxy_status import Stats
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
