@@ -93,11 +93,13 @@ class _Walk:
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)
-        self._mount = 0
-        """The ID of the last mount that `_check_fuse` has checked."""
+        self._mounts: set[int] = set()
+        """The IDs of the root directory's mount and of the mounts that `_check_fuse` has checked."""
 
     def run(self, *, make: bool, ancestor: bool) -> None:
         self._check_owner(self.found)
+        with contextlib.suppress(FileNotFoundError):
+            self._mounts.add(mount_id(self.fd))
         while self._names:
             self._check_writers(final=False)
             name = self._names.popleft()
@@ -113,14 +115,10 @@ class _Walk:
             os.close(self.fd)
             self.fd = fd
             self._place = os.path.join(self._place, name)  # noqa: PTH118 - faster, and called for each component
+            self._check_fuse()  # Call this before fstat(2), which waits for the process that serves the files.
             # In a sticky directory, the owner of this directory may rename it.
             any_owner = not self._entries and not self._names and not self.found.st_mode & _WRITERS
-            check_early = self._trust.delegated or any_owner
-            if check_early:
-                self._check_fuse()  # Call this before fstat(2), which waits for the process that serves the files.
-            before, self.found = self.found, os.fstat(fd)
-            if self.found.st_dev != before.st_dev and not check_early:
-                self._check_fuse()
+            self.found = os.fstat(fd)
             if not any_owner:
                 self._check_owner(self.found)
         if self._entries:
@@ -197,9 +195,9 @@ class _Walk:
             number = mount_id(self.fd)
         except FileNotFoundError:
             return  # /proc is not mounted.
-        if number == self._mount:
+        if number in self._mounts:
             return
-        self._mount = number
+        self._mounts.add(number)
         user = fuse_user(self.fd)
         if user not in (None, 0, self._trust.user):
             what = f"{self._place} is a FUSE filesystem of {user_name(user)}, which can block the proxy"

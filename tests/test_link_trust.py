@@ -159,6 +159,13 @@ def test_the_user_of_the_other_core_may_own_the_directory(world: World) -> None:
     assert sorted(path.name for path in shared.iterdir()) == ["core1"]
 
 
+def give(path: Path) -> Path:
+    """Create a directory of another user."""
+    path.mkdir()
+    os.chown(path, STRANGER, STRANGER)
+    return path
+
+
 @pytest.mark.parametrize("mode", [0o1777, 0o2775])
 def test_a_directory_may_be_shared(world: World, mode: int) -> None:
     shared = world.home / "shared"
@@ -175,10 +182,7 @@ def test_a_directory_may_be_shared(world: World, mode: int) -> None:
 @pytest.fixture
 def shared(world: World) -> Path:
     """A directory of another user."""
-    path = world.home / "shared"
-    path.mkdir()
-    os.chown(path, STRANGER, STRANGER)
-    return path
+    return give(world.home / "shared")
 
 
 def by_symlink(path: Path, target: Path) -> None:
@@ -257,28 +261,48 @@ def test_the_peers_directory_cannot_be_redirected(world: World) -> None:
         victim.recv(200)
 
 
-FUSE = """
-import ctypes, os, stat, sys
+COVER = """
+import ctypes, os, socket, sys
+import trio
+from inco_trio.links.address import UnixAddress
+from inco_trio.links.names import Names
 from inco_trio.links.peer_socket import open_socket
-place, path, user = sys.argv[1:]
-fd = os.open("/dev/fuse", os.O_RDWR)
-options = f"fd={fd},rootmode={os.lstat(place).st_mode:o},user_id={user},group_id=0,allow_other".encode()
-assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), b"fuse", 0, options) == 0
+from inco_trio.links.unix import UnixLink
+place, local, peer, user = sys.argv[1:]
+link = UnixLink.open(UnixAddress(local, peer, bytes(6)), memoryview(bytearray(16)), Names())
+
+def cover():
+    below, fd = os.open(place, os.O_RDONLY) if os.path.isdir(place) else None, os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={fd},rootmode={os.lstat(place).st_mode:o},user_id={user},group_id=0,allow_other".encode()
+    assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), b"fuse", 0, options) == 0
+    return below
+"""
+"""The beginning of a program that mounts an unresponsive FUSE filesystem of another user."""
+FIND = """
+cover()
 try:
-    open_socket(path)
+    open_socket(peer)
 except OSError as error:
     print(error.strerror)
 """
-"""A program that mounts an unresponsive FUSE filesystem, and looks for the peer's socket."""
 
 
-@pytest.mark.parametrize("cover", ["shared", "shared/core1"])
-def test_a_fuse_filesystem_over_the_peer_does_not_block(world: World, shared: Path, cover: str) -> None:
-    world.socket(shared / "core1")
-    words = (str(world.home / cover), str(shared / "core1"), str(STRANGER))
-    command = ["unshare", "--mount", sys.executable, "-c", FUSE, *words]
-    done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
-    assert "FUSE filesystem of" in done.stdout
+def covered(program: str, cover: Path, local: Path, peer: Path) -> str:
+    """Run a program in a mount namespace, and return its output."""
+    words = (str(path) for path in (cover, local, peer))
+    command = ["unshare", "--mount", sys.executable, "-c", COVER + program, *words, str(STRANGER)]
+    return subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("cover", "mode"), [("shared", 0o755), ("shared/core1", 0o755), ("theirs", 0o755), ("shared", 0o1777)]
+)
+def test_a_fuse_filesystem_over_the_peer_does_not_block(world: World, shared: Path, cover: str, mode: int) -> None:
+    world.home.chmod(mode)
+    peer = (world.theirs / "link" if cover == "theirs" else shared) / "core1"
+    world.socket(peer)
+    found = covered(FIND, world.home / cover, world.home / "core0", peer)
+    assert "FUSE filesystem of" in found
 
 
 def test_without_proc_the_socket_of_a_shared_directory_is_not_used(

@@ -378,6 +378,7 @@ from inco_trio.service.announcing import _request
 from inco_trio.service.rivals import Rival, watchers
 from inco_trio.service.sandbox import enter_sandbox
 from inco_trio.signals import builtin_signals
+from inco_trio.trust import Trust, open_trusted
 look, cover, user = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 irq = cover / "irq"
 signals = builtin_signals(irq)
@@ -396,6 +397,7 @@ looks = {
     "report": lambda: _request(Rival(0, str(irq), process, "", is_link=False), config),
     "refusal": lambda: refusal(PermissionError(errno.EACCES, "denied"), irq, is_directory=True),
     "sandbox": sandbox,
+    "start": lambda: open_trusted(irq, Trust()),
 }
 fd = os.open("/dev/fuse", os.O_RDWR)
 options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
@@ -416,6 +418,7 @@ except OSError as error:
         ("rivals", "[]"),
         ("report", "[Errno 13] on a FUSE filesystem of another user: '{cover}'"),
         ("refusal", "{irq}: denied: uid 0 must be able to read triggers and to write state files and their directory "),
+        ("start", "[Errno 22] not trusted: {cover} is a FUSE filesystem of uid "),
         ("sandbox", "{cover}: the sandbox does not permit writing there, because it is a FUSE filesystem of another "),
     ],
 )
