@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from inco_trio.control import place
 from inco_trio.doctor import links
@@ -285,6 +286,14 @@ try:
 except OSError as error:
     print(error.strerror)
 """
+WATCH = """
+assert link.refresh()
+below = cover()
+os.fchmod(below, 0o750)  # This causes the event IN_ATTRIB.
+trio.run(link.changed)
+assert link.refresh()
+print(link.down_reason)
+"""
 
 
 def covered(program: str, cover: Path, local: Path, peer: Path) -> str:
@@ -303,6 +312,38 @@ def test_a_fuse_filesystem_over_the_peer_does_not_block(world: World, shared: Pa
     world.socket(peer)
     found = covered(FIND, world.home / cover, world.home / "core0", peer)
     assert "FUSE filesystem of" in found
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_a_fuse_filesystem_over_a_watched_directory_does_not_block(world: World, shared: Path, mode: int) -> None:
+    world.home.chmod(mode)
+    found = covered(WATCH, shared, world.victim / "core0", shared / "core1")
+    assert f"{shared} is a FUSE filesystem of uid {STRANGER}, which can block the proxy" in found
+
+
+async def is_woken(link: UnixLink) -> bool:
+    """Return whether the link wakes up within a minute of simulated time."""
+    with trio.move_on_after(60) as minute:  # simulated time
+        await link.changed()
+    return not minute.cancelled_caught
+
+
+def test_a_directory_that_becomes_trusted_is_used(world: World) -> None:
+    peer = world.theirs / "link" / "core1"
+    world.socket(peer)
+    link = world.link(world.home / "core0", peer)
+
+    async def main() -> None:
+        assert link.refresh(), link.absence
+        while await is_woken(link):
+            link.refresh()
+        assert "not trusted" in link.down_reason
+        os.chown(world.theirs, 0, 0)
+        assert await is_woken(link)
+        link.refresh()
+        assert link.running
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 def test_without_proc_the_socket_of_a_shared_directory_is_not_used(

@@ -10,6 +10,10 @@ import pytest
 import trio
 
 from inco_trio.config import Config
+from inco_trio.links.address import InterfaceAddress
+from inco_trio.links.names import Names
+from inco_trio.links.namespace import NamespaceLink
+from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import builtin_signals
 from inco_trio.simulation.world import Cores, Namespace, two_cores
@@ -103,6 +107,39 @@ def test_a_recreated_namespace_is_followed(
     first.close()
     second.close()
     assert f"{cores.link}: the network namespace {name} was removed or replaced" in caplog.messages
+
+
+@pytest.fixture
+def opened(cores: Cores, name: Path) -> Iterator[Callable[[], NamespaceLink]]:
+    """Return a function that opens a link in the network namespace that `name` refers to."""
+    around = Surroundings()
+
+    def open_named() -> NamespaceLink:
+        link, _ = open_link(InterfaceAddress(cores.link), name, None, memoryview(bytearray(16)), around)
+        assert isinstance(link, NamespaceLink)
+        return link
+
+    yield open_named
+    around.close()
+
+
+def test_a_namespace_whose_path_cannot_be_watched_is_checked_regularly(
+    cores: Cores, others: Cores, name: Path, opened: Callable[[], NamespaceLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Names, "watch", lambda *_: False)
+
+    async def main() -> None:
+        give(name, cores.core0)
+        link = opened()
+        assert link.refresh()
+        give(name, others.core0)
+        with trio.fail_after(HANG):
+            await link.changed()
+        assert link.refresh()
+        assert packet_sockets(others.core0) == 1
+        link.close()
+
+    trio.run(main)
 
 
 def test_a_name_that_is_not_a_namespace_is_waited_for(

@@ -24,6 +24,7 @@ from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.unix import UnixLink
+from inco_trio.linux import files
 from netns.hang import HANG
 from tests.support_control import descriptors_refused
 
@@ -115,6 +116,29 @@ def fill(link: UnixLink) -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             link.send("redun_notify_irq")
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Let opening a descriptor fail with EMFILE while the block runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def refuse_watches(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let inotify_add_watch(2) fail for a directory, as if it was unreadable."""
+    watch = world.names._inotify.watch
+
+    def refuse(path: str, mask: int) -> int:
+        if os.path.realpath(path) == str(directory):
+            raise PermissionError
+        return watch(path, mask)
+
+    monkeypatch.setattr(world.names._inotify, "watch", refuse)
 
 
 def pass_descriptor(sock: socket.socket, to: Path) -> None:
@@ -273,17 +297,12 @@ def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
 
 
 def test_waiting_for_room_without_a_free_descriptor_pauses(world: World) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-
     async def main() -> None:
         link, _ = world.bound(), world.other()
         fill(link)
         began = trio.current_time()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        try:
+        with no_descriptor_left():
             await link.wait_for_room()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert trio.current_time() > began
 
     in_simulated_time(main)
@@ -453,21 +472,23 @@ def test_a_missing_permission_is_an_error(world: World, tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("how", ["removed", "taken over", "directory moved"])
+@pytest.mark.parametrize("how", ["removed", "taken over", "directory moved", "ancestor moved"])
 def test_a_removed_or_replaced_path_is_bound_again(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
+    home = tmp_path / "above" / "home"
+    home.mkdir(parents=True)
     world.local = home / "core0"
 
     async def main() -> None:
         link, other = world.bound(), world.other()
         world.send(other, b"before")
+        while await is_woken(link):
+            link.refresh()
         before = link.fd
-        if how == "directory moved":
-            home.rename(tmp_path / "away")
-            home.mkdir()
+        if how.endswith("moved"):
+            (home if how == "directory moved" else home.parent).rename(tmp_path / "away")
+            home.mkdir(parents=True)
         else:
             world.local.unlink()
             if how == "taken over":
@@ -485,7 +506,7 @@ def test_a_removed_or_replaced_path_is_bound_again(
         assert other.recvfrom(ROOM)[1] == str(world.local)
         link.close()
 
-    run(main)
+    in_simulated_time(main)
     assert caplog.messages == [f"{world.local}: the file was removed or replaced: bound a new socket"]
 
 
@@ -710,3 +731,72 @@ def test_a_recreated_directory_is_watched_again(world: World, tmp_path: Path) ->
         assert world.names._at == {}
 
     run(main)
+
+
+def test_an_unreadable_directory_is_checked_regularly(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_watches(world, monkeypatch, tmp_path)
+
+    async def main() -> None:
+        link = world.bound()
+        assert await is_woken(link)
+        world.local.unlink()
+        assert await is_woken(link)
+        assert link.refresh()
+        assert world.local.exists()
+
+    in_simulated_time(main)
+
+
+def test_an_unreadable_ancestor_does_not_matter(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_watches(world, monkeypatch, tmp_path.parent)
+    link = world.bound()
+    assert link._all_watched
+
+
+@pytest.mark.parametrize("change", ["moved", "removed"])
+def test_a_directory_that_is_replaced_before_it_is_watched_is_noticed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    world.peer = home / "core1"
+    watch = world.names._inotify.watch
+
+    def replace_and_watch(path: str, mask: int) -> int:
+        if os.path.realpath(path) == str(home):
+            monkeypatch.setattr(world.names._inotify, "watch", watch)
+            if change == "moved":
+                home.rename(tmp_path / "away")
+            else:
+                home.rmdir()
+            home.mkdir()
+        return watch(path, mask)
+
+    monkeypatch.setattr(world.names._inotify, "watch", replace_and_watch)
+
+    async def main() -> None:
+        link = world.bound()
+        while await is_woken(link):
+            link.refresh()
+        world.other()
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
+def test_a_link_works_without_proc(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_DESCRIPTORS", str(tmp_path / "missing"))
+
+    async def main() -> None:
+        link = world.bound()
+        while await is_woken(link):
+            link.refresh()
+        core1 = world.other()
+        await link.changed()
+        link.refresh()
+        link.send("redun_notify_irq")
+        assert names_of(core1) == [b"redun_notify_irq"]
+
+    in_simulated_time(main)

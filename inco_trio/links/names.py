@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import attrs
 import trio
 
 from inco_trio.linux import inotify as ino
+from inco_trio.linux.files import Resolver
 from inco_trio.linux.inotify import Inotify, parse_events
 
 __all__ = ["Names", "Watched"]
 
 NAMES_CHANGED = ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE | ino.IN_MOVED_FROM | ino.IN_ATTRIB
-MASK = NAMES_CHANGED | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
+ABOVE_MASK = ino.IN_ATTRIB | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
+MASK = NAMES_CHANGED | ABOVE_MASK
 BUFFER = 4096
 TRIES = 3
 """Maximum number of attempts to watch a path that keeps changing. After that, events report further changes."""
@@ -27,7 +30,10 @@ class Watched:
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """For each path, the watch descriptor of a directory and the name of the directory entry to wait for."""
+    """For each path, the watch descriptor of a directory and the name of the directory entry to wait for.
+
+    Also the watch descriptors of all directories above it, with an empty name: only their own changes matter.
+    """
     complete: frozenset[tuple[int, bytes]] = frozenset()
     """The elements of `places` that name a path's last component. Their events do not change the set of watches."""
     moved: bool = True
@@ -52,11 +58,22 @@ class Names:
         """Watch the paths, or their nearest existing ancestors. Return whether all paths can be watched."""
         if watched.moved:
             watched.moved = False
-            ways = [self._way_to(path) for path in watched.paths]
-            found = [way for way in ways if way is not None]
-            watched.all_found = len(found) == len(ways)
-            watched.complete = frozenset((wd, name) for wd, name, complete in found if complete)
-            self._move(watched, frozenset((wd, name) for wd, name, _ in found))
+            watched.all_found = False
+            places: set[tuple[int, bytes]] = set()
+            complete = set()
+            ways: dict[Path, tuple[int, str]] = {}
+            with suppress(OSError), closing(Resolver()) as resolver:
+                for path in watched.paths:
+                    if path.parent not in ways:
+                        ways[path.parent] = self._way_to(path.parent, resolver, places)
+                    wd, missing = ways[path.parent]
+                    place = wd, os.fsencode(missing or path.name)
+                    places.add(place)
+                    if not missing:
+                        complete.add(place)
+                watched.all_found = True
+            watched.complete = frozenset(complete)
+            self._move(watched, frozenset(places))
             watched.moved |= not watched.all_found
         return watched.all_found
 
@@ -75,26 +92,24 @@ class Names:
             if not names and self._at.pop(wd, None) is not None:
                 self._inotify.unwatch(wd)
 
-    def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
-        """Watch the nearest ancestor of a path that can be watched. Return None if no ancestor can be watched.
+    def _way_to(self, directory: Path, resolver: Resolver, places: set[tuple[int, bytes]]) -> tuple[int, str]:
+        """Watch a directory or its nearest existing ancestor, and the directories above it. Add them to `places`.
 
-        Return the watch descriptor, the next component of the path, and whether it is the last component.
+        Return the watch descriptor, and the next component of the path if it is missing. Raises OSError.
+
+        The watches are added by descriptor. By path, inotify_add_watch(2) could wait for a FUSE filesystem that another
+        user has mounted.
         """
-        found = None
         for _ in range(TRIES):
-            for parent in path.parents:
-                try:
-                    wd = self._inotify.watch(str(parent), MASK)
-                except OSError:
-                    continue  # The directory is missing or unreadable.
-                following = path if parent == path.parent else parent / path.relative_to(parent).parts[0]
-                found = wd, os.fsencode(following.name), following == path
+            (*above, nearest), left = resolver.approach(directory)
+            for each in above[1:]:  # The root directory cannot be moved.
+                with suppress(OSError):  # The directory is unreadable.
+                    places.add((self._inotify.watch(each, ABOVE_MASK), b""))
+            wd = self._inotify.watch(nearest, MASK)
+            places.add((wd, b""))
+            if resolver.is_current() and (not left or resolver.approach(directory)[1] == left):
                 break
-            else:
-                return found
-            if following == path or not following.is_dir():
-                return found
-        return found
+        return wd, left[0] if left else ""
 
     async def wait(self, watched: Watched) -> None:
         """Wait until one of the paths may refer to a different file."""

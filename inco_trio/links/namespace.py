@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 ABSENT = (0, 0)
 LOOK_AGAIN = 0.2
-"""Seconds between checks for a missing namespace: `ip netns add` creates the file before it mounts the namespace."""
+"""Seconds between checks for a missing namespace: `ip netns add` creates the file before it mounts the namespace.
+
+The link also checks a namespace whose path cannot be watched."""
 
 
 class NamespaceLink:
@@ -48,6 +50,7 @@ class NamespaceLink:
         self._opened = trio.Event()
         self._expected: tuple[Collection[bytes], Collection[bytes]] = (), ()
         self._refused = ""
+        self._all_watched = False
         self._closed = False
         self._downs_before = self._downs_at_start = 0
         """The value of `downs`, and the kernel's counter, at the time when the link entered the current namespace."""
@@ -97,7 +100,7 @@ class NamespaceLink:
         return LinkNotFoundError(self.name, self.absence) if self._inner is None else self._inner.missing()
 
     def refresh(self) -> bool:
-        self._names.watch(self._watched)
+        self._all_watched = self._names.watch(self._watched)
         enters = self._inner is None or identity(self._netns) != self._identity
         if enters:
             self._leave()
@@ -210,7 +213,8 @@ class NamespaceLink:
             await wait()
             nursery.cancel_scope.cancel()
 
-        with trio.move_on_after(LOOK_AGAIN if self._inner is None or self._former else math.inf):
+        looks = self._inner is None or self._former or not self._all_watched
+        with trio.move_on_after(LOOK_AGAIN if looks else math.inf):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(first, self._wait_for_name)
                 if self._inner is not None:

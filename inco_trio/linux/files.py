@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "EXHAUSTED",
     "FILE_NAME_MAX",
     "ForeignFuseError",
     "Resolver",
@@ -34,7 +35,9 @@ _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PINNED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Error numbers that report a lack of descriptors or memory."""
+_DESCRIPTORS = "/proc/self/fd"
 _OF_PROCESS = re.compile("/proc/[0-9]+/")
 _FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
 
@@ -114,9 +117,7 @@ class Resolver:
 
         Raises OSError if no descriptors or memory are left.
         """
-        left, error = self._reach(path, follow=True)
-        if error is not None and error.errno in _EXHAUSTED:
-            raise error
+        left = self._open_existing(path)
         return os.path.normpath("/" + "/".join([*self._names, *left]))
 
     def open(self, path: Path | str, *, follow: bool = True) -> int:
@@ -128,6 +129,41 @@ class Resolver:
         if error is not None:
             raise error
         return self._fds[-1]
+
+    def approach(self, path: Path | str) -> tuple[list[str], list[str]]:
+        """Open the components of a path that exist. Return the directories, and the components that are left.
+
+        Each directory, from the root directory on, is a path of its descriptor, which is valid until the next call.
+        Without /proc, it is the path without symlinks. Raises OSError if no descriptors or memory are left.
+        """
+        left = self._open_existing(path)
+        if os.path.exists(_DESCRIPTORS):  # noqa: PTH110 - faster
+            return [f"{_DESCRIPTORS}/{fd}/." for fd in self._fds], left
+        return ["/" + "/".join(self._names[:depth]) for depth in range(len(self._fds))], left
+
+    def is_current(self) -> bool:
+        """Return whether the last path still leads to the same file. Forget the path if the file was moved or removed.
+
+        Without /proc, return True.
+        """
+        try:
+            found = os.readlink(f"{_DESCRIPTORS}/{self._fds[-1]}")  # noqa: PTH115 - faster
+        except OSError:
+            return True
+        current = found == "/" + "/".join(self._names)
+        if not current:
+            self._go_up(0)
+        return current
+
+    def _open_existing(self, path: Path | str) -> list[str]:
+        """Open the components of a path that exist. Return those that are left.
+
+        Raises OSError if no descriptors or memory are left.
+        """
+        left, error = self._reach(path, follow=True)
+        if error is not None and error.errno in EXHAUSTED:
+            raise error
+        return left
 
     def _reach(self, path: Path | str, *, follow: bool) -> tuple[list[str], OSError | None]:
         """Open the components of a path. At the first error, return the components that are left, and the error."""
