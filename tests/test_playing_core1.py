@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -213,6 +214,22 @@ def test_core1_waits_until_a_proxy_runs(tmp_path: Path) -> None:
                     await events.receive()
 
     played(tmp_path, story)
+
+
+def test_core1_notices_a_proxy_behind_a_symlink(tmp_path: Path) -> None:
+    (tmp_path / "peer").symlink_to("target")
+
+    async def story() -> None:
+        async with Core1(f"unix:{tmp_path}/core1,peer={tmp_path}/peer") as core1, trio.open_nursery() as nursery:
+            nursery.start_soon(core1.wait_running)
+            await trio.sleep(60)  # simulated time
+            assert len(nursery.child_tasks) == 1
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.bind(f"{tmp_path}/target")
+                await trio.sleep(60)  # simulated time
+                assert not nursery.child_tasks
+
+    trio.run(story, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_closed_core1_raises_and_can_be_reopened(tmp_path: Path) -> None:

@@ -382,6 +382,58 @@ def test_the_link_notices_a_peer_that_appears(world: World, tmp_path: Path, ther
     run(main)
 
 
+@pytest.mark.parametrize("how", ["no descriptor", "symlink", "ancestor moved", "unreadable"])
+def test_a_frame_reaches_a_peer_whose_start_no_event_reports(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    home = tmp_path / "a" / "b"
+    home.mkdir(parents=True)
+    place = world.peer = home / "core1"
+    if how == "symlink":
+        place = tmp_path / "target"
+        world.peer.symlink_to(place)
+    elif how == "unreadable":
+        refuse_watches(world, monkeypatch, home)
+    tries = 0
+
+    async def send(link: UnixLink) -> None:
+        """Send a frame as the proxy does."""
+        nonlocal tries
+        while True:
+            tries += 1
+            try:
+                link.send("redun_notify_irq")
+            except LinkDownError:
+                await link.changed()
+                link.refresh()
+            else:
+                break
+
+    async def main() -> None:
+        link = world.bound()
+        while how != "unreadable" and await is_woken(link):
+            link.refresh()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, link)
+            await trio.sleep(60)  # simulated time
+            before = tries
+            await trio.sleep(60)  # simulated time
+            assert tries == before  # Checking the peer is not a failure to send.
+            if how == "ancestor moved":
+                home.parent.rename(tmp_path / "away")
+                home.mkdir(parents=True)
+            core1 = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            with no_descriptor_left() if how == "no descriptor" else contextlib.nullcontext():
+                core1.bind(str(place))
+                await trio.sleep(60)  # simulated time
+                assert (len(nursery.child_tasks) == 1) == (how == "no descriptor")
+        assert names_of(core1) == [b"redun_notify_irq"]
+        core1.close()
+        link.close()
+
+    in_simulated_time(main)
+
+
 async def is_woken(link: UnixLink) -> bool:
     """Return whether the link wakes up within a minute of simulated time."""
     with trio.move_on_after(60) as minute:  # simulated time

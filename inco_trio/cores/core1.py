@@ -23,6 +23,8 @@ TURN = 64
 """Maximum number of frames that are read before other tasks run."""
 FULL = 0.001
 """Seconds between attempts to send while the interface's queue is full, because no event reports free space."""
+LOOK_AGAIN = 1.0
+"""Seconds between checks of a link that is down. For example, no event reports the target of a symlink."""
 
 
 class Port:
@@ -37,7 +39,8 @@ class Port:
     async def wait_running(self) -> None:
         """Wait until the link is up: its socket has a peer, or its interface is up and has a carrier."""
         while not self._link.running:
-            await self._changed.park()
+            with trio.move_on_after(LOOK_AGAIN):
+                await self._changed.park()
 
     async def send(self, frame: bytes) -> None:
         """Send a frame; wait if the queue is full. Raises ResourceError, or LinkNotFoundError if the link is down."""

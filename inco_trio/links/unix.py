@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 import stat
@@ -42,6 +43,9 @@ AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
 """Seconds between checks when no event reports changes, such as in an unreadable directory or when a process ends."""
+FALLBACK = 1.0
+"""Seconds between checks of a peer that could not receive a frame. No event reports some changes, such as a free
+descriptor, or a peer that binds the target of a symlink."""
 PEEKED_MAX = 64
 """Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 64
@@ -78,6 +82,10 @@ class UnixLink:
         self._all_watched = False
         self._ours = False
         self._looks: Iterator[float] = iter(())
+        self._failure = ""
+        """Why the last frame could not be sent, until the next `refresh`."""
+        self._pause = trio.CancelScope()
+        """The last wait of `changed`."""
         self._room: socket.socket | None = None
         self._refusal: IncoError = LinkNotFoundError(self.name, "not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
@@ -162,6 +170,7 @@ class UnixLink:
 
         If the socket was bound before, a new socket replaces it. Frames in the old socket's queue are received first.
         """
+        self._failure = ""
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
         if self._room is not None:
@@ -414,8 +423,7 @@ class UnixLink:
             if self._find_peer():
                 self._send_again(frame)
                 return
-            error = self._not_found or error
-            raise LinkDownError(error.errno, self._why_not(error)) from None
+            raise self._down(self._not_found or error) from None
 
     def _send_again(self, frame: bytes) -> None:
         """Send a frame to the socket that has replaced the peer's former socket."""
@@ -423,8 +431,15 @@ class UnixLink:
             self._socket.sendto(frame, self._target)
         except OSError as error:
             if error.errno in NO_PEER:
-                raise LinkDownError(error.errno, self._why_not(error)) from None
+                raise self._down(error) from None
             raise
+
+    def _down(self, error: OSError) -> LinkDownError:
+        """Return the error of a frame that could not be sent, and let `changed` check the peer again."""
+        self._failure = self._why_not(error)
+        if self._pause.deadline == math.inf:
+            self._pause.cancel()
+        return LinkDownError(error.errno, self._failure)
 
     async def wait_for_room(self) -> None:
         """Wait until the peer's queue has room, or the peer changes."""
@@ -447,14 +462,20 @@ class UnixLink:
 
     async def changed(self) -> None:
         # If another process uses the path of our socket, no event reports when that process ends.
-        delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
-        if delay is None:
-            await self._names.wait(self._watched)
-            self._looks = iter(AFTERWARDS)
-        else:
-            with trio.move_on_after(delay):
+        has_events = self._all_watched and self._ours
+        look = next(self._looks, None) if has_events else None
+        delay = look or (math.inf if has_events else UNWATCHED)
+        while True:
+            with trio.move_on_after(min(delay, FALLBACK) if self._failure else delay) as self._pause:
                 await self._names.wait(self._watched)
                 self._looks = iter(AFTERWARDS)
+                return
+            if self._pause.deadline == math.inf:
+                continue  # Sending has failed meanwhile.
+            if self._failure and look is None and self._is_ours() and self.down_reason == self._failure:
+                continue
+            self._watched.moved |= bool(self._failure)
+            return
 
     def dropped(self) -> int:
         """Return 0: the kernel blocks the sender instead of dropping frames."""
