@@ -17,6 +17,7 @@ from trio.testing import MockClock
 from inco_trio.control import place
 from inco_trio.doctor import links
 from inco_trio.errors import ConfigError
+from inco_trio.frame import decode
 from inco_trio.links import peer_socket
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
@@ -165,6 +166,46 @@ def give(path: Path) -> Path:
     path.mkdir()
     os.chown(path, STRANGER, STRANGER)
     return path
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize(
+    "change", ["removed", "renamed", "directory renamed", "directory behind a symlink", "behind a symlink"]
+)
+def test_frames_reach_the_new_socket_while_the_former_one_is_open(
+    world: World, change: str, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = give(world.home / "shared")
+    place = new_place = peer = shared / "core1"
+    if change == "directory behind a symlink":
+        new_place = give(world.home / "new") / "core1"
+        peer = world.home / "current" / "core1"
+        peer.parent.symlink_to(shared)
+    elif change == "behind a symlink":
+        peer = world.home / "core1"
+        peer.symlink_to(place)
+    former = world.socket(place)
+    if not watched:
+        monkeypatch.setattr(world.names, "watch", lambda _: False)
+    link = world.link(world.home / "core0", peer)
+    assert link.refresh(), link.absence
+    link.send("before")
+    if change == "renamed":
+        place.rename(shared / "former")
+    elif change == "directory renamed":
+        shared.rename(world.home / "former")
+        give(shared)
+    elif change == "directory behind a symlink":
+        peer.parent.unlink()
+        peer.parent.symlink_to(new_place.parent)
+    else:
+        place.unlink()
+    new = world.socket(new_place)
+    link.send("after")
+    assert decode(former.recv(200)) == b"before"
+    assert decode(new.recv(200)) == b"after"
+    with pytest.raises(BlockingIOError):
+        former.recv(200)
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o2775])

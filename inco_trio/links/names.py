@@ -133,6 +133,11 @@ class Names:
                     next(iter(self._waiting)).woken.set()
         watched.changed = False
 
+    @property
+    def unread(self) -> bool:
+        """Whether events are queued that no waiting task has read."""
+        return self._inotify.queued > 0
+
     def _read(self) -> None:
         for wd, mask, name in parse_events(self._buffer[: self._inotify.read_into(self._buffer)]):
             if mask & ino.IN_Q_OVERFLOW:

@@ -2,6 +2,9 @@
 
 The socket is bound but not connected: a connected socket would refuse a peer that restarted. Each datagram is sent to
 the peer's path, so that it reaches the process that is bound to this path at that moment. See unix(7).
+
+If another user may change the peer's directory, each datagram is sent to a descriptor of the peer's socket instead.
+First, the link checks whether the path may have changed: a socket still receives datagrams after its path was removed.
 """
 
 from __future__ import annotations
@@ -94,6 +97,8 @@ class UnixLink:
         """The path to which frames are sent: the peer's path, a path of `_peer`, or empty if the peer has no socket."""
         self._peer: int | None = None
         """The peer's socket (O_PATH), if untrusted users can replace it."""
+        self._is_direct = False
+        """Whether no symlink leads to `_peer`. The events of `names` then report each change."""
         self._not_found: OSError | None = None
 
     @classmethod
@@ -195,7 +200,10 @@ class UnixLink:
         self._peer, self._not_found = None, None
         try:
             self._peer = open_socket(self._address.peer)
-            self._target = self._address.peer if self._peer is None else f"/proc/self/fd/{self._peer}"
+            self._target = self._address.peer
+            if self._peer is not None:
+                self._target = f"/proc/self/fd/{self._peer}"
+                self._is_direct = str(Path(self._target).readlink()) == self._address.peer
         except OSError as error:
             self._target, self._not_found = "", error
         if before is None or self._peer is None:
@@ -415,6 +423,8 @@ class UnixLink:
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
+        if self._peer is not None and self._may_be_replaced():
+            self._find_peer()
         try:
             self._socket.sendto(frame, self._target)
         except OSError as error:
@@ -424,6 +434,10 @@ class UnixLink:
                 self._send_again(frame)
                 return
             raise self._down(self._not_found or error) from None
+
+    def _may_be_replaced(self) -> bool:
+        """Return whether another socket may have replaced `_peer`, which would still accept frames."""
+        return not (self._is_direct and self._all_watched) or self._watched.changed or self._names.unread
 
     def _send_again(self, frame: bytes) -> None:
         """Send a frame to the socket that has replaced the peer's former socket."""
