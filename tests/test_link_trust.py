@@ -327,6 +327,14 @@ try:
 except OSError as error:
     print(error.strerror)
 """
+SENDER = """
+assert link.refresh()
+sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sender.bind(f"{place}/sender")
+cover()
+sender.sendto(b"frame", local)
+print(link.receive_one(memoryview(bytearray(200))), link.foreign)
+"""
 WATCH = """
 assert link.refresh()
 below = cover()
@@ -353,6 +361,11 @@ def test_a_fuse_filesystem_over_the_peer_does_not_block(world: World, shared: Pa
     world.socket(peer)
     found = covered(FIND, world.home / cover, world.home / "core0", peer)
     assert "FUSE filesystem of" in found
+
+
+def test_a_fuse_filesystem_over_a_sender_does_not_block(world: World, shared: Path) -> None:
+    found = covered(SENDER, shared, world.victim / "core0", world.victim / "core1")
+    assert found == f"{len(b'frame')} 1\n"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o1777])

@@ -217,6 +217,16 @@ def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, capl
     assert f"datagrams from '{tmp_path}/stranger', because the peer is {world.peer}" in caplog.messages[0]
 
 
+def test_a_peer_under_another_path_is_checked_again_after_a_lack_of_descriptors(world: World, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    link = world.bound()
+    other = world.other(tmp_path / "alias" / "core1")
+    world.send(other, b"during", b"after")
+    with no_descriptor_left():
+        assert receive(link, 1) == [None]
+    assert receive(link) == [b"after"]
+
+
 def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
     link = world.bound()
     for number in range(200):

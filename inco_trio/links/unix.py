@@ -27,7 +27,7 @@ from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
 from inco_trio.links.peer_socket import directory_of, open_socket
-from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.files import EXHAUSTED, Resolver, kind_of_file
 from inco_trio.linux.sockets import SO_PEEK_OFF, refuse_descriptors
 from inco_trio.problems import report
 from inco_trio.trust import UnfitFileError
@@ -387,12 +387,15 @@ class UnixLink:
 
     def _meet(self, sender: object) -> bool:
         """Return whether a new sender is the peer under another path, such as a symlink. Cache the result."""
-        known = False
+        known, is_final = False, True
         if isinstance(sender, str) and sender.startswith("/"):
             try:
-                known = Path(sender).samefile(self._address.peer)
-            except OSError:
-                known = False
+                # By path, stat(2) could wait for a FUSE filesystem that the sender has mounted.
+                with contextlib.closing(Resolver()) as resolver:
+                    theirs, peer = (os.fstat(resolver.open(path)) for path in (sender, self._address.peer))
+                known = os.path.samestat(theirs, peer)
+            except OSError as error:
+                is_final = error.errno not in EXHAUSTED
         if not known and not self.foreign:
             logger.warning(
                 "%s: ignoring datagrams from %s, because the peer is %s (they are counted as `foreign`)",
@@ -400,7 +403,7 @@ class UnixLink:
                 repr(sender) if sender else "a socket without a path",
                 self._address.peer,
             )
-        if len(self._senders) < SENDERS_MAX:
+        if is_final and len(self._senders) < SENDERS_MAX:
             self._senders[sender] = known
         return known
 
