@@ -14,6 +14,7 @@ from inco_trio.links.address import InterfaceAddress
 from inco_trio.links.names import Names
 from inco_trio.links.namespace import NamespaceLink
 from inco_trio.links.opening import Surroundings, open_link
+from inco_trio.links.packet import PacketLink
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import builtin_signals
 from inco_trio.simulation.world import Cores, Namespace, two_cores
@@ -121,6 +122,62 @@ def opened(cores: Cores, name: Path) -> Iterator[Callable[[], NamespaceLink]]:
 
     yield open_named
     around.close()
+
+
+def test_a_flood_is_also_filtered_in_the_new_namespace(
+    cores: Cores, others: Cores, name: Path, opened: Callable[[], NamespaceLink]
+) -> None:
+    async def main() -> None:
+        give(name, cores.core0)
+        link = opened()
+        assert link.refresh()
+        link.expect({IN.encode()}, ())
+        assert link.restrict(True)
+        for cores_now, on in ((others, True), (cores, False)):
+            if not on:
+                link.restrict(False)
+            give(name, cores_now.core0)
+            assert link.refresh()
+            assert link._inner is not None
+            assert (link._inner._depth is not None) == on
+        link.close()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_namespace_that_is_replaced_while_the_link_enters_it_is_left_again(
+    cores: Cores,
+    others: Cores,
+    name: Path,
+    opened: Callable[[], NamespaceLink],
+    monkeypatch: pytest.MonkeyPatch,
+    at_start: bool,
+) -> None:
+    open_inner = PacketLink.open
+
+    def replace_and_open(link: str) -> PacketLink:
+        give(name, others.core0)
+        return open_inner(link)
+
+    async def main() -> None:
+        give(name, cores.core0)
+        if not at_start:
+            link = opened()
+            name.unlink()  # noqa: ASYNC240
+            assert not link.refresh()
+            give(name, cores.core0)
+        with monkeypatch.context() as patch:
+            patch.setattr(PacketLink, "open", replace_and_open)
+            if at_start:
+                link = opened()
+            else:
+                assert link.refresh()
+        assert link.refresh()
+        assert packet_sockets(others.core0) == 1
+        link.close()
+
+    trio.run(main)
 
 
 def test_a_namespace_whose_path_cannot_be_watched_is_checked_regularly(

@@ -36,10 +36,10 @@ The link also checks a namespace whose path cannot be watched."""
 class NamespaceLink:
     """The `Link` of the interface `name` in the network namespace at the path `netns`.
 
-    `inner` is a link that is already open in this namespace. `names` watches the path.
+    `inner` is a link that is already open in this namespace, whose identity is `namespace`. `names` watches the path.
     """
 
-    def __init__(self, inner: PacketLink, netns: Path, names: Names) -> None:
+    def __init__(self, inner: PacketLink, netns: Path, namespace: tuple[int, int], names: Names) -> None:
         self.name = inner.name
         self.foreign = 0
         self._inner: PacketLink | None = None
@@ -49,15 +49,17 @@ class NamespaceLink:
         self._names, self._watched = names, Watched((netns,))
         self._opened = trio.Event()
         self._expected: tuple[Collection[bytes], Collection[bytes]] = (), ()
+        self._restricted = False
+        """Whether the kernel drops frames without an expected name. A new socket continues this."""
         self._refused = ""
         self._all_watched = False
         self._closed = False
         self._downs_before = self._downs_at_start = 0
         """The value of `downs`, and the kernel's counter, at the time when the link entered the current namespace."""
-        self._use(inner)
+        self._use(inner, namespace)
 
-    def _use(self, inner: PacketLink) -> None:
-        self._inner, self._identity = inner, identity(self._netns)
+    def _use(self, inner: PacketLink, namespace: tuple[int, int]) -> None:
+        self._inner, self._identity = inner, namespace
         self.fd = inner.fd
         self._opened.set()
 
@@ -128,9 +130,11 @@ class NamespaceLink:
             return
         try:
             with entered(self._netns):
-                inner = PacketLink.open(self.name)
+                inner, namespace = PacketLink.open(self.name), identity(None)
+            self._use(inner, namespace)
             inner.expect(*self._expected)
-            self._use(inner)
+            if self._restricted:
+                inner.restrict(True)
         except OSError as error:
             # EINVAL: the file exists, but the namespace is not mounted on it yet.
             is_early = error.errno in (errno.EINVAL, errno.ENOENT)
@@ -181,7 +185,8 @@ class NamespaceLink:
             self._inner.expect(inbound, outbound)
 
     def restrict(self, on: bool) -> bool:
-        return self._inner is not None and self._inner.restrict(on)
+        self._restricted = self._inner is not None and self._inner.restrict(on)
+        return self._restricted
 
     def stands_for(self, frame: memoryview) -> int:
         return 1 if self._inner is None else self._inner.stands_for(frame)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from inco_trio.errors import DENIED, STRERROR, LinkNotFoundError, PermissionDeniedError, from_os_error
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.link import Link
-from inco_trio.linux.netns import belongs_to, entered
+from inco_trio.linux.netns import belongs_here, entered, identity
 
 if TYPE_CHECKING:
     from inco_trio.links.names import Names
@@ -82,11 +82,11 @@ def open_link(
 
     with inside(netns, address.name):
         stale = None if held is None else PacketLink.take(address.name, held)
-        fits = stale is not None and held is not None and stale.fits and belongs_to(held, netns)
+        fits = stale is not None and held is not None and stale.fits and belongs_here(held)
         inner = stale if fits and stale is not None else PacketLink.open(address.name)
-        stale = None if fits else stale
+        stale, namespace = None if fits else stale, identity(None)
     if netns is None:
         return inner, stale
     from inco_trio.links.namespace import NamespaceLink
 
-    return NamespaceLink(inner, netns, around.names(address.name)), stale
+    return NamespaceLink(inner, netns, namespace, around.names(address.name)), stale

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = ["belongs_to", "entered", "identity", "set_network", "unshare"]
+__all__ = ["belongs_here", "entered", "identity", "set_network", "unshare"]
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -57,8 +57,11 @@ def identity(netns: Path | None) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def belongs_to(sock: int, netns: Path | None) -> bool:
-    """Return whether a socket belongs to `netns`. Return True if the check fails because CAP_NET_ADMIN is missing."""
+def belongs_here(sock: int) -> bool:
+    """Return whether a socket belongs to this thread's network namespace.
+
+    Return True if the check fails because CAP_NET_ADMIN is missing.
+    """
     try:
         fd = fcntl.ioctl(sock, SIOCGSKNS)
     except OSError:
@@ -67,4 +70,4 @@ def belongs_to(sock: int, netns: Path | None) -> bool:
         found = os.fstat(fd)
     finally:
         os.close(fd)
-    return (found.st_dev, found.st_ino) == identity(netns)
+    return (found.st_dev, found.st_ino) == identity(None)
