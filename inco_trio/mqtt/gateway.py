@@ -284,6 +284,8 @@ class Gateway:
                     self._problems.well("broker", self._broker)
                     self._check_limits(board, connection.limits, had_session=had_session)
                     had_session = True
+                    if not connection.session_present:
+                        board.unanswered = None  # The broker does not repeat the request.
                     await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefusedError) as error:
                 what = error.reason
@@ -432,8 +434,9 @@ class Gateway:
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return
         message = Message(topic, _json(response), correlation=received.correlation, is_response=True)
-        board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
-        board.unanswered = received
+        if received.packet is not None:
+            board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
+            board.unanswered = received
         (refusal,) = await connection.publish([message])
         board.unanswered = None
         if refusal is None:
@@ -445,8 +448,10 @@ class Gateway:
 def _is_unanswered(board: Board, received: Received) -> bool:
     """Return whether the connection has ended while the gateway published the response to this request."""
     last = board.unanswered
-    return last is not None and (last.topic, last.response_topic, last.correlation) == (
-        received.topic, received.response_topic, received.correlation,
+    if last is None or received.packet is None:  # Brokers do not repeat messages at QoS 0.
+        return False
+    return (last.topic, last.payload, last.response_topic, last.correlation) == (
+        received.topic, received.payload, received.response_topic, received.correlation,
     )  # fmt: skip
 
 
