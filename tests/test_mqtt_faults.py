@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -351,6 +353,44 @@ def test_sending_more_does_not_hide_that_a_broker_is_lost(tmp_path: Path, stack:
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
         trio.run(main, clock=clock)
+
+
+def test_a_full_send_buffer_does_not_hide_that_a_broker_is_lost() -> None:
+    """The broker reads nothing, and the kernel's buffer is full when the client sends a ping."""
+    clock = MockClock()
+
+    def accept(server: socket.socket) -> socket.socket:
+        sock, _ = server.accept()
+        sock.recv(1000)
+        sock.sendall(b"\x20\x06\0\0\x03\x13\0\x01")  # CONNACK with a Server Keep Alive of 1 s
+        return sock
+
+    async def use(port: int) -> None:
+        async with open_connection(at(port), Credentials(), "test") as connection:
+            assert isinstance(connection._stream, trio.SocketStream)
+            for size in (1 << 16, 1):
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(connection._stream.socket.fileno(), bytes(size))
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks are waiting.
+            await trio.sleep(60)  # The clock is simulated.
+            pytest.fail("the client waits for a broker that does not read")
+
+    async def main() -> None:
+        with socket.socket() as server, ExitStack() as accepted:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+
+            async def serve() -> None:
+                accepted.enter_context(await trio.to_thread.run_sync(accept, server))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve)
+                with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
+                    await use(server.getsockname()[1])
+
+    trio.run(main, clock=clock)
 
 
 async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Callable[[], None]) -> None:

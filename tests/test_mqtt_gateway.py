@@ -16,9 +16,9 @@ from inco_trio.control.protocol import Event, Greeting, Response, SendRequest, S
 from inco_trio.errors import ProtocolError, ResourceError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
-from inco_trio.mqtt.gateway import Gateway
+from inco_trio.mqtt.gateway import RESPONSE_ATTEMPTS, Gateway
 from inco_trio.mqtt.publishing import REFUSED_AGAIN
-from inco_trio.mqtt.session import Limits, Received
+from inco_trio.mqtt.session import BrokerLostError, Limits, Received
 from tests.support_control import no_descriptors
 
 BROKER = parse_broker("mqtt://h/lab")
@@ -88,6 +88,79 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) == {"sent": 1}
     assert conversation.requests == [SendRequest("s1", board="b1")]
+
+
+REQUESTS = 2 * RESPONSE_ATTEMPTS + 2
+
+
+@pytest.mark.parametrize(
+    ("packet", "session_present", "payloads", "sent"),
+    [
+        (1, True, [b""] * REQUESTS, REQUESTS - 2),
+        (1, True, [b"%d" % number for number in range(REQUESTS)], REQUESTS),
+        (1, False, [b""] * REQUESTS, REQUESTS),
+        (None, True, [b""] * REQUESTS, REQUESTS),
+    ],
+    ids=["repeated", "distinct", "session discarded", "QoS 0"],
+)
+def test_only_requests_that_the_broker_repeats_are_given_up(
+    packet: int | None, session_present: bool, payloads: list[bytes], sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection ends during each response."""
+    gateway = Gateway(BROKER, GatewayConfig(send={"b1": ["s1"]}, response_prefix="answers"))
+    board, requests, handled = Board("b1"), list(payloads), list[Received]()
+
+    class Connected:
+        def __init__(self) -> None:
+            self.limits = Limits("id", session_present, 86_400, 30, 20, None, 2, True, 0, True, True)
+            self.session_present = session_present
+            entry, self.received = trio.open_memory_channel[Received](1)
+            entry.send_nowait(Received("lab/b1/send/s1", requests.pop(0), False, "answers/1", None, packet))
+            entry.close()
+
+        async def publish(self, _messages: object) -> None:
+            raise BrokerLostError("broker", "ended the connection")
+
+        async def acknowledge(self, _received: object) -> None:
+            pass
+
+    @asynccontextmanager
+    async def connect(*_: object, **__: object) -> AsyncIterator[Connected]:
+        if not requests:
+            await trio.sleep_forever()
+        yield Connected()
+
+    async def send(_board: Board, _signal: str, received: Received) -> dict[str, object]:
+        handled.append(received)
+        return {"sent": 1}
+
+    async def main() -> None:
+        with trio.move_on_after(600):  # The clock is simulated.
+            await gateway._serve(board)
+
+    monkeypatch.setattr("inco_trio.mqtt.gateway.open_connection", connect)
+    monkeypatch.setattr(gateway, "_exchange", gateway._send_all)
+    monkeypatch.setattr(gateway, "_try_to_send", send)
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert (requests, len(handled)) == ([], sent)
+
+
+def test_requests_at_qos_0_do_not_count_as_attempts() -> None:
+    board = Board("b1")
+    gateway = Gateway(BROKER, GatewayConfig(response_prefix="answers"))
+
+    class Lost:
+        async def publish(self, _messages: object) -> None:
+            raise BrokerLostError("broker", "ended the connection")
+
+    async def main(packet: int | None) -> None:
+        received = Received("lab/b1/send/s1", b"", False, "answers/1", None, packet)
+        with pytest.raises(BrokerLostError):
+            await gateway._respond(board, Lost(), received, {})  # type: ignore[arg-type]
+
+    for packet in (None, None, 1, None, 1):
+        trio.run(main, packet)
+    assert board.attempts == 2
 
 
 def test_a_lack_of_descriptors_does_not_end_the_gateway(

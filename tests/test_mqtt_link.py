@@ -32,6 +32,7 @@ from inco_trio.mqtt.bridge_codec import NUMBER_MAX, Batch, encode_status
 from inco_trio.mqtt.bridge_progress import WINDOW, Memory, Progress
 from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.session import Limits, Message, Received, SessionTakenError
+from inco_trio.mqtt.topics import client_id
 from inco_trio.persist.fdstore import NoFdStore
 from netns.fixtures import Consumer, Proxy
 from netns.hang import HANG
@@ -583,6 +584,18 @@ def test_messages_that_come_back_are_dropped(bench: Bench) -> None:
     bench.cores[1].send(frame(2))
     assert bench.cores[0].receive() == frame(2)
     assert counters(bridge)["malformed"] == 1
+
+
+def test_frames_that_the_broker_delivers_twice_are_written_once(bench: Bench) -> None:
+    """mosquitto delivers a message once for each subscription that another program has left in the session."""
+    words = ["-V", "5", "-p", str(bench.broker.port), "-i", client_id("lab/wire/core1"), "-c", "-x", "100"]
+    subprocess.run(["mosquitto_sub", *words, "-q", "1", "-t", "lab/wire/#", "-E"], check=True, timeout=HANG)
+    _, bridge = bench.joined()
+    for number in range(3):
+        bench.cores[0].send(frame(number))
+    assert [bench.cores[1].receive() for _ in range(3)] == [frame(number) for number in range(3)]
+    told = counters(bridge)
+    assert (told["written"], told["missed"]) == (3, 0)
 
 
 def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

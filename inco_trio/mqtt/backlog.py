@@ -37,8 +37,8 @@ class Board:
     name: str
     source: Conversation | None = None
     """The connection to the proxy that last opened the board, even if the proxy has closed it."""
-    owners: set[Conversation] = attrs.Factory(set)
-    """The connections to all proxies that have the board open. Normally there is at most one."""
+    owners: dict[Conversation, None] = attrs.Factory(dict)
+    """The connections to all proxies that have the board open, last opened last. Normally there is at most one."""
     is_open: bool = False
     """Whether the proxy has the board open."""
     running: bool | None = None
@@ -62,6 +62,8 @@ class Board:
     """A function that publishes the queue without waiting; see `Publisher.push`."""
     _last: tuple[str, int] = ("", 0)
     """The history (`Event.boot`) and sequence number of the last published notification."""
+    _left: tuple[Conversation | None, int] | None = None
+    """`source` and `published` at the last call of `heir`, if only other proxies had the board open then."""
 
     def follow(self, source: Conversation) -> None:
         """Take events from a new connection. The proxy repeats all unacknowledged events on this connection."""
@@ -71,12 +73,27 @@ class Board:
         self.change()
 
     def leave(self, source: Conversation) -> None:
-        """Stop taking events from a connection."""
-        self.owners.discard(source)
+        """Stop taking events from a connection that has ended."""
+        self.owners.pop(source, None)
         if self.source is source:
-            self.source = self.running = None
-            self.is_open = False
-            self.change()
+            self.release()
+
+    def release(self) -> None:
+        """Stop taking events from `source`. The queued events are still published."""
+        self.source = self.running = None
+        self.is_open = False
+        self.change()
+
+    def heir(self) -> Conversation | None:
+        """Return the owner that should replace `source`, or None. The caller calls this method at regular intervals.
+
+        The source is replaced if it no longer has the board open. Before that, the broker must have acknowledged the
+        queued events, and none may have arrived between two calls.
+        """
+        before, self._left = self._left, None
+        if self.owners and self.source not in self.owners and not self.waiting:
+            self._left = self.source, self.published
+        return None if self._left is None or self._left != before else next(reversed(self.owners))
 
     def change(self) -> None:
         """Wake the tasks that wait for `changed`."""

@@ -333,7 +333,7 @@ class Connection:
                     self._expect()
                     self._is_pinging = True
                     session.ping()
-                    await self._flush()
+                    self._send_now()  # `_flush` could wait for the broker, and this task must check `patience`.
                     continue
                 deadline = min(deadline, ping)
             # The answer to a ping does not wake this task, so look again before the next ping is due.

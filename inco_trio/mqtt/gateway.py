@@ -82,6 +82,8 @@ class Gateway:
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
         """For each socket path, an event that is set after the first attempt to follow the proxy."""
+        self._connections: dict[Conversation, trio.CancelScope] = {}
+        """For each connection to a proxy, a scope whose cancellation makes the gateway connect again."""
         self._misunderstood: dict[Path, str] = {}
         """For each socket path, the last process (`Greeting.boot`) that sent a line that the gateway cannot decode."""
         self._problems = Problems()
@@ -99,6 +101,7 @@ class Gateway:
             while True:
                 await trio.sleep(LOOK_AGAIN)
                 await self._look(nursery)
+                self._replace_sources()
 
     async def _look(self, nursery: trio.Nursery) -> None:
         """Start following the proxies whose control sockets have just appeared."""
@@ -115,9 +118,10 @@ class Gateway:
 
     async def _follow(self, path: Path, nursery: trio.Nursery) -> None:
         """Follow the proxy at `path` until it exits."""
-        followed = self._proxies[path]
+        followed, is_again = self._proxies[path], False
         try:
-            await self._follow_once(path, nursery, followed)
+            while await self._follow_once(path, nursery, followed, is_again=is_again):
+                is_again = True
         except IncoError as error:
             if isinstance(error, ProxyNotFoundError) and not isinstance(error, ProtocolError):
                 logger.debug("%s", error)
@@ -129,45 +133,75 @@ class Gateway:
             followed.set()
             del self._proxies[path]
 
-    async def _follow_once(self, path: Path, nursery: trio.Nursery, followed: trio.Event) -> None:
-        async with converse(path) as (source, greeting):
-            mine: list[Board] = []
-            try:
-                response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
-                if self._misunderstood.get(path) != greeting.boot:
-                    self._problems.well(path)
-                mine += [self._have(name, source, nursery) for name in response.follow]
-                followed.set()
-                async with plain_nursery() as asking:
-                    asking.start_soon(self._count, source, mine)
-                    asking.start_soon(source.send_acknowledgements)
-                    while True:
-                        for reply in await source.read():
-                            self._hear(reply, source, mine, nursery)
-            except ProtocolError:
-                self._misunderstood[path] = greeting.boot
-                raise
-            finally:
-                source.acknowledge_at_end()
-                for board in mine:
-                    board.leave(source)
-                    self._compare(board)
+    async def _follow_once(
+        self, path: Path, nursery: trio.Nursery, followed: trio.Event, *, is_again: bool = False
+    ) -> bool:
+        """Follow the proxy at `path`. Return True if the gateway must connect again; see `_replace_sources`."""
+        with trio.CancelScope() as scope:
+            async with converse(path) as (source, greeting):
+                mine: list[Board] = []
+                self._connections[source] = scope
+                try:
+                    response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
+                    if self._misunderstood.get(path) != greeting.boot:
+                        self._problems.well(path)
+                    mine += [self._have(name, source, nursery, is_again=is_again) for name in response.follow]
+                    followed.set()
+                    async with plain_nursery() as asking:
+                        asking.start_soon(self._count, source, mine)
+                        asking.start_soon(source.send_acknowledgements)
+                        while True:
+                            for reply in await source.read():
+                                self._hear(reply, source, mine, nursery)
+                except ProtocolError:
+                    self._misunderstood[path] = greeting.boot
+                    raise
+                finally:
+                    del self._connections[source]
+                    source.acknowledge_at_end()
+                    for board in mine:
+                        board.leave(source)
+                        self._compare(board)
+        return scope.cancelled_caught
 
-    def _have(self, name: str, source: Conversation, nursery: trio.Nursery) -> Board:
-        """Return the board `name` of a proxy. Start the task of the board if the board is new."""
+    def _replace_sources(self) -> None:
+        """Replace the source of each board that its source has closed, but that another proxy has open.
+
+        The gateway has discarded events of that proxy. It connects to the proxy again, so that the proxy repeats them.
+        """
+        for board in self._boards.values():
+            if (heir := board.heir()) is not None:
+                self._connections[heir].cancel()
+
+    def _have(
+        self, name: str, source: Conversation, nursery: trio.Nursery, *, is_again: bool = False, was_open: bool = False
+    ) -> Board:
+        """Return the board `name` of a proxy, and publish it from this proxy. Start the task of a new board.
+
+        In some cases, this must wait until `_replace_sources` has connected to the proxy again. With `was_open`, this
+        connection has reported the board before. With `is_again`, `_replace_sources` has caused the connection.
+        """
         board = self._boards.get(name)
         if board is None:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
-        board.owners.add(source)
+        is_published = board.source in board.owners
+        # A source that has closed the board may be unable to repeat the queued events.
+        must_wait = is_again if is_published else board.source is not None and bool(board.waiting)
+        board.owners.pop(source, None)
+        board.owners[source] = None
         if len(board.owners) > 1:
             nursery.start_soon(self._compare_later, board)
         if board.source is source:
             # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
             board.is_open = True
             board.change()
-            return board
-        board.follow(source)
+        elif was_open:
+            # The gateway has discarded events of this connection. An acknowledgement of later ones would include them.
+            if is_published:
+                board.release()
+        elif not must_wait:
+            board.follow(source)
         return board
 
     async def _compare_later(self, board: Board) -> None:
@@ -196,13 +230,14 @@ class Gateway:
                     board.change()
             return
         if reply.event == "opened":
-            opened = self._have(reply.board, source, nursery)
-            if opened not in mine:
+            was_open = self._boards.get(reply.board) in mine
+            opened = self._have(reply.board, source, nursery, was_open=was_open)
+            if not was_open:
                 mine.append(opened)
             return
         board = self._boards.get(reply.board)
         if board is not None and reply.event == "closed":
-            board.owners.discard(source)
+            board.owners.pop(source, None)
             self._compare(board)
         if board is None or board.source is not source:
             return
@@ -249,6 +284,8 @@ class Gateway:
                     self._problems.well("broker", self._broker)
                     self._check_limits(board, connection.limits, had_session=had_session)
                     had_session = True
+                    if not connection.session_present:
+                        board.unanswered = None  # The broker does not repeat the request.
                     await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefusedError) as error:
                 what = error.reason
@@ -364,9 +401,11 @@ class Gateway:
             return _error("invalid", "the message is retained: each gateway start would send the signal again")
         if "*" not in allowed and signal not in allowed:
             return _error("not-permitted", "the configuration of the gateway does not allow this signal")
-        if board.source is None:
+        # A proxy that has the board open can send, even if the gateway does not publish its notifications yet.
+        source = board.source if board.is_open or not board.owners else next(reversed(board.owners))
+        if source is None:
             return _error("closed", "no proxy has this board open")
-        path, backoff = board.source.path, Backoff()
+        path, backoff = source.path, Backoff()
         with trio.move_on_after(SEND_PATIENCE):
             while True:
                 try:
@@ -395,8 +434,9 @@ class Gateway:
             self._problems.failed(key, f"{where}: sent no response", board.name)
             return
         message = Message(topic, _json(response), correlation=received.correlation, is_response=True)
-        board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
-        board.unanswered = received
+        if received.packet is not None:
+            board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
+            board.unanswered = received
         (refusal,) = await connection.publish([message])
         board.unanswered = None
         if refusal is None:
@@ -408,8 +448,10 @@ class Gateway:
 def _is_unanswered(board: Board, received: Received) -> bool:
     """Return whether the connection has ended while the gateway published the response to this request."""
     last = board.unanswered
-    return last is not None and (last.topic, last.response_topic, last.correlation) == (
-        received.topic, received.response_topic, received.correlation,
+    if last is None or received.packet is None:  # Brokers do not repeat messages at QoS 0.
+        return False
+    return (last.topic, last.payload, last.response_topic, last.correlation) == (
+        received.topic, received.payload, received.response_topic, received.correlation,
     )  # fmt: skip
 
 
