@@ -18,6 +18,7 @@ import pytest
 
 from inco_trio.cli.options import boards_label
 from inco_trio.frame import decode, encode
+from inco_trio.service.many_boards import ManyBoards
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -113,6 +114,13 @@ def test_a_board_that_is_added_after_a_crash_has_no_predecessor(boards: Boards, 
         ]
         assert started.startswith("started after the previous process") is crashed
     assert proxy.stop() == 0
+
+
+def test_boards_are_known_before_they_are_open(boards: Boards) -> None:
+    """The control socket answers first. A client that names a board must not be refused as if it did not exist."""
+    boards.add("a", "b")
+    opening = ManyBoards(boards.directory)
+    assert (opening.proxies(), opening.not_open()) == ({}, dict.fromkeys("ab", "it is being opened"))
 
 
 def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDaemon) -> None:

@@ -204,6 +204,71 @@ def test_a_stored_link_of_the_wrong_kind_is_reported(
     store.close()
 
 
+@pytest.fixture
+def many(stack: ExitStack) -> Iterator[None]:
+    """Permit as many open descriptors as the kernel allows."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def fill(bundle: Bundle, number: int, fd: int) -> None:
+    for each in range(number):
+        bundle.store(f"{each:064}/inflight", fd)
+
+
+@pytest.mark.usefixtures("many")
+def test_more_descriptors_than_a_usual_send_buffer_holds_are_stored(memfd: Callable[[str], int]) -> None:
+    """A send buffer of 212,992 bytes, the default, holds 11 messages with names of this length."""
+    store = Cupboard()
+    bundle = Bundle(store)
+    fill(bundle, 12 * MESSAGE_FDS, memfd("content"))
+    bundle._renew()
+    bundle.close()
+    heir = Bundle(store.heir())
+    assert len(heir.kept) == 12 * MESSAGE_FDS
+    heir.close()
+    store.close()
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize("size", [1, 10_000])
+def test_descriptors_that_do_not_fit_are_refused(
+    memfd: Callable[[str], int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller send buffer, the kernel's minimum, holds only part of a message, and the other one holds only one."""
+    store, number = Cupboard(), 2 * MESSAGE_FDS
+    bundle = Bundle(store)
+    content = memfd("content")
+    fill(bundle, number, content)
+    before = open_descriptors()
+    monkeypatch.setattr("inco_trio.persist.bundle.SEND_BUFFER", size)
+    # The first change that follows as many changes as descriptors replaces the queue.
+    with pytest.raises(ResourceError, match=rf"^cannot store descriptors: {number} descriptors exceed "):
+        fill(bundle, number, content)
+    assert open_descriptors() == before
+    monkeypatch.undo()
+    heir = Bundle(store.heir())  # The stored queue is unchanged.
+    assert len(heir.kept) == number
+    heir.close()
+    bundle.close()
+    store.close()
+
+
+def test_changes_do_not_fill_the_queue(memfd: Callable[[str], int]) -> None:
+    """The queue keeps replaced descriptors open, such as the former sockets of a link."""
+    store = Cupboard()
+    bundle = Bundle(store)
+    content = memfd("content")
+    for _ in range(3 * MESSAGE_FDS):
+        bundle.store("b1/link", content)
+    assert len(store.stored) > 2
+    assert bundle._changes <= MESSAGE_FDS
+    bundle.close()
+    store.close()
+
+
 def test_too_low_a_limit_of_descriptors_is_an_error_that_keeps_the_bundle(memfd: Callable[[str], int]) -> None:
     store = Cupboard()
     bundle = Bundle(store)

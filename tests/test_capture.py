@@ -388,6 +388,18 @@ def test_times_that_go_back_without_a_mark_are_marked(tmp_path: Path) -> None:
     assert [each.text for each in found if isinstance(each, Mark)] == ["the packet timestamps go back by 51.0 s"]
 
 
+def test_a_board_may_add_entries_that_are_older_than_those_of_other_boards(tmp_path: Path) -> None:
+    """`record` adds the history of a board that opens late after a restart."""
+    recorder = Recorder(tmp_path / "f")
+    added = [(100, "x"), (110, "x"), (101, "y"), (102, "y"), (111, "x")]
+    for seconds, board in added:
+        recorder.append(seconds * 10**9, Direction.INBOUND, "a", "", None, board)
+    recorder.mark(103 * 10**9, "y was filled in")
+    recorder.close()
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        assert [each.time_ns // 10**9 for each in recording] == [*(seconds for seconds, _ in added), 103]
+
+
 def test_a_number_too_large_for_one_packet_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.capture.recording.COUNT_MAX", 10)
     recorder = Recorder(tmp_path / "f")

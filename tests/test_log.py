@@ -9,10 +9,14 @@ import os
 import pty
 import re
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+import trio
+import trio.testing
 
 from inco_trio.problems import Problems, report, working_for
 from inco_trio.service.log import _Lines, log_statistics, needs_timestamps, set_up_logging
@@ -127,19 +131,66 @@ def test_the_same_cause_is_logged_once_per_second(capfd: pytest.CaptureFixture[s
     ]
 
 
+def read_lines(write_held: Callable[[], Awaitable[None]], fd: int, number: int) -> list[str]:
+    """Run the task that writes held lines until it has written `number` lines to the pipe `fd`. Return them."""
+
+    async def read(lines: TextIO) -> list[str]:
+        with trio.fail_after(HANG):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write_held)
+                read = [await trio.to_thread.run_sync(lines.readline) for _ in range(number)]
+                nursery.cancel_scope.cancel()
+        return read
+
+    with open(fd) as lines:
+        return trio.run(read, lines)
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_omitted_lines_are_summarized_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
     monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.5)
     ours, theirs = os.pipe()
-    set_up_logging(log_format, verbose=False, fd=theirs)
+    write_held = set_up_logging(log_format, verbose=False, fd=theirs)
     # The summary prints the last line for each cause, so that the log ends with the current state.
     for _ in range(2):
         logger.warning("down")
         logger.info("up", extra={"cause": "works"})
-    with open(ours) as lines:  # noqa: PTH123 - a file descriptor
-        said = [lines.readline() for _ in range(4)]
+    said = read_lines(write_held, ours, 4)
     os.close(theirs)
     assert [("down" in line, "up" in line) for line in said] == [(True, False), (False, True)] * 2
+
+
+def test_a_line_of_another_thread_is_held_without_a_further_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that starts before the process drops its privileges keeps them, as do the threads that it starts."""
+    monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.1)
+    ours, theirs = os.pipe()
+    write_held = set_up_logging("text", verbose=False, fd=theirs)
+
+    def log() -> int:
+        before = threading.active_count()
+        for _ in range(3):
+            logger.warning("down")
+        return threading.active_count() - before
+
+    async def run() -> int:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_held)
+            await trio.testing.wait_all_tasks_blocked()
+            started = await trio.to_thread.run_sync(log)
+            with trio.fail_after(HANG):
+                await trio.lowlevel.wait_readable(ours)
+                read = b""
+                while b"(1 similar" not in read:
+                    await trio.lowlevel.wait_readable(ours)
+                    read += os.read(ours, 4096)
+            nursery.cancel_scope.cancel()
+        return started
+
+    assert trio.run(run) == 0
+    logger.warning("down")  # The task has ended, so the lines wait for the end of the process.
+    logger.warning("down")
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_json_has_the_number_of_omitted_lines(capfd: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +369,6 @@ def test_many_causes_of_one_board_wait(capfd: pytest.CaptureFixture[str], monkey
     (handler,) = logging.getLogger("inco_trio").handlers
     assert isinstance(handler, _Lines)
     monkeypatch.setattr(handler, "_throttle", Throttle(lambda: now))
-    monkeypatch.setattr(handler, "_start_timer", lambda: None)
     for number in range(100):
         logger.warning("register %s", f"r{number}")
     with working_for("b1"):
@@ -347,7 +397,6 @@ def test_no_line_overtakes_a_held_line(capfd: pytest.CaptureFixture[str], monkey
     (handler,) = logging.getLogger("inco_trio").handlers
     assert isinstance(handler, _Lines)
     monkeypatch.setattr(handler, "_throttle", Throttle(lambda: now))
-    monkeypatch.setattr(handler, "_start_timer", lambda: None)
     problems = Problems()
 
     def lines() -> list[str]:
@@ -384,11 +433,10 @@ def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.Monkey
     monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.1)
     monkeypatch.setattr("inco_trio.service.throttle.LINES_MAX", 1)
     ours, theirs = os.pipe()
-    set_up_logging("text", verbose=False, fd=theirs)
+    write_held = set_up_logging("text", verbose=False, fd=theirs)
     for name in "abc":
         logger.warning("register %s", name)
-    with open(ours) as lines:  # noqa: PTH123 - a file descriptor
-        assert [lines.readline()[-2] for _ in range(3)] == ["a", "b", "c"]
+    assert [line[-2] for line in read_lines(write_held, ours, 3)] == ["a", "b", "c"]
     os.close(theirs)
 
 
@@ -405,9 +453,8 @@ def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.Monkey
 def test_texts_that_others_vary_have_the_same_cause(
     say: Callable[[int], None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a slow machine, the held lines would be written before the last line is logged.
+    # On a slow machine, the last line would be logged after the period.
     monkeypatch.setattr("inco_trio.service.throttle.PERIOD", HANG)
-    monkeypatch.setattr("inco_trio.service.log._Lines._start_timer", lambda _: None)
     set_up_logging("text", verbose=False)
     for number in range(100):
         say(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import socket
 import struct
@@ -16,11 +17,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from inco_trio.config import Config
+from inco_trio.control.past import past_events
+from inco_trio.control.protocol import Response, decode_reply, encode_event, encode_history
 from inco_trio.linux.inotify import Inotify, pack_event, parse_events
 from inco_trio.mqtt.bridge_progress import Memory, Progress
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import (
     BEFORE_HISTORY,
+    BEFORE_RECORDER,
     EVENT_BANK,
     FRAME_BANK,
     FRAME_STEP,
@@ -32,6 +36,7 @@ from inco_trio.persist.inflight import (
 )
 from inco_trio.persist.memory import map_memory, new_memory
 from inco_trio.persist.queue import POSITION_MAX
+from inco_trio.persist.recorder import _EVENTS, _NOTED, _RECORD, _RING, _WRITTEN, Recorder
 from inco_trio.persist.tables import KEY, PAGE, TABLE, NumberTable
 from inco_trio.proxy.proxy import open_supervised
 from inco_trio.registers.refusals import refusal
@@ -63,6 +68,10 @@ def filled() -> Inflight:
     history.begin(5)
     history.append([Signal("first", IN, Path("/run"), "a"), Signal("second", OUT, Path("/run"), "b")] * 3, (2, 1))
     history._merge(history.floor + 1)
+    recorder = Recorder(memory.recorder)
+    for _ in range(3):
+        recorder.append([Signal("first", IN, Path("/run"), "a")])
+        recorder.note("problem", f"problem {recorder.sequence}", "first", IN)
     return memory
 
 
@@ -84,6 +93,9 @@ def parts() -> dict[str, int]:
         "merged keys": BEFORE_HISTORY + PAGE,
         "merged numbers": BEFORE_HISTORY + PAGE + NUMBERS,
         "ring": BEFORE_HISTORY + PAGE + 2 * TABLE,
+        "recorder": BEFORE_RECORDER,
+        "notifications": BEFORE_RECORDER + _RING,
+        "events": BEFORE_RECORDER + _EVENTS,
     }
 
 
@@ -125,6 +137,23 @@ def use(memory: Inflight) -> None:
     assert all(record.time_ns / 1e9 < 1 << 63 for record in history.after(0, 1 << 20))
     history.acknowledge(history.sequence, merged)
     assert history.waiting == 0
+    use_recorder(memory.recorder)
+
+
+def use_recorder(view: memoryview) -> None:
+    """Use the flight recorder as a proxy, its clients and its successor do."""
+    recorder = Recorder(view)
+    recorder.note_start("systemd")
+    for number in range(3):
+        recorder.append([Signal("third", IN, Path("/run"), "c")])
+        recorder.note("problem", f"new problem {number}")
+        recorder.status()
+    text = "".join(encode_history("b", recorder.boot, map(encode_event, past_events("b", recorder)), {}))
+    reply = decode_reply(text.encode())
+    assert isinstance(reply, Response)
+    assert reply.history is not None
+    assert "new problem 2" in [event.message for event in reply.history.events]
+    Recorder(view).append([Signal("third", IN, Path("/run"), "c")])
 
 
 PLACES = st.sampled_from(sorted(parts()))
@@ -137,6 +166,17 @@ NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 
 @settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 @example([("queue", 8, (2**63).to_bytes(8, "little"))])
+@example([("recorder", 8 * _WRITTEN, (2**64 - 1).to_bytes(8, "little"))])
+@example([("recorder", 8 * _NOTED, (2**64 - 1).to_bytes(8, "little"))])
+@example([("notifications", 2 * _RECORD.size, (2**64 - 1).to_bytes(8, "little"))])
+@example([("notifications", 2 * _RECORD.size + 8, (2**64 - 1).to_bytes(8, "little"))])
+@example([("notifications", 2 * _RECORD.size + 16, (2**64 - 1).to_bytes(8, "little"))])
+@example([("notifications", 2 * _RECORD.size + 28, struct.pack("<f", math.nan))])
+@example([("notifications", 2 * _RECORD.size + 28, struct.pack("<f", -1))])
+@example([("notifications", 2 * _RECORD.size + 28, struct.pack("<f", math.inf))])
+@example([("events", 0, (2**64 - 1).to_bytes(8, "little"))])
+@example([("events", 8, (2**64 - 1).to_bytes(8, "little"))])
+@example([("events", 16, (2**64 - 1).to_bytes(8, "little"))])
 def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, bytes]]) -> None:
     def write(whole: memoryview, at: dict[str, int]) -> None:
         for place, offset, data in mutations:

@@ -76,17 +76,24 @@ def bits(*capabilities: int) -> int:
     return sum(1 << capability for capability in capabilities)
 
 
-def effective(pid: int) -> int:
-    """Wait until all threads of a process have the same effective capabilities, and return them."""
+def restrictions(pid: int) -> tuple[str, ...]:
+    """Wait until all threads of a process have the same capabilities and other restrictions, and return them."""
     deadline = time.monotonic() + HANG
+    names = ("CapEff", "CapPrm", "CapBnd", "NoNewPrivs", "Seccomp")
     while True:
-        found = set()
+        found = set[tuple[str, ...]]()
         with contextlib.suppress(FileNotFoundError):  # The diagnosis thread has just ended.
-            found = {status_of(pid, task.name)["CapEff"] for task in Path(f"/proc/{pid}/task").iterdir()}
+            threads = [status_of(pid, task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+            found = {tuple(thread[name] for name in names) for thread in threads}
         if len(found) == 1:
-            return int(found.pop(), 16)
+            return found.pop()
         assert time.monotonic() < deadline, found
         time.sleep(0.01)  # Wait for the end of the diagnosis thread.
+
+
+def effective(pid: int) -> int:
+    """Wait until all threads of a process have the same capabilities, and return the effective ones."""
+    return int(restrictions(pid)[0], 16)
 
 
 OURS = int(status_of(os.getpid())["CapEff"], 16)

@@ -23,6 +23,7 @@ import pytest
 from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
+from inco_trio.cli.record import HELD_MAX
 from inco_trio.control.protocol import BoardStatus, Event, Past, encode_board, encode_status
 from inco_trio.counters import Stats
 from inco_trio.frame import encode
@@ -493,10 +494,11 @@ def history(board: str, *sequences: int) -> bytes:
     return line(history={"board": board, "boot": "1", "events": [notification(board, each) for each in sequences]})
 
 
-def statuses(*names: str) -> bytes:
-    """Return a response that reports these boards as open, and the board `x` as not open."""
-    opened = tuple(BoardStatus(name, "", Status(name, 1, 1, True, "", None, Stats(), (), ())) for name in names)
-    return "".join(encode_status(map(encode_board, (*opened, BoardStatus("x", "no room"))), {})).encode()
+def statuses(*names: str, closed: str = "x") -> bytes:
+    """Return a response that reports these boards as open, and the boards in `closed` as not open."""
+    boards = [BoardStatus(name, "", Status(name, 1, 1, True, "", None, Stats(), (), ())) for name in names]
+    boards += [BoardStatus(name, "no room") for name in closed]
+    return "".join(encode_status(map(encode_board, boards), {})).encode()
 
 
 MONITOR, LOST = line(monitor=True), line(event="lost", count=5, time=time.time(), monotonic_ns=time.monotonic_ns())
@@ -600,6 +602,53 @@ def test_boards_that_a_reload_adds_or_removes_are_filled_in_or_marked(
     finish(recording)
     marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
     assert ("5 events were lost here: they arrived too fast" in marks) is not is_complete
+
+
+@pytest.mark.parametrize("others", ["", "a"], ids=["alone", "with another board"])
+@pytest.mark.parametrize("opens", ["early", "late", "never", "without a history"])
+def test_a_board_that_opens_after_the_restart_is_filled_in(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path, opens: str, others: str
+) -> None:
+    """The new proxy answers before the board is open, for example because it waits for the link."""
+    first = {"status": [statuses("b", *others)], "monitor": [MONITOR + line(**notification("b", 1)) + LOST]}
+    past = history("b", 2, 3, 4, 5, 6)
+    arrived, at = line(**notification("b", 7)), {"time": time.time(), "monotonic_ns": time.monotonic_ns()}
+    link = line(event="link", board="b", running=True, message="the link is up", duration=0, **at)
+    later = line(**notification("b", 8))
+    before, after = statuses(*others, closed="b"), statuses("b", *others)
+    refusal = line(error="invalid", message="the proxy records no history")
+    second = {
+        "status": [before, before if opens == "never" else after],
+        "monitor": [MONITOR + arrived + link + later if opens == "early" else MONITOR + arrived],
+        "history": [*(history("a") for _ in others), refusal if opens == "without a history" else past],
+        "flush": [FLUSHED],
+    }
+    recording = start(tmp_path / "f", "--control", scripted(first, second))
+    while len(second["status"]) > 1:  # The first answer has been sent: `record` has connected again.
+        assert recording.process.poll() is None
+    finish(recording)
+    expected = {"early": 8, "late": 7, "never": 2, "without a history": 2}[opens]
+    found = everything(tmp_path / "f")
+    assert [entry.signal for entry in found if isinstance(entry, Entry)] == [IN] * expected
+    marks = [each.text for each in found if isinstance(each, Mark)]
+    assert ("5 events were lost here: they arrived too fast" in marks) is (expected == 2)
+    assert ("b: not open: earlier events may be missing here" in marks) is (opens == "never")
+    times = [entry.time_ns for entry in found if isinstance(entry, Entry)]
+    assert times == sorted(times)
+
+
+def test_events_wait_for_a_board_that_opens_late_up_to_a_limit(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    first = {"status": [statuses("b")], "monitor": [MONITOR + LOST]}
+    flood = b"".join(line(**notification("b", each)) for each in range(1, HELD_MAX + 3))
+    second = {"status": [statuses(closed="b")], "monitor": [MONITOR + flood], "flush": [FLUSHED]}
+    recording = start(tmp_path / "f", "--control", scripted(first, second))
+    while counts(tmp_path / "f")[IN] < HELD_MAX + 2:
+        assert recording.process.poll() is None
+    finish(recording)
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert marks.count("b: not open: earlier events may be missing here") == 1
 
 
 @pytest.mark.s6

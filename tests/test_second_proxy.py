@@ -14,6 +14,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import trio
 
 from inco_trio.config import Config
 from inco_trio.control.client import Client
@@ -21,11 +22,12 @@ from inco_trio.control.protocol import Event, HistoryRequest
 from inco_trio.linux.processes import look
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
 from inco_trio.proxy_status import Status
-from inco_trio.service.announcing import announce, wait_for_ends
+from inco_trio.service.announcing import announce, wait_for_end
 from inco_trio.service.rivals import Rival
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.test_privileges import restrictions
 
 pytestmark = pytest.mark.netns
 
@@ -86,6 +88,15 @@ def test_a_second_proxy_leaves_a_trace(
     assert ([rival.pid for rival in status.rivals], status.counters.rivals) == ([three.pid], 2)
 
 
+def test_no_thread_keeps_privileges_while_a_second_proxy_runs(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+    one, two = start_two(proxy, tmp_path, "--sandbox", "on")
+    assert rivals_of(tmp_path / "one") == {two.pid: (cores.link, str(tmp_path / "irq"))}
+    for each in (one, two):
+        assert restrictions(each.pid)[-2:] == ("1", "2")  # NoNewPrivs and Seccomp (proc_pid_status(5))
+    two.stop(signal.SIGKILL)
+    one.wait_log(ENDED)
+
+
 def test_the_second_proxy_records_the_end_of_the_first(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     one, two = start_two(proxy, tmp_path)
     one.stop(signal.SIGKILL)
@@ -137,11 +148,9 @@ def test_only_the_board_that_shares_a_directory_is_concerned(tmp_path: Path) -> 
 
 
 def test_a_process_that_has_already_ended_is_reported_at_once() -> None:
-    ended: list[int] = []
     with subprocess.Popen(["true"]) as child:
         pass
-    wait_for_ends([child.pid], ended.append)
-    assert ended == [child.pid]
+    trio.run(wait_for_end, child.pid)
 
 
 def test_a_proxy_that_refuses_the_report_keeps_its_connection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -315,7 +315,9 @@ class Recording:
         self._uncommented = 0
         self._table = table
         self._count = 1
-        self._step_ns = self._last_ns = 0
+        self._step_ns = 0
+        self._last_ns: dict[str, int] = {}
+        """The time of the newest entry of each board. A board that opens late may add entries older than others'."""
         self._senders: dict[bytes, Direction] = {}
 
     @property
@@ -345,12 +347,14 @@ class Recording:
         if isinstance(entry, Mark):
             self._step_ns += entry.step_ns
         time_ns = entry.time_ns - self._step_ns
-        if (back := self._last_ns - time_ns) > TOLERANCE_NS:
-            # The recording has no mark for this jump: another program recorded the packets or merged files.
-            self._step_ns -= back
-            time_ns = self._last_ns
-            yield Mark(time_ns, f"the packet timestamps go back by {back / 1e9:.1f} s")
-        self._last_ns = max(self._last_ns, time_ns)
+        if isinstance(entry, Entry):
+            last_ns = self._last_ns.get(entry.board, time_ns)
+            if (back := last_ns - time_ns) > TOLERANCE_NS:
+                # The recording has no mark for this jump: another program recorded the packets or merged files.
+                self._step_ns -= back
+                time_ns = last_ns
+                yield Mark(time_ns, f"the packet timestamps go back by {back / 1e9:.1f} s")
+            self._last_ns[entry.board] = max(last_ns, time_ns)
         if self._step_ns:
             entry = attrs.evolve(entry, time_ns=time_ns)
         yield from itertools.repeat(entry, self._count)

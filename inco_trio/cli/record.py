@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from inco_trio.capture.recording import Recorder
     from inco_trio.control.listen import Listening
 
+OF_SIGNALS = ("notification", "pending", "ignored")
+"""The kinds of events that may arrive at any rate."""
 AGAIN = 0.2
 """Seconds between two attempts to reconnect after the proxy has exited."""
 SHOWN = 0.5
 """Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0
 """Seconds to wait for the proxy's remaining events when the recording stops."""
+HELD_MAX = 8192
+"""Maximum number of events that are held until their boards are open, so that their histories come first."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -167,7 +171,13 @@ class _Proxy:
         self._wanted = MonitorRequest(board, direction_of(args), args.signal, frames=True)
         self._gaps = Gaps()
         self._lost: list[Event] = []
-        """The `lost` events that the next proxy may replace, because the proxy ended before it sent its history."""
+        """The `lost` events that histories may still replace."""
+        self._unfilled: set[str] = set()
+        """The boards that were open before, and whose histories the recording lacks because they are not open yet."""
+        self._held: list[Event] = []
+        """The events that have arrived since the restart and must follow the histories of the boards in `_unfilled`."""
+        self._is_incomplete = False
+        """Whether a board has no history that could replace the events in `_lost`."""
         for each in client.status(board):
             if each.status is not None:
                 self._open.add(each.board)
@@ -192,7 +202,7 @@ class _Proxy:
     def arrived(self) -> list[Event]:
         """Return the events that have arrived. If the proxy has exited, first wait until a new proxy is running."""
         try:
-            return self._new(self._client.arrived())
+            arrived = self._client.arrived()
         except ProxyNotFoundError as error:
             self._client.close()
             _show("")  # Clear the progress line, so that the message starts a new line.
@@ -202,49 +212,92 @@ class _Proxy:
                 with contextlib.suppress(ProxyNotFoundError):
                     self._client = Client(self._client.path)
                     self._ask()
-                    missing, is_complete = self._missing()
-                    lost = () if is_complete else self._lost
-                    events = [ended, *lost, *missing, _mark("the proxy was started again")]
-                    self._lost = []
-                    return sorted(events, key=operator.attrgetter("monotonic_ns"))
+                    events = self._fill(everything=True)
+                    marks = [ended, _mark("the proxy was started again")]
+                    if self._is_filling:
+                        self._held[:0] = marks
+                        return events
+                    return sorted([*events, *marks], key=operator.attrgetter("monotonic_ns"))
             self._gone = True
-            return [*self._lost, ended]
+            return [*self._given_up(), ended]
+        new = self._new(arrived)
+        if self._unfilled and any(event.event not in OF_SIGNALS for event in arrived):
+            # The board may be open now: that causes a `link` event.
+            new = sorted([*new, *self._filled(everything=False)], key=operator.attrgetter("monotonic_ns"))
+        return new
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
         """Return the events that the recording does not contain yet. Replace a `lost` event with the lost events."""
         new: list[Event] = []
         for event in events:
             if event.event == "lost":
-                try:
-                    missing, is_complete = self._missing()
-                except ProxyNotFoundError as error:
-                    if error.reason != SILENT:
-                        self._lost.append(event)
-                        continue
-                    _show("")
-                    remark(f"{error}: the recording lacks {event.count} events (`inco-trio history` may show them)")
-                    missing, is_complete = [], False
-                new += missing if is_complete else [*missing, event]
+                self._lost.append(event)
+                new += self._filled(everything=True)
+            elif event.board in self._unfilled or self._is_filling:
+                self._held.append(event)
+                if len(self._held) > HELD_MAX:
+                    new += self._given_up()
             elif self._gaps.is_new(event):
                 new.append(event)
         return new
 
-    def _missing(self) -> tuple[list[Event], bool]:
-        """Return the events that only the flight recorders contain, and whether all boards have a flight recorder."""
-        pasts: dict[str, Past] = {}
-        boards: set[str] = set()
+    @property
+    def _is_filling(self) -> bool:
+        """Whether no board has been filled yet. Even marks are then held, to keep the recording in order."""
+        return bool(self._unfilled) and self._unfilled >= self._open
+
+    def _filled(self, *, everything: bool) -> list[Event]:
+        """Return the result of `_fill`, or an empty list if the proxy has ended. The next proxy may fill the gaps."""
+        try:
+            return self._fill(everything=everything)
+        except ProxyNotFoundError as error:
+            if error.reason != SILENT:
+                return []
+            _show("")
+            number = sum(event.count for event in self._lost)
+            remark(f"{error}: the recording lacks {number} events (`inco-trio history` may show them)")
+            return self._given_up()
+
+    def _fill(self, *, everything: bool) -> list[Event]:
+        """Return the events that only the flight recorders contain, of all boards or of those in `_unfilled`.
+
+        Boards that are not open yet stay in `_unfilled`. Once all others have answered, return the `lost` events if
+        some histories are missing. Raises ProxyNotFoundError.
+        """
+        is_open: dict[str, bool] = {}
         with contextlib.suppress(InvalidArgumentError):  # A reload has removed the only recorded board.
-            boards = {each.board for each in self._client.status(self._wanted.board) if each.status is not None}
-        for board in sorted(boards):
-            # The board may have closed, its flight recorder may be off, or the proxy is older than this program.
-            with contextlib.suppress(BoardNotOpenError, InvalidArgumentError):
-                past = self._client.request(HistoryRequest(board, self._gaps.after(board))).history
-                if past is not None:
-                    pasts[board] = past
-        is_complete = self._open | boards <= pasts.keys()
-        self._open = boards
-        missing = [event for past in pasts.values() for event in self._gaps.missing(past)]
-        return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns")), is_complete
+            is_open = {each.board: each.status is not None for each in self._client.status(self._wanted.board)}
+        opened = {board for board in is_open if is_open[board]}
+        unfilled = self._unfilled | self._open | opened if everything else self._unfilled
+        pasts: dict[str, Past | None] = {}
+        for board in sorted(unfilled & opened):
+            try:
+                pasts[board] = self._client.request(HistoryRequest(board, self._gaps.after(board))).history
+            except BoardNotOpenError:
+                is_open[board] = False  # It has just been closed.
+            except InvalidArgumentError:
+                pasts[board] = None  # Its flight recorder is off, or the proxy is older than this program.
+        if everything:
+            self._open = unfilled & is_open.keys()
+        self._is_incomplete |= any(pasts.get(board) is None for board in unfilled if is_open.get(board, True))
+        self._unfilled = {board for board in unfilled if not is_open.get(board, True)}
+        missing = [event for past in pasts.values() if past is not None for event in self._gaps.missing(past)]
+        events = sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns"))
+        if not self._unfilled:
+            if self._is_incomplete:
+                events += self._lost
+            self._lost, self._is_incomplete = [], False
+        held, self._held = self._held, []
+        return sorted([*events, *self._new(held)], key=operator.attrgetter("monotonic_ns"))
+
+    def _given_up(self) -> list[Event]:
+        """Return the held events, with a mark for each board whose history the recording lacks."""
+        marks = [_mark(f"{board}: not open: earlier events may be missing here") for board in sorted(self._unfilled)]
+        events = [*self._lost, *marks]
+        held, self._held, self._lost = self._held, [], []
+        self._unfilled.clear()
+        self._is_incomplete = False
+        return events + self._new(held)
 
     def rest(self) -> Iterator[Event]:
         """Yield the events that the proxy has not sent yet."""
@@ -257,7 +310,9 @@ class _Proxy:
                 if event.event == "flushed":
                     break
                 yield from self._new([event])
-        yield from self._lost
+            if self._unfilled:
+                yield from self._filled(everything=False)
+        yield from self._given_up()
 
 
 def _mark(text: str) -> Event:

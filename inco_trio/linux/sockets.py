@@ -9,9 +9,10 @@ from typing import Protocol
 
 __all__ = [
     "SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PASSRIGHTS", "SO_PEEK_OFF", "peer_of", "refuse_descriptors",
-    "set_receive_buffer",
+    "set_receive_buffer", "set_send_buffer",
 ]  # fmt: skip
 
+SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
 SO_LOCK_FILTER = 44
@@ -50,7 +51,16 @@ def set_receive_buffer(sock: socket.socket, size: int) -> None:
 
     Without CAP_NET_ADMIN in the initial user namespace, the kernel caps `size` at net.core.rmem_max.
     """
+    _set_buffer(sock, size, SO_RCVBUFFORCE, socket.SO_RCVBUF)
+
+
+def set_send_buffer(sock: socket.socket, size: int) -> None:
+    """Request a send buffer, like `set_receive_buffer`. The limit is net.core.wmem_max."""
+    _set_buffer(sock, size, SO_SNDBUFFORCE, socket.SO_SNDBUF)
+
+
+def _set_buffer(sock: socket.socket, size: int, forced: int, limited: int) -> None:
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+        sock.setsockopt(socket.SOL_SOCKET, forced, size)
     except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        sock.setsockopt(socket.SOL_SOCKET, limited, size)

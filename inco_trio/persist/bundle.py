@@ -2,7 +2,8 @@
 
 The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages (unix(7)), and the fd store keeps the socket.
 The next process peeks at the messages (MSG_PEEK), which opens copies of the descriptors and leaves the queue unchanged.
-Each later change adds a message. When the queue is full, a new socket with all descriptors replaces the old socket.
+Each later change adds a message. When the queue is full or most of its messages are changes, a new socket with all
+descriptors replaces the old socket.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from inco_trio.errors import STRERROR, ResourceError, from_os_error
-from inco_trio.linux.sockets import SO_PEEK_OFF
+from inco_trio.linux.sockets import SO_PEEK_OFF, set_send_buffer
 from inco_trio.persist.fdstore import IN_TRANSIT, FdStore, inherited_fd
 
 __all__ = ["Bundle"]
@@ -26,9 +28,12 @@ logger = logging.getLogger(__name__)
 NAME = "bundle"
 MESSAGE_FDS = 250
 """Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
+SEND_BUFFER = 1 << 24
+"""Requested size of the send buffer in bytes, which limits the queue. It is enough for 400,000 descriptors."""
 READ_SIZE = 1 << 18
 """Bytes per read; every message is shorter. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
+OVERFULL = "%d descriptors exceed a send buffer: raise net.core.wmem_max, or run fewer boards in a process"
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 """Errors that occur if the process cannot receive the descriptors at the moment, although the bundle may be valid."""
 _REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
@@ -49,6 +54,8 @@ class Bundle:
             with socket.socket(fileno=os.dup(held)) as former:
                 self._look(former)
         self._entry: socket.socket | None = None
+        self._changes = 0
+        """The number of changes in the queue. Descriptors that they replace stay open until the queue is replaced."""
         self._renew()
 
     def _look(self, former: socket.socket) -> None:
@@ -98,30 +105,46 @@ class Bundle:
 
     def _append(self, text: bytes, fds: Sequence[int]) -> None:
         assert self._entry is not None  # noqa: S101 - set by `__init__`
+        self._changes += 1
+        if self._changes > max(MESSAGE_FDS, len(self.kept)):
+            self._renew()
+            return
         try:
-            socket.send_fds(self._entry, [text], fds)
+            _send(self._entry, text, fds)
         except BlockingIOError:
             self._renew()
         except OSError as error:
             raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
 
     def _renew(self) -> None:
-        """Queue all descriptors in a new socket, and store that socket."""
+        """Queue all descriptors in a new socket, and store that socket. Raises ResourceError."""
         try:
             entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            names = list(self.kept)
-            for start in range(0, len(names), MESSAGE_FDS):
-                some = names[start : start + MESSAGE_FDS]
-                text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
-                socket.send_fds(entry, [text], [self.kept[name] for name in some])
         except OSError as error:
             raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
-        entry.setblocking(False)
-        with queue:
+        with ExitStack() as failed, queue:
+            failed.callback(entry.close)
+            try:
+                self._fill(entry)
+            except BlockingIOError as error:  # No process reads the queue, so waiting for room would never end.
+                raise ResourceError("cannot store descriptors", OVERFULL % len(self.kept)) from error
+            except OSError as error:
+                raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
             self._outer.store(NAME, queue.fileno())
+            failed.pop_all()
         if self._entry is not None:
             self._entry.close()
-        self._entry = entry
+        self._entry, self._changes = entry, 0
+
+    def _fill(self, entry: socket.socket) -> None:
+        """Queue all descriptors. Raises OSError, for example BlockingIOError if they do not fit."""
+        set_send_buffer(entry, SEND_BUFFER)
+        entry.setblocking(False)
+        names = list(self.kept)
+        for start in range(0, len(names), MESSAGE_FDS):
+            some = names[start : start + MESSAGE_FDS]
+            text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
+            _send(entry, text, [self.kept[name] for name in some])
 
     def close(self) -> None:
         """Close the copies of the descriptors. The fd store keeps its own copies."""
@@ -129,6 +152,12 @@ class Bundle:
             self._forget(name)
         if self._entry is not None:
             self._entry.close()
+
+
+def _send(entry: socket.socket, text: bytes, fds: Sequence[int]) -> None:
+    """Queue a message. Raises OSError, for example BlockingIOError if the queue has no room for the whole message."""
+    if socket.send_fds(entry, [text], fds) < len(text):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _peek(queue: socket.socket, fds: list[int]) -> bytes:

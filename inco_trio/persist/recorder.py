@@ -72,6 +72,8 @@ _RING = _NUMBERS + NAMES_MAX * NAME
 _EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
 AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 4096
 """Size of the recorder's memory in bytes. The kernel allocates only the pages in use."""
+NUMBER_MAX = 1 << 62
+"""Maximum of an inherited time, sequence number or number of records. New ones never exceed 64 bits."""
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
 """The bit that marks the number of an outbound signal."""
@@ -202,6 +204,8 @@ class Recorder:
         self._kept, self._events_kept, number = numbers[_KEPT], numbers[_EVENTS_KEPT], numbers[_NAMES]
         if not (0 < self._kept <= KEPT_MAX and 0 < self._events_kept <= events_kept(KEPT_MAX) and number <= NAMES_MAX):
             raise ValueError("invalid sizes")
+        if max(numbers[_WRITTEN], numbers[_NOTED]) > NUMBER_MAX:
+            raise ValueError("invalid numbers of records")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
             # An invalid name is harmless: a process was killed while it was replacing a name that no record uses.
@@ -211,6 +215,13 @@ class Recorder:
         for earlier, later in itertools.pairwise(before):
             if later.sequence - later.count < earlier.sequence:
                 raise ValueError("decreasing sequence numbers")
+        if any(
+            max(each.time_ns, each.monotonic_ns, each.sequence) > NUMBER_MAX or not 0 <= each.delay < math.inf
+            for each in before
+        ):
+            raise ValueError("a notification has an invalid number")
+        if any(max(note.time_ns, note.monotonic_ns, note.last_ns) > NUMBER_MAX for note in notes):
+            raise ValueError("an event has an invalid time")
         return before, notes
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import select
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+
+import trio
 
 from inco_trio.config import Config
 from inco_trio.control.client import Client, answering, sockets
@@ -17,7 +18,7 @@ from inco_trio.linux.processes import Process, listening_sockets
 from inco_trio.proxy.others import key_of
 from inco_trio.service.rivals import Rival
 
-__all__ = ["announce", "wait_for_ends"]
+__all__ = ["announce", "wait_for_end"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,23 +65,13 @@ def _request(rival: Rival, config: Config) -> RivalRequest:
     return RivalRequest(directory=key_of((found.st_dev, found.st_ino)))
 
 
-def wait_for_ends(pids: Iterable[int], ended: Callable[[int], None]) -> None:
-    """Call `ended` with the PID of each process when the process has ended. Raises OSError."""
-    poll, waiting = select.poll(), dict[int, int]()
+async def wait_for_end(pid: int) -> None:
+    """Wait until a process has ended. Raises OSError (pidfd_open(2))."""
     try:
-        for pid in pids:
-            try:
-                fd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                ended(pid)
-            else:
-                waiting[fd] = pid
-                poll.register(fd, select.POLLIN)
-        while waiting:
-            for fd, _ in poll.poll():
-                poll.unregister(fd)
-                os.close(fd)
-                ended(waiting.pop(fd))
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await trio.lowlevel.wait_readable(fd)
     finally:
-        for fd in waiting:
-            os.close(fd)
+        os.close(fd)

@@ -134,17 +134,20 @@ class Daemon:
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
         self._announced: Sequence[Client] = ()
         """The connections to other proxies of the same links and directories. They end with this process."""
+        self._met: tuple[Collection[int], Collection[Proxy]] = (), ()
+        """The PIDs of these proxies, and the proxies of this process that share something with them."""
 
     async def run(self, runner: Runner) -> None:
         raise_descriptor_limit()
         async with self._answering(runner) as control, self._boards.open(self._fd_store, control):
             # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
-            is_ready = threading.Event()
-            self._start_diagnosis(is_ready, trio.lowlevel.current_trio_token())
+            is_ready, met = threading.Event(), trio.Event()
+            self._start_diagnosis(is_ready, met, trio.lowlevel.current_trio_token())
             self._restrict(self._boards.configs(), self._control_path)
             if control is not None:
                 control.after_crash = False  # Before this process, no process served the boards that a reload adds.
             runner.ready()
+            runner.background.start_soon(self._record_ends, met)
             # The diagnosis must not read this mapping itself: the event loop opens and closes boards at the same time.
             self._opened = [*self._boards.proxies().values()]
             is_ready.set()
@@ -199,16 +202,17 @@ class Daemon:
             other = path.with_name(f"{path.stem}-{os.getpid()}.sock")
             return resources.enter_context(place.listening(other))
 
-    def _start_diagnosis(self, is_ready: threading.Event, token: trio.lowlevel.TrioToken) -> None:
+    def _start_diagnosis(self, is_ready: threading.Event, met: trio.Event, token: trio.lowlevel.TrioToken) -> None:
         # Do not use trio.to_thread: it wakes the event loop when its thread ends. Skip the diagnosis if no thread can
         # start.
         with contextlib.suppress(RuntimeError):
-            threading.Thread(target=self._diagnose, args=(is_ready, token), daemon=True).start()
+            threading.Thread(target=self._diagnose, args=(is_ready, met, token), daemon=True).start()
 
-    def _diagnose(self, is_ready: threading.Event, token: trio.lowlevel.TrioToken) -> None:
+    def _diagnose(self, is_ready: threading.Event, met: trio.Event, token: trio.lowlevel.TrioToken) -> None:
         """Log conditions that may prevent notifications. Wait for readiness first, because reading /proc takes time.
 
-        If other proxies share a link or a directory with this process, return after they have ended.
+        This thread keeps all privileges, so it must not wait for other processes. Other threads that it started would
+        keep them, too.
         """
         is_ready.wait()
         # A vanished file, a lack of descriptors or a stop of the daemon ends the diagnosis.
@@ -221,33 +225,48 @@ class Daemon:
             proxies, self._opened = self._opened, ()
             configs = [proxy.config for proxy in proxies]
             if found := [*rivals([(config.address, config.netns, config.signals) for config in configs])]:
-                self._meet(found, proxies, configs, token)
+                self._meet(found, proxies, configs, met, token)
 
     def _meet(
         self,
         found: Sequence[Rival],
         proxies: Sequence[Proxy],
         configs: Sequence[Config],
+        met: trio.Event,
         token: trio.lowlevel.TrioToken,
     ) -> None:
-        """Record other proxies in the history, report this process to them, and record when they end.
+        """Record other proxies in the history, and report this process to them. Set `met`.
 
         Raises OSError, IncoError, or trio.RunFinishedError if this process stops.
         """
-        from inco_trio.service.announcing import announce, wait_for_ends
+        from inco_trio.service.announcing import announce
 
         for rival in found:
             token.run_sync_soon(_appeared, proxies[rival.board], rival)
-        self._announced = announce(found, configs)
         concerned = [proxies[number] for number in dict.fromkeys(rival.board for rival in found)]
-        pids = dict.fromkeys(rival.process.pid for rival in found)
-        wait_for_ends(pids, lambda pid: token.run_sync_soon(_ended, concerned, pid))
+        self._met = dict.fromkeys(rival.process.pid for rival in found), concerned
+        token.run_sync_soon(met.set)
+        self._announced = announce(found, configs)
+
+    async def _record_ends(self, met: trio.Event) -> None:
+        """Once the diagnosis has met other proxies, record when they end."""
+        await met.wait()
+        (pids, proxies), self._met = self._met, ((), ())
+        async with trio.open_nursery() as nursery:
+            for pid in pids:
+                nursery.start_soon(_record_end, pid, proxies)
 
 
 def _appeared(proxy: Proxy, rival: Rival) -> None:
     proxy._rivals().appeared(rival.process.pid, rival.subject, rival.text)
 
 
-def _ended(proxies: Sequence[Proxy], pid: int) -> None:
+async def _record_end(pid: int, proxies: Collection[Proxy]) -> None:
+    from inco_trio.service.announcing import wait_for_end
+
+    try:
+        await wait_for_end(pid)
+    except OSError:  # No descriptor is free.
+        return
     for proxy in proxies:
         proxy._rivals().ended(pid)

@@ -7,17 +7,22 @@ and the next line that can be written reports their number.
 Warnings and errors with the same cause, such as a link that goes up and down, are logged at most once per second: the
 first one immediately, then the latest one with the number of omitted lines (see `service.throttle`). The
 attribute `cause` of a record names its cause, if other users or the link peer can vary its text.
+
+A Trio task writes the omitted lines. A thread would keep privileges that the process drops later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import stat
-import threading
 import time
+from collections.abc import Awaitable, Callable
+
+import trio
 
 from inco_trio import real_clock
 from inco_trio.problems import board_name
@@ -81,7 +86,8 @@ class _Lines(logging.Handler):
         self._torn = False
         self._complained = fd == STANDARD_ERROR
         self._throttle = throttle.Throttle(real_clock.monotonic)
-        self._timer: threading.Timer | None = None
+        self._wake: Callable[[], None] | None = None
+        """Wakes the task that writes held records. None if it is awake or not running."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or hold it if its cause was logged less than a second ago."""
@@ -94,27 +100,35 @@ class _Lines(logging.Handler):
             cause = (record.msg, *(arg for arg in args if not isinstance(arg, int)))
         if self._throttle.admit(board_name.get(), cause, record):
             self._write(record)
-        elif self._timer is None:
-            self._start_timer()
+        elif self._wake is not None:
+            wake, self._wake = self._wake, None
+            wake()
 
-    def _start_timer(self) -> None:
-        self._timer = threading.Timer(throttle.PERIOD, self._release)
-        self._timer.daemon = True
-        self._timer.start()
+    async def write_held(self) -> None:
+        """Write held records once per period until cancelled. Other threads may log at the same time."""
+        token = trio.lowlevel.current_trio_token()
+        try:
+            while True:
+                held = trio.Event()
+                with self.lock or contextlib.nullcontext():
+                    if self._throttle.is_holding:
+                        held.set()
+                    else:
+                        self._wake = functools.partial(token.run_sync_soon, held.set)
+                await held.wait()
+                await trio.sleep(throttle.PERIOD)
+                self._release()
+        finally:
+            with self.lock or contextlib.nullcontext():
+                self._wake = None
 
     def _release(self) -> None:
         with self.lock or contextlib.nullcontext():
-            self._timer = None
             self._throttle.release(self._write)
-            if self._throttle.is_holding:
-                self._start_timer()
 
     def flush(self) -> None:
         """Write all held records. The logging module calls this at the end of the process."""
         with self.lock or contextlib.nullcontext():
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
             self._throttle.release(self._write, everything=True)
 
     def _write(self, record: logging.LogRecord) -> None:
@@ -175,10 +189,12 @@ def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool
     return stat.S_ISREG(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
 
 
-def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR, stamped: bool = False) -> None:
+def set_up_logging(
+    log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR, stamped: bool = False
+) -> Callable[[], Awaitable[None]]:
     """Write the package's log to the descriptor `fd` as `text` or `json`; `verbose` also logs each notification.
 
-    With `stamped`, text lines start with the local time.
+    With `stamped`, text lines start with the local time. Return the function that writes held lines: run it in a task.
     """
     handler = _Lines(fd)
     handler.setFormatter(_Json() if log_format == "json" else _Text(stamped=stamped))
@@ -186,6 +202,7 @@ def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR, 
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    return handler.write_held
 
 
 def log_statistics(counters: dict[str, int]) -> None:

@@ -93,4 +93,6 @@ class ManyBoards:
         return {} if self._proxies is None else self._proxies
 
     def not_open(self) -> Mapping[str, str]:
-        return {} if self._proxies is None else self._proxies.not_open
+        if self._proxies is None:
+            return dict.fromkeys(self._boards.configs, "it is being opened")
+        return self._proxies.not_open

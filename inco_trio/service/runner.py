@@ -63,13 +63,13 @@ def run_service(
     if notification_fd is not None:
         check_notification_fd(notification_fd)
     stamped = needs_timestamps(timestamps, fd, is_s6_service=notification_fd is not None)
-    set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
+    write_held = set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
     service = make()
     # Most objects of the imports are never freed, so the garbage collector need not scan them.
     gc.freeze()
     gc.enable()
     try:
-        trio.run(Runner(service, notification_fd).run)
+        trio.run(Runner(service, notification_fd, write_held).run)
     except IncoError:
         raise
     except Exception as error:  # Log the traceback, and exit with a code for the supervisor.
@@ -102,9 +102,13 @@ class Runner:
     background: trio.Nursery
     """The nursery for tasks that run until the service has ended. A stop signal does not cancel them."""
 
-    def __init__(self, service: Service, notification_fd: int | None) -> None:
+    def __init__(
+        self, service: Service, notification_fd: int | None, write_held: Callable[[], Awaitable[None]]
+    ) -> None:
         self._service = service
         self._notification_fd = notification_fd
+        self._write_held = write_held
+        """Writes held log lines until cancelled."""
         self._is_ready = trio.Event()
         self._stop = trio.CancelScope()
         # One pending reload is enough, because it reads the newest configuration.
@@ -115,6 +119,7 @@ class Runner:
         """Run the service until a stop signal arrives or the service fails."""
         failure: IncoError | None = None
         async with trio.open_nursery() as self.background:
+            self.background.start_soon(self._write_held)
             await self.background.start(self._follow_signals)
             try:
                 with self._stop:
