@@ -18,6 +18,7 @@ from inco_trio.problems import Problems, report, working_for
 from inco_trio.service.log import _Lines, log_statistics, needs_timestamps, set_up_logging
 from inco_trio.service.throttle import PERIOD, Throttle
 from netns.hang import HANG
+from tests.support_control import no_threads
 
 logger = logging.getLogger("inco_trio.somewhere")
 
@@ -378,6 +379,33 @@ def test_no_line_overtakes_a_held_line(capfd: pytest.CaptureFixture[str], monkey
     now = 4 * PERIOD
     handler._release()
     assert lines() == [works, "warning: /f: missing", failed + omitted]
+
+
+def test_held_lines_are_written_even_if_no_thread_can_be_started(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("inco_trio.real_clock.monotonic", lambda: now)
+    set_up_logging("text", verbose=False)
+
+    def lines() -> list[str]:
+        return [line.removeprefix("inco-trio: ") for line in capfd.readouterr().err.splitlines()]
+
+    with no_threads():
+        for _ in range(3):
+            logger.warning("the link went down")
+        logger.info("another line")
+        assert lines() == ["warning: the link went down", "info: another line"]
+        now = PERIOD
+        logger.info("another line")
+        assert lines() == ["warning: the link went down (1 similar lines omitted)", "info: another line"]
+        logger.warning("the link went down")
+        now = 2 * PERIOD
+        logger.warning("the link went down")
+        assert lines() == ["warning: the link went down"]
+        logger.warning("the link is gone")
+    logging.getLogger("inco_trio").handlers[0].flush()
+    assert lines() == ["warning: the link went down", "warning: the link is gone"]
 
 
 def test_a_held_line_is_written_after_further_periods(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import stat
 import threading
@@ -82,9 +83,13 @@ class _Lines(logging.Handler):
         self._complained = fd == STANDARD_ERROR
         self._throttle = throttle.Throttle(real_clock.monotonic)
         self._timer: threading.Timer | None = None
+        self._due = math.inf
+        """When the next line writes the held lines, if no thread could be started for `_timer`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or hold it if its cause was logged less than a second ago."""
+        if self._due < math.inf and real_clock.monotonic() >= self._due:
+            self._release()
         cause = getattr(record, "cause", None)
         if cause is None:
             if record.levelno < logging.WARNING:
@@ -94,17 +99,22 @@ class _Lines(logging.Handler):
             cause = (record.msg, *(arg for arg in args if not isinstance(arg, int)))
         if self._throttle.admit(board_name.get(), cause, record):
             self._write(record)
-        elif self._timer is None:
+        elif self._timer is None and self._due == math.inf:
             self._start_timer()
 
     def _start_timer(self) -> None:
-        self._timer = threading.Timer(throttle.PERIOD, self._release)
-        self._timer.daemon = True
-        self._timer.start()
+        timer = threading.Timer(throttle.PERIOD, self._release)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:  # The process cannot start more threads (pids.max, RLIMIT_NPROC).
+            self._due = real_clock.monotonic() + throttle.PERIOD
+        else:
+            self._timer = timer
 
     def _release(self) -> None:
         with self.lock or contextlib.nullcontext():
-            self._timer = None
+            self._timer, self._due = None, math.inf
             self._throttle.release(self._write)
             if self._throttle.is_holding:
                 self._start_timer()
