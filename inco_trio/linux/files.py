@@ -36,7 +36,7 @@ _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _OF_PROCESS = re.compile("/proc/[0-9]+/")
-_FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
+_FUSE_USER = re.compile(rb" - fuse[^ ]* .*\buser_id=([0-9]+)")
 
 _KINDS = {
     stat.S_IFREG: "a file",
