@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import grp
 import itertools
 import json
 import logging
@@ -184,6 +185,18 @@ def test_a_private_group_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -
     assert not users.is_private_group(STRANGER, 0)
     assert not users.is_private_group(root.pw_gid, STRANGER)
     assert users.user_name(0) == "root (uid 0)"
+
+
+def test_the_primary_group_of_two_users_is_not_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`useradd -g app other` adds no member to the group."""
+    accounts = {name: pwd.struct_passwd((name, "x", uid, OWNER, "", "/", "/bin/sh")) for name, uid in
+                (("app", OWNER), ("app2", OWNER), ("other", STRANGER))}  # fmt: skip
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group(("app", "x", gid, [])))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: accounts["app"])
+    monkeypatch.setattr(pwd, "getpwall", lambda: [*accounts.values()])
+    assert not users.is_private_group(OWNER, OWNER)
+    del accounts["other"]
+    assert users.is_private_group(OWNER, OWNER)
 
 
 @pytest.mark.parametrize(
