@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "EXHAUSTED",
     "FILE_NAME_MAX",
     "ForeignFuseError",
     "Resolver",
@@ -34,7 +35,8 @@ _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PINNED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of open(2) that do not depend on the path."""
 _OF_PROCESS = re.compile("/proc/[0-9]+/")
 _FUSE_USER = re.compile(rb" - fuse[^ ]* .*\buser_id=([0-9]+)")
 
@@ -115,7 +117,7 @@ class Resolver:
         Raises OSError if no descriptors or memory are left.
         """
         left, error = self._reach(path, follow=True)
-        if error is not None and error.errno in _EXHAUSTED:
+        if error is not None and error.errno in EXHAUSTED:
             raise error
         return os.path.normpath("/" + "/".join([*self._names, *left]))
 
