@@ -153,6 +153,8 @@ class Events:
                 except trio.WouldBlock:
                     self._counters.events_lost += len(some) - number
                     break
+                except trio.BrokenResourceError:
+                    break  # The reader has closed its stream before the end of its block.
         return at
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:

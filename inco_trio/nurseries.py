@@ -1,16 +1,19 @@
-"""Helpers for Trio: nurseries that raise errors unwrapped, and long work that lets other tasks run."""
+"""Helpers for Trio: nurseries that raise errors unwrapped, and work that lets other tasks run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import TypeVar
 
 import trio
 
 from inco_trio import real_clock
 from inco_trio.errors import IncoError, unwrapped
 
-__all__ = ["in_turns", "plain_nursery", "starting_and_stopping"]
+__all__ = ["in_turns", "plain_nursery", "read_aside", "starting_and_stopping"]
+
+T = TypeVar("T")
 
 TURN = 0.004
 """Seconds after which long work lets other tasks run."""
@@ -24,6 +27,14 @@ async def in_turns(steps: Generator[object, None, None]) -> None:
             if real_clock.monotonic() >= end:
                 await trio.lowlevel.checkpoint()
                 end = real_clock.monotonic() + TURN
+
+
+async def read_aside(read: Callable[[], T]) -> T:
+    """Call `read` in a thread and return its result. In the event loop, reading files would delay notifications."""
+    try:
+        return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+    except RuntimeError:  # No thread can be started: read in the event loop.
+        return read()
 
 
 @contextlib.asynccontextmanager

@@ -9,19 +9,31 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import trio
 
 from inco_trio.frame import encode
 from inco_trio.linux.sockets import SO_PASSRIGHTS
 from netns.fixtures import Proxy
 from netns.hang import HANG
 
-__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running", "descriptors_refused", "no_descriptors"]
+__all__ = [
+    "COMMAND",
+    "FRAME",
+    "MAC",
+    "Board",
+    "Client",
+    "Running",
+    "descriptors_refused",
+    "no_descriptors",
+    "no_threads",
+]
 
 COMMAND = [sys.executable, "-m", "inco_trio"]
 
@@ -46,6 +58,27 @@ def no_descriptors() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def no_threads(left: int = 0) -> Iterator[None]:
+    """Let this process start only `left` more threads while the block runs, and none in Trio."""
+    start = threading.Thread.start
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def refuse(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_or_refuse)
+        patch.setattr(trio.to_thread, "run_sync", refuse)  # Trio may still have idle threads.
+        yield
 
 
 @contextlib.contextmanager

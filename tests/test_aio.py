@@ -26,11 +26,13 @@ from typing import cast
 import attrs
 import pytest
 import trio
+import trio.testing
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
 from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignalError, builtin_signals, open_proxy
 from inco_trio.simulation.world import Cores, Namespace, Peer
+from netns.hang import HANG
 
 PROJECT = Path(__file__).parents[1]
 RESET = b"ihub_reset_irq"
@@ -235,6 +237,37 @@ async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
         cancelled = await aio.run(proxy, main)
         assert cancelled > 1
         assert proxy.stats.sent == cancelled + 1
+
+
+@scenario
+async def test_the_event_of_a_cancelled_reader_reaches_another_reader(world: World) -> None:
+    from inco_trio import aio
+
+    readers: list[asyncio.Future[Notification]] = []
+
+    async def main(asyncio_proxy: aio.AsyncioProxy) -> None:
+        with asyncio_proxy.events() as events:
+            readers.extend(asyncio.ensure_future(anext(events)) for _ in range(2))
+            assert (await readers[1]).sequence == 1
+            assert readers[0].cancelled()
+            left = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+        with pytest.raises(ClosedError, match="the event stream is closed"):
+            await left
+
+    async def cancel_the_first_reader(*, task_status: trio.TaskStatus[None]) -> None:
+        with proxy.events() as events:
+            task_status.started()
+            await events.receive()
+            # In this turn of Trio, the first reader's fetch also has the event, but asyncio has not resumed the reader.
+            readers[0].cancel()
+
+    with trio.fail_after(HANG):
+        async with open_proxy(world.config) as proxy, trio.open_nursery() as nursery:
+            await nursery.start(cancel_the_first_reader)
+            nursery.start_soon(aio.run, proxy, main)
+            await trio.testing.wait_all_tasks_blocked()
+            world.core1.send(RESET)
 
 
 @scenario

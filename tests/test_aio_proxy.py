@@ -24,6 +24,7 @@ from typing import Any, get_args
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from inco_trio import (
     ClosedError,
@@ -383,6 +384,27 @@ def test_closing_a_stream_ends_a_waiting_reader(world: World) -> None:
                 await left
             with pytest.raises(ClosedError, match="the event stream is closed"):
                 await anext(events)
+
+    run(main)
+
+
+def test_closing_a_stream_during_a_fetch_ends_the_reader(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events() as events:
+                assert isinstance(events, aio._Events)
+
+                def notify_and_close() -> None:
+                    # Trio passes the notification to the waiting task. The stream is closed when this task continues.
+                    proxy._proxy._parts.events.carried(proxy.config.signals[:1], ())
+                    events.close()
+
+                reader = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0)
+                await proxy._beside.call(trio.testing.wait_all_tasks_blocked)
+                proxy._beside.ask(notify_and_close)
+                with pytest.raises(ClosedError, match="the event stream is closed"):
+                    await reader
 
     run(main)
 

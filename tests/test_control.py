@@ -20,6 +20,7 @@ import pytest
 import trio
 
 from inco_trio.control import place
+from inco_trio.control.client import answering
 from inco_trio.control.monitors import AHEAD, WAITING_MAX, Monitor
 from inco_trio.control.protocol import LINE_MAX, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
@@ -28,7 +29,7 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused
+from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused, no_threads
 
 
 @pytest.fixture
@@ -865,3 +866,11 @@ def test_invalid_acknowledgements_are_refused(board: Board) -> None:
     assert other.ask({"request": "follow"})["error"] == "busy"
     client.end()
     assert "follow" in other.ask({"request": "follow"})
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_all_control_sockets_are_tried_even_if_few_threads_can_be_started(tmp_path: Path, left: int) -> None:
+    with no_threads(left):
+        found, errors = answering([tmp_path / name for name in "abc"])
+    assert found == []
+    assert sorted(Path(error.subject).name for error in errors) == ["a", "b", "c"]

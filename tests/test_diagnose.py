@@ -40,6 +40,15 @@ def test_filesystem_type_is_read(device: tuple[int, int], kind: str | None) -> N
     assert filesystem_type(MOUNTS, os.makedev(*device)) == kind
 
 
+@pytest.mark.parametrize("name", ["a\u2028b", "a\x1c\x1cb", "a\rb", "a\v1 0:99\fb", "a\x853\u20022\u20020:31\u2002/b"])
+def test_mount_points_with_unusual_separators_are_read(name: str, tmp_path: Path) -> None:
+    escaped = name.replace(" ", "\\040")
+    mounts = f"1 2 0:30 / /mnt/{escaped} rw shared:9 - fuse.{escaped} {escaped} rw\n3 2 0:31 / /y rw - ext4 z rw\n"
+    assert filesystem_type(mounts, os.makedev(0, 30)) == f"fuse.{escaped}"
+    assert filesystem_type(mounts, os.makedev(0, 31)) == "ext4"
+    assert filesystem_type(mounts, os.makedev(0, 99)) is None
+
+
 @pytest.mark.parametrize("path", ["/proc", "/proc/self/missing/also", "/sys/kernel"])
 def test_filesystems_without_inotify_are_named(path: str) -> None:
     problem = unreported(Path(path))

@@ -37,7 +37,7 @@ from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
+from inco_trio.linux.processes import Process, Processes, listening_sockets, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.registers.diagnose import UNREPORTED
@@ -708,7 +708,11 @@ SOCKETS = """\
 Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00000000 0002 01 77 /x/a
 0000000000000000: 00000002 00000000 00000000 0002 01 78 /x/a b
-0000000000000000: 00000003 00000000 00000000 0001 03 79
+0000000000000000: 00000003 00000000 00000000 0001 03    79
+0000000000000000: 00000002 00000000 00010000 0001 01    81 /x/s
+0000000000000000: 00000002 00000000 00010000 0001 01    82 /x/odd
+a b c not d e a number /x/a
+0000000000000000: 00000002 00000000 00010000 0001 01    83 /x/\u2028s
 """
 
 
@@ -718,6 +722,9 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     assert packet_sockets(4, 0x8800, tree.root) == [77]
     assert unix_sockets("/x/a", tree.root) == [77]
     assert unix_sockets("/x/a b", tree.root) == [78]
+    tree.put("proc/50/net/unix", SOCKETS)
+    listening = process(50, "inco-trio run l0", sockets=(77, 81, 83))
+    assert listening_sockets(listening, tree.root) == [Path("/x/s"), Path("/x/\u2028s")]
     processes = everyone(PROXY, HOLDER)
     assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert users_of_interface(5, processes, tree.root) == Users((), (), (), 1)

@@ -334,7 +334,7 @@ def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: 
 
 
 def test_the_fix_makes_a_read_only_directory_writable(cores: Cores, tmp_path: Path) -> None:
-    irq = tmp_path / "an irq"
+    irq = tmp_path / "an\u2028\x1c irq"
     irq.mkdir()
     setup = f"""
         mount -t tmpfs none '{irq}'; mkdir '{irq}/x'; touch '{irq}/x/message_4_state'; mount -o remount,ro '{irq}'

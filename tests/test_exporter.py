@@ -21,12 +21,13 @@ import trio
 import trio.testing
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
+from inco_trio.errors import ResourceError
 from inco_trio.metrics import http_server
 from inco_trio.metrics.http_server import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.mosquitto import Gateway, free_port
-from tests.support_control import COMMAND, Board, no_descriptors
+from tests.support_control import COMMAND, Board, no_descriptors, no_threads
 
 pytestmark = pytest.mark.tools
 
@@ -295,6 +296,22 @@ def test_a_lack_of_descriptors_is_no_failure_of_a_proxy(
         f"control: {tmp_path}: cannot search for control sockets: Too many open files; querying the known proxies",
         f"{path}: cannot connect: Too many open files",
     ]
+
+
+def test_control_sockets_are_found_even_if_no_thread_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    with answering(tmp_path / "x.sock", GREETING + b'{"status": []}\n'), no_threads():
+        assert 'inco_trio_proxy_up{proxy="x"} 1' in trio.run(Boards().metrics)
+
+
+def test_a_lack_of_threads_for_a_host_look_up_is_an_error() -> None:
+    with (
+        no_threads(),
+        pytest.raises(ResourceError, match=r"^--listen no\.invalid:1: cannot look up this address: can't"),
+    ):
+        trio.run(http_server.serve, "no.invalid", 1, None, lambda: None)
 
 
 def test_more_scrapes_at_once_than_connections_get_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

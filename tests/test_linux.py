@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import inco_trio
-from inco_trio.linux import files
+from inco_trio.linux import files, rtnetlink
 from inco_trio.linux.files import Resolver, is_path, kind_of_file
 from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNET, entered, identity
@@ -131,3 +133,20 @@ def test_a_loop_of_symlinks_is_not_followed_forever(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Too many levels"):
             resolver.open(tmp_path / "a")
         assert stat.S_ISLNK(os.fstat(resolver.open(tmp_path / "a", follow=False)).st_mode)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_numbers_of_an_interface_are_in_the_byte_order_of_the_machine(
+    order: Literal["little", "big"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        rtnetlink.IFLA_MASTER: 1,
+        rtnetlink.IFLA_MTU: 1500,
+        rtnetlink.IFLA_LINK: 3,
+        rtnetlink.IFLA_CARRIER_DOWN_COUNT: 4,
+    }
+    attributes = [rtnetlink._attribute(kind, value.to_bytes(4, order)) for kind, value in values.items()]
+    operstate = rtnetlink._attribute(rtnetlink.IFLA_OPERSTATE, bytes([rtnetlink.IF_OPER_UP]))
+    monkeypatch.setattr(sys, "byteorder", order)
+    found = rtnetlink._parse(rtnetlink._INTERFACE.pack(0, 0, 7, 0, 0) + b"".join([*attributes, operstate]))
+    assert (found.index, found.master, found.mtu, found.below, found.downs, found.state) == (7, 1, 1500, 3, 4, "UP")

@@ -24,7 +24,7 @@ from inco_trio.mqtt.session import RECEIVE_MAX, BrokerLostError, BrokerRefusedEr
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
-from tests.support_control import COMMAND, Board
+from tests.support_control import COMMAND, Board, no_threads
 
 pytestmark = pytest.mark.tools
 
@@ -201,6 +201,13 @@ def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitSta
 def test_unreachable_broker_is_an_error() -> None:
     assert "cannot be reached" in str(refusal(at(free_port()), Credentials()))
     assert "no such host" in str(refusal(Broker("nowhere.invalid", 1, False, "lab"), Credentials()))
+
+
+def test_a_lack_of_threads_for_a_host_look_up_is_an_error() -> None:
+    with no_threads():
+        lost = refusal(Broker("nowhere.invalid", 1, False, "lab"), Credentials())
+    assert isinstance(lost, BrokerLostError)
+    assert str(lost).endswith(": cannot look up the host: can't start new thread")
 
 
 def test_a_broker_that_never_answers_is_an_error() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from inco_trio import (
     builtin_signals,
     open_proxy,
 )
+from inco_trio.cores.peer import Peer
 from inco_trio.simulation.world import Cores
 from netns.hang import HANG
 
@@ -377,3 +379,69 @@ def test_wait_for_of_a_proxy_returns_the_next_notification(tmp_path: Path) -> No
                 await proxy.wait_for(NOTIFY)
 
     played(tmp_path, story)
+
+
+def test_closing_one_stream_stops_only_that_stream(tmp_path: Path) -> None:
+    async def story(config: Config, link: str) -> None:
+        async with Core1(link) as core1, open_proxy(config) as proxy, Core0(config.signals) as core0:
+            with (
+                proxy.events() as closed_events,
+                core0.events() as closed_states,
+                core1.events() as closed_frames,
+                proxy.events() as events,
+                core0.events() as states,
+                core1.events() as frames,
+            ):
+                for stream in (closed_events, closed_states, closed_frames):
+                    await stream.aclose()
+                await core1.send(HWWD)
+                assert (await events.receive()).signal.name == HWWD
+                assert (await states.receive()).name == HWWD
+                await core0.send(NOTIFY)
+                assert (await events.receive()).signal.name == NOTIFY
+                assert (await frames.receive()).name == NOTIFY
+            assert (proxy.stats.events_lost, core0.lost, core1.lost) == (0, 0, 0)
+
+    played(tmp_path, story)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_notification_that_arrives_while_a_core_closes_is_no_error(tmp_path: Path, number: int) -> None:
+    async def story(config: Config, link: str) -> None:
+        for _ in range(20):  # Trio runs the task that reads and the task that closes in random order.
+            with arriving(config, link, number) as (core, arrive), contextlib.ExitStack() as stack:
+                async with core:
+                    events = stack.enter_context(core.events())
+                    await trio.testing.wait_all_tasks_blocked()
+                    arrive()
+                    await trio.lowlevel.checkpoint()  # Both tasks can continue now.
+                assert [each.sequence async for each in events] in ([], [1])
+
+    played(tmp_path, story)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_reopened_core_ignores_its_former_streams(tmp_path: Path, number: int) -> None:
+    async def story(config: Config, link: str) -> None:
+        with arriving(config, link, number) as (core, arrive), contextlib.ExitStack() as stack:
+            async with core:
+                former = stack.enter_context(core.events())
+            async with core:
+                with core.events() as events:
+                    arrive()
+                    assert (await events.receive()).sequence == 1
+                assert [each async for each in former] == []
+
+    played(tmp_path, story)
+
+
+@contextlib.contextmanager
+def arriving(config: Config, link: str, number: int) -> Iterator[tuple[Core0 | Core1, Callable[[], object]]]:
+    """Return core 0 or core 1 without a proxy, and a function that makes a notification arrive there."""
+    state = next(signal for signal in config.signals if signal.name == HWWD)
+    state.directory.mkdir(exist_ok=True)
+    with Peer(config.link) as peer:
+        if number == 0:
+            yield Core0(config.signals), lambda: state.path.write_text("1")
+        else:
+            yield Core1(link), lambda: peer.send(NOTIFY.encode())

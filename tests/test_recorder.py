@@ -34,7 +34,8 @@ def memory() -> memoryview:
 
 def contents(recorder: Recorder) -> list[tuple[Any, ...]]:
     """Return all fields of the notifications and the events."""
-    return [attrs.astuple(each) for each in (*recorder.notifications(), *recorder.notes())]
+    notifications = [attrs.astuple(each) for each in recorder.notifications()]
+    return notifications + [attrs.astuple(each) for each in recorder.notes()]
 
 
 def counts(recorder: Recorder) -> list[tuple[str, int, int]]:

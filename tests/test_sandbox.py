@@ -24,7 +24,7 @@ from inco_trio.service.sandbox import enter_sandbox
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
-from tests.support_control import Board
+from tests.support_control import Board, no_descriptors
 from tests.support_proxy import write_udrv
 from tests.test_privileges import status_of
 
@@ -354,8 +354,8 @@ def test_a_kernel_without_a_part_of_the_sandbox_is_one_warning(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    def accept(*_: object) -> list[Path]:
-        return []
+    def accept(*_: object) -> dict[Path, OSError]:
+        return {}
 
     monkeypatch.setattr(landlock, "restrict_files", refuse if broken == "landlock" else accept)
     monkeypatch.setattr(seccomp, "install", refuse if broken == "seccomp" else accept)
@@ -389,7 +389,7 @@ def test_the_filter_depends_on_the_features(
         made.append((len(families), also))
         return b""
 
-    ignore: Callable[..., list[Path]] = lambda *_: []  # noqa: E731 - a stand-in
+    ignore: Callable[..., dict[Path, OSError]] = lambda *_: {}  # noqa: E731 - a stand-in
     monkeypatch.setattr(landlock, "restrict_files", ignore)
     monkeypatch.setattr(seccomp, "install", ignore)
     monkeypatch.setattr(seccomp, "filter_code", code)
@@ -406,6 +406,46 @@ def test_the_writable_places_are_parents(tmp_path: Path) -> None:
     assert sandbox._existing(tmp_path / "b/c/irq") == tmp_path
     assert sandbox._existing(Path("/proc")) == Path("/proc")
     assert sandbox._existing(Path("/missing")) == Path("/")
+
+
+def test_a_writable_place_above_a_path_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "x" * 256):
+        assert sandbox._existing(tmp_path / name / "irq/state") == tmp_path
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        sandbox._existing(tmp_path / "irq")
+
+
+def test_a_path_that_cannot_be_opened_does_not_disable_the_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application replaces the directory with a symlink while the sandbox starts."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    ruled: list[int] = []
+    rulesets = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
+
+    class Libc:
+        def syscall(self, number: int, *arguments: Any) -> int:
+            if number == 445:
+                ruled.append(os.fstat(struct.unpack("=Qi", arguments[2])[1]).st_ino)
+            return rulesets.pop() if number == 444 else 0
+
+    monkeypatch.setattr(landlock, "abi", lambda: 1)
+    monkeypatch.setattr(landlock, "libc", Libc())
+    monkeypatch.setattr(seccomp, "install", lambda _: None)
+    monkeypatch.setattr(sandbox, "_existing", lambda path: path)
+    configs = [Config("rpmsg4000", builtin_signals(tmp_path / name)) for name in ("a", "loop")]
+    with caplog.at_level("INFO"):
+        enter_sandbox(configs, control=None, grows=False, has_fd_holder=False, log=False)
+    text = "the sandbox does not permit writing there, because it cannot be opened: Too many levels of symbolic links"
+    assert caplog.messages == [
+        f"{tmp_path}/loop: {text} (correct the path and restart)",
+        f"sandbox: writing is limited to {tmp_path}/a (restart after adding a directory elsewhere)",
+    ]
+    assert ruled == [(tmp_path / "a").stat().st_ino, Path("/dev/null").stat().st_ino]
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        landlock.restrict_files([tmp_path], [])
 
 
 @pytest.mark.s6

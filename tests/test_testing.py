@@ -22,15 +22,18 @@ import pytest
 import trio
 
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.errors import ClosedError, ConfigError, IncoError, InvalidArgumentError
+from inco_trio.errors import ClosedError, ConfigError, IncoError, InvalidArgumentError, ResourceError
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
+from inco_trio.simulation.world import Namespace
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
+from inco_trio.testing.engine import Engine
 from inco_trio.testing.faults import LATE, FrameFaults
 from inco_trio.testing.happenings import History
 from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
+from tests.support_control import no_threads
 
 RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
 FRAME = encode(RESET.encode(), bytes(6))
@@ -400,6 +403,16 @@ def test_a_closed_board_raises_closed_error(tmp_path: Path) -> None:
     for library in ("trio", "asyncio"):
         with pytest.raises(ClosedError, match=r"^the board is closed$"):
             run(library, board.core1.expect_async, NOTIFY)
+
+
+def test_a_lack_of_threads_is_an_error(board: Board) -> None:
+    for library in ("trio", "asyncio"):
+        with no_threads(), pytest.raises(ResourceError, match=r"^expect_async: cannot start a thread: can't"):
+            run(library, board.core1.expect_async, NOTIFY)
+    with no_threads(), pytest.raises(ResourceError, match=r"^the boards under test: cannot start a thread: can't"):
+        Engine()
+    with no_threads(), pytest.raises(ResourceError, match=r"^a network namespace: cannot start a thread: can't"):
+        Namespace()
 
 
 @pytest.mark.tools

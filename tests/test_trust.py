@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import grp
 import itertools
 import json
 import logging
@@ -186,6 +187,18 @@ def test_a_private_group_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -
     assert users.user_name(0) == "root (uid 0)"
 
 
+def test_the_primary_group_of_two_users_is_not_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`useradd -g app other` adds no member to the group."""
+    accounts = {name: pwd.struct_passwd((name, "x", uid, OWNER, "", "/", "/bin/sh")) for name, uid in
+                (("app", OWNER), ("app2", OWNER), ("other", STRANGER))}  # fmt: skip
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group(("app", "x", gid, [])))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: accounts["app"])
+    monkeypatch.setattr(pwd, "getpwall", lambda: [*accounts.values()])
+    assert not users.is_private_group(OWNER, OWNER)
+    del accounts["other"]
+    assert users.is_private_group(OWNER, OWNER)
+
+
 @pytest.mark.parametrize(
     ("text", "ids"), [("root", (0, None)), ("root:root", (0, 0)), (":7", (None, 7)), ("12:13", (12, 13))]
 )
@@ -214,10 +227,10 @@ FUSE = """
 import ctypes, os, sys
 from pathlib import Path
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
-place, user = sys.argv[1], int(sys.argv[2])
+place, user, kind = sys.argv[1], int(sys.argv[2]), os.fsencode(sys.argv[4])
 fd = os.open("/dev/fuse", os.O_RDWR)
 options = f"fd={fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
-assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), b"fuse", 0, options) == 0
+assert ctypes.CDLL(None).mount(b"x", os.fsencode(place), kind, 0, options) == 0
 try:
     open_trusted(Path(place, "irq"), Trust(owner=int(sys.argv[3])))
 except UnfitFileError as error:
@@ -226,11 +239,12 @@ except UnfitFileError as error:
 """A program that mounts an unresponsive FUSE filesystem and opens a directory on it."""
 
 
+@pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuse.a\vb"])
 @pytest.mark.parametrize("owner", [OWNER, STRANGER])
-def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int) -> None:
+def test_a_fuse_filesystem_of_a_user_is_refused(home: Path, owner: int, kind: str) -> None:
     """A user's filesystem can report any owner, and can block the proxy for as long as the user wants."""
     place = give(home / "app", OWNER)
-    command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner)]
+    command = ["unshare", "--mount", sys.executable, "-c", FUSE, str(place), str(OWNER), str(owner), kind]
     done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
     assert done.stdout == f"not trusted: {place} is a FUSE filesystem of uid {OWNER}, which can block the proxy\n"
 

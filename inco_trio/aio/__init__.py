@@ -172,7 +172,7 @@ class _Events(AsyncIterator[Notification]):
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
+        with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
             for _ in range(most):
                 self._fetched.append(self._stream.receive_nowait())
 
@@ -223,8 +223,10 @@ class AsyncioProxy:
 class _AsyncioEvents(AsyncIterator[Notification]):
     def __init__(self, stream: trio.MemoryReceiveChannel[Notification]) -> None:
         self._stream = stream
-        # If a reader is cancelled after the fetch but before it resumes, the next reader gets the notification.
+        # If a reader is cancelled after the fetch but before it resumes, another reader gets the notification.
         self._fetched: deque[Notification] = deque()
+        # Use Trio's lock: asyncio resumes a cancelled reader before the fetch, a Trio task, has ended.
+        self._fetching = trio.Lock()
 
     async def __anext__(self) -> Notification:
         while not self._fetched:
@@ -232,10 +234,15 @@ class _AsyncioEvents(AsyncIterator[Notification]):
                 await _import_trio_asyncio().trio_as_aio(self._fetch)()
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
+            except trio.ClosedResourceError:
+                raise ClosedError("the event stream is closed") from None
         return self._fetched.popleft()
 
     async def _fetch(self) -> None:
-        self._fetched.append(await self._stream.receive())
+        """Wait for a notification, which another reader may take first."""
+        async with self._fetching:
+            if not self._fetched:
+                self._fetched.append(await self._stream.receive())
 
 
 async def on_notification(

@@ -349,14 +349,18 @@ def _close(clients: list[Client], kept: Client | None) -> None:
 
 def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
     """Connect to the control sockets at `paths` concurrently. Also return the errors of failed connections."""
-    if len(paths) < 2:
-        found = [_attempt(path) for path in paths]
-    else:
+    attempts: dict[Path, Client | IncoError] = {}
+    if len(paths) > 1:
         # Import ThreadPoolExecutor lazily, because most hosts have only one proxy.
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(len(paths)) as threads:
-            found = list(threads.map(_attempt, paths))
+        def attempt(path: Path) -> None:
+            attempts[path] = _attempt(path)
+
+        # RuntimeError means that no more threads can be started.
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(len(paths)) as threads:
+            list(threads.map(attempt, paths))
+    found = [attempts[path] if path in attempts else _attempt(path) for path in paths]
     clients: dict[str, Client] = {}
     for each in found:
         if isinstance(each, Client) and clients.setdefault(each.greeting.boot, each) is not each:

@@ -69,10 +69,13 @@ class Core:
 
     async def __aexit__(self, *raised: Any) -> bool | None:
         resources, self._resources = self._resources, None
-        for stream in self._streams:
-            stream.close()
         assert resources is not None  # noqa: S101 - set by __aenter__
-        return await resources.__aexit__(*raised)
+        try:
+            return await resources.__aexit__(*raised)
+        finally:
+            # End the streams last: until then, the reading task may still receive notifications.
+            while self._streams:
+                self._streams.popitem()[0].close()
 
     async def _start(self, resources: AsyncExitStack) -> None:
         raise NotImplementedError
@@ -94,6 +97,8 @@ class Core:
                     stream.send_nowait(arrival)
                 except trio.WouldBlock:
                     self.lost += 1
+                except trio.BrokenResourceError:
+                    pass  # The reader has closed its stream before the end of its block.
 
     @contextmanager
     def events(
@@ -116,7 +121,7 @@ class Core:
             with sending, stream:
                 yield stream
         finally:
-            del self._streams[sending]
+            self._streams.pop(sending, None)
 
     async def wait_for(self, name: str) -> Arrival:
         """Wait for the next notification of a signal.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.linux.files import kind_of_file
-from inco_trio.linux.processes import Process
+from inco_trio.linux.processes import Process, lines_of
 from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
 from inco_trio.service.descriptions import USER
@@ -72,12 +72,9 @@ def _is_read_only(path: Path) -> bool:
 
 def _mount_point(path: Path) -> Path:
     """Return the mount point of the filesystem that contains `path`."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        lines = []  # /proc is not mounted.
-    # The kernel writes a space as \040 (proc_pid_mountinfo(5)).
-    names = [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split()[4]) for line in lines]
+    # The kernel writes a space as \040 (proc_pid_mountinfo(5)). The mount point is the fifth field.
+    fields = (line.split(" ") for line in lines_of(Path("/proc/self/mountinfo")) if line)
+    names = [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field[4]) for field in fields]
     around = [Path(name) for name in names if path.resolve().is_relative_to(name)]
     return max(around, key=lambda point: len(point.parts), default=path)
 

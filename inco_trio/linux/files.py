@@ -39,7 +39,7 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Error numbers that report a lack of descriptors or memory."""
 _DESCRIPTORS = "/proc/self/fd"
 _OF_PROCESS = re.compile("/proc/[0-9]+/")
-_FUSE_USER = re.compile(rb" - fuse\S* .*\buser_id=([0-9]+)")
+_FUSE_USER = re.compile(rb" - fuse[^ ]* .*\buser_id=([0-9]+)")
 
 _KINDS = {
     stat.S_IFREG: "a file",

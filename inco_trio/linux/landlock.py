@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import stat
@@ -9,7 +10,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from inco_trio.linux.files import ForeignFuseError, pinned
+from inco_trio.linux.files import EXHAUSTED, pinned
 from inco_trio.linux.libc import check, libc
 
 __all__ = ["abi", "restrict_files"]
@@ -37,13 +38,14 @@ def abi() -> int:
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(_CREATE_RULESET_VERSION))))
 
 
-def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> list[Path]:
+def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> dict[Path, OSError]:
     """Allow this thread and the threads that it creates to write only below `writable` and execute only `executable`.
 
-    Reading remains allowed. Since ABI 4, the kernel also refuses TCP. Requires no_new_privs. Return the paths that lead
-    to a FUSE filesystem of another user, below which the kernel refuses to write. Raises OSError.
+    Reading remains allowed. Since ABI 4, the kernel also refuses TCP. Requires no_new_privs. Return the errors of the
+    `writable` paths that cannot be opened, for example on a FUSE filesystem of another user. The kernel refuses to
+    write there. Raises OSError.
     """
-    foreign = []
+    refused: dict[Path, OSError] = {}
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ
     attributes = struct.pack("=QQQ", handled & ~IOCTL_DEV, _TCP, _SCOPE_SIGNAL)
@@ -52,20 +54,25 @@ def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> list
     try:
         changes = WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SOCK
         for path in writable:
-            try:
-                _allow(ruleset, path, changes & handled)
-            except ForeignFuseError:
-                foreign.append(path)
+            with contextlib.ExitStack() as opened:
+                try:
+                    fd = opened.enter_context(pinned(path))
+                except OSError as error:
+                    if error.errno in EXHAUSTED:
+                        raise
+                    refused[path] = error
+                else:
+                    _allow(ruleset, fd, changes & handled)
         for path in executable:
-            _allow(ruleset, path, EXECUTE)
+            with pinned(path) as fd:
+                _allow(ruleset, fd, EXECUTE)
         check(libc.syscall(_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint(0)))
     finally:
         os.close(ruleset)
-    return foreign
+    return refused
 
 
-def _allow(ruleset: int, path: Path, rights: int) -> None:
-    with pinned(path) as fd:
-        rights = rights if stat.S_ISDIR(os.fstat(fd).st_mode) else rights & _FILE
-        rule = struct.pack("=Qi", rights, fd)
-        check(libc.syscall(_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), rule, ctypes.c_uint(0)))
+def _allow(ruleset: int, fd: int, rights: int) -> None:
+    rights = rights if stat.S_ISDIR(os.fstat(fd).st_mode) else rights & _FILE
+    rule = struct.pack("=Qi", rights, fd)
+    check(libc.syscall(_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), rule, ctypes.c_uint(0)))

@@ -36,6 +36,8 @@ __all__ = [
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
+_UNIX_SOCKET = re.compile(r"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +([0-9]+) (.*)")
+"""A row of /proc/net/unix: number, references, protocol, flags, type, state, inode, and path."""
 _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
 """The command that stops a service, for each supervisor's process name. Its argument is the service's directory."""
 _SUPERVISORS = {"s6-svc": "s6", "sv": "runit", "svc": "daemontools", "systemctl": "systemd"}
@@ -260,11 +262,10 @@ def interfaces_of(process: Process, root: Path = Path("/")) -> list[str]:
 
 def listening_sockets(process: Process, root: Path = Path("/")) -> list[Path]:
     """Return the paths of the Unix sockets on which a process listens, as paths that this process can open."""
-    rows = (line.split(None, 7) for line in lines_of(root / f"proc/{process.pid}/net/unix")[1:])
     paths = [
-        row[7]
-        for row in rows
-        if len(row) == 8 and int(row[3], 16) & _LISTENS and int(row[6]) in process.sockets and row[7].startswith("/")
+        path
+        for flags, inode, path in _unix_sockets(root / f"proc/{process.pid}/net/unix")
+        if flags & _LISTENS and inode in process.sockets and path.startswith("/")
     ]
     above = Path("/") if is_same_mount_namespace(process, root) else root / f"proc/{process.pid}/root"
     return [above / path.lstrip("/") for path in paths]
@@ -302,6 +303,12 @@ def is_same_system(process: Process, root: Path = Path("/")) -> bool:
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:
     """Return the inodes of the sockets in this network namespace that are bound to `path`."""
-    # Columns: num, references, protocol, flags, type, state, inode, path. The path may contain spaces.
-    rows = (line.split(None, 7) for line in lines_of(root / "proc/thread-self/net/unix")[1:])
-    return [int(row[6]) for row in rows if len(row) == 8 and row[7] == path]
+    return [inode for _, inode, bound in _unix_sockets(root / "proc/thread-self/net/unix") if bound == path]
+
+
+def _unix_sockets(table: Path) -> Iterator[tuple[int, int, str]]:
+    """Yield the flags, the inode and the path of each Unix socket that is bound to a path."""
+    # The path may contain spaces and, as the kernel does not escape them, line breaks: ignore the rest of such a path.
+    for line in lines_of(table):
+        if row := _UNIX_SOCKET.fullmatch(line):
+            yield int(row[1], 16), int(row[2]), row[3]

@@ -241,6 +241,11 @@ def _attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
+def _number(attributes: dict[int, bytes], kind: int) -> int:
+    """Return a numeric attribute, or 0 if it is missing. The kernel uses the byte order of the machine."""
+    return int.from_bytes(attributes.get(kind, b""), sys.byteorder)
+
+
 def _parse(message: bytes) -> Interface:
     _family, _type, index, flags, _change = _INTERFACE.unpack_from(message)
     attributes = _attributes(message[_INTERFACE.size :])
@@ -253,14 +258,14 @@ def _parse(message: bytes) -> Interface:
         os.fsdecode(attributes.get(IFLA_IFNAME, b"").rstrip(b"\0")),
         bool(flags & IFF_UP),
         flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING,
-        int.from_bytes(attributes.get(IFLA_MASTER, b""), "little"),
+        _number(attributes, IFLA_MASTER),
         kinds.get(IFLA_INFO_SLAVE_KIND, ""),
-        int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
+        _number(attributes, IFLA_MTU),
         attributes.get(IFLA_ADDRESS, b""),
         kinds.get(IFLA_INFO_KIND, ""),
-        0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
+        0 if IFLA_LINK_NETNSID in attributes else _number(attributes, IFLA_LINK),
         attributes.get(IFLA_OPERSTATE) == bytes([IF_OPER_UP]),
-        int.from_bytes(attributes.get(IFLA_CARRIER_DOWN_COUNT, b""), "little"),
+        _number(attributes, IFLA_CARRIER_DOWN_COUNT),
         bool(flags & IFF_LOWER_UP),
-        int.from_bytes(attributes.get(IFLA_OPERSTATE, b""), "little"),
+        _number(attributes, IFLA_OPERSTATE),
     )

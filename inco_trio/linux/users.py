@@ -34,7 +34,10 @@ def find_owner(text: str) -> tuple[int | None, int | None]:
 
 
 def is_private_group(gid: int, uid: int) -> bool:
-    """Return whether a group has the name of the user and no other members (useradd(8), USERGROUPS_ENAB)."""
+    """Return whether a group has the name of the user and no other members (useradd(8), USERGROUPS_ENAB).
+
+    A user whose primary group it is counts as a member. The file group(5) does not list these users.
+    """
     import grp
     import pwd
 
@@ -42,4 +45,6 @@ def is_private_group(gid: int, uid: int) -> bool:
         group, name = grp.getgrgid(gid), pwd.getpwuid(uid).pw_name
     except KeyError:
         return False
-    return group.gr_name == name and {*group.gr_mem} <= {name}
+    if group.gr_name != name or not {*group.gr_mem} <= {name}:
+        return False
+    return all(user.pw_gid != gid or user.pw_uid == uid for user in pwd.getpwall())

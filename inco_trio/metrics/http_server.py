@@ -18,6 +18,7 @@ from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
 from inco_trio.metrics.openmetrics import Reported, openmetrics_of_proxies
+from inco_trio.nurseries import read_aside
 from inco_trio.problems import Problems
 from inco_trio.service.privileges import raise_descriptor_limit
 
@@ -69,7 +70,7 @@ class Boards:
     async def _ask_all(self) -> list[Reported]:
         if self._controls is None:
             try:
-                self._paths = await trio.to_thread.run_sync(sockets)
+                self._paths = await read_aside(sockets)
                 self._problems.well("control")
             except ResourceError as error:
                 self._problems.failed("control", f"{error}; querying the known proxies")
@@ -121,6 +122,8 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
     listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
+    except RuntimeError as error:  # Trio cannot start a thread to look up the address.
+        raise ResourceError(f"--listen {listen}: cannot look up this address: {error}") from error
     except PermissionError as error:
         raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use port 1024 or higher)") from error
     except OSError as error:

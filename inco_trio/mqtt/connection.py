@@ -468,7 +468,10 @@ async def _open_stream(broker: Broker, credentials: Credentials, patience: float
     tcp: trio.SocketStream | None = None
     try:
         with trio.fail_after(2 * patience):
-            tcp = await trio.open_tcp_stream(broker.host, broker.port)
+            try:
+                tcp = await trio.open_tcp_stream(broker.host, broker.port)
+            except RuntimeError as error:  # Trio cannot start a thread to look up the host.
+                raise BrokerLostError(broker, f"cannot look up the host: {error}") from error
             if context is None:
                 return tcp
             stream = trio.SSLStream(tcp, context, server_hostname=broker.host, https_compatible=True)

@@ -39,7 +39,7 @@ from inco_trio.mqtt.session import (
     SessionTakenError,
 )
 from inco_trio.mqtt.topics import Topics
-from inco_trio.nurseries import plain_nursery
+from inco_trio.nurseries import plain_nursery, read_aside
 from inco_trio.problems import Problems
 
 __all__ = ["Gateway"]
@@ -106,7 +106,7 @@ class Gateway:
     async def _look(self, nursery: trio.Nursery) -> None:
         """Start following the proxies whose control sockets have just appeared."""
         try:
-            paths = self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets)
+            paths = self._controls if self._controls is not None else await read_aside(sockets)
         except ResourceError as error:
             self._problems.failed("control", f"{error}; retrying")
             return

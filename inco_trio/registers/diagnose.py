@@ -71,10 +71,11 @@ def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
 def filesystem_type(mountinfo: str, device: int) -> str | None:
     """Return the type of the filesystem with device number `device` from /proc/self/mountinfo (proc(5))."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in mountinfo.splitlines():
-        mount, _, source = line.partition(" - ")
-        if mount.split()[2] == wanted:
-            return source.split()[0]
+    # The kernel escapes only spaces, tabs, backslashes and line feeds. A name may contain other separators of str.
+    for line in mountinfo.split("\n"):
+        mount, is_complete, source = line.partition(" - ")
+        if is_complete and mount.split(" ")[2] == wanted:
+            return source.partition(" ")[0]
     return None
 
 

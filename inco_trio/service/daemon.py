@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -22,6 +22,7 @@ from inco_trio.control.feed import Served
 from inco_trio.control.server import Control
 from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
+from inco_trio.nurseries import read_aside
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.registers.diagnose import diagnose
@@ -35,11 +36,9 @@ if TYPE_CHECKING:
     from inco_trio.control.client import Client
     from inco_trio.service.rivals import Rival
 
-__all__ = ["Boards", "Daemon", "OneBoard", "read_aside"]
+__all__ = ["Boards", "Daemon", "OneBoard"]
 
 logger = logging.getLogger(__name__)
-
-_R = TypeVar("_R")
 
 
 class Boards(Served, Protocol):
@@ -96,14 +95,6 @@ class OneBoard:
 
     def not_open(self) -> Mapping[str, str]:
         return {self.name: "the link does not exist yet"} if self._proxy is None else {}
-
-
-async def read_aside(read: Callable[[], _R]) -> _R:
-    """Call `read` in a thread and return its result. In the event loop, reading files would delay notifications."""
-    try:
-        return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
-    except RuntimeError:  # No thread can be started: read in the event loop.
-        return read()
 
 
 class Daemon:

@@ -15,11 +15,11 @@ from inco_trio.board_files import Boards, read_boards
 from inco_trio.config import Config
 from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
+from inco_trio.nurseries import read_aside
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.problems import working_for
 from inco_trio.proxy.fleet import Proxies, open_fleet
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.service.daemon import read_aside
 from inco_trio.service.log import log_statistics
 from inco_trio.signals import Signal
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from inco_trio.config import Config
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.linux import landlock, seccomp
-from inco_trio.linux.files import ForeignFuseError, pinned
+from inco_trio.linux.files import EXHAUSTED, ForeignFuseError, pinned
 
 __all__ = ["enter_sandbox"]
 
@@ -36,11 +36,14 @@ def enter_sandbox(
         if not log:
             writable = sorted(_writable(configs, control))
             programs = _programs() if has_fd_holder else ()
-            foreign = landlock.restrict_files([*writable, Path("/dev/null")], programs)
-            for path in foreign:
-                text = "the sandbox does not permit writing there, because it is a FUSE filesystem of another user"
-                logger.warning("%s: %s (unmount it and restart)", path, text)
-            places = ", ".join(str(path) for path in writable if path not in foreign)
+            refused = landlock.restrict_files([*writable, Path("/dev/null")], programs)
+            for path, error in refused.items():
+                if isinstance(error, ForeignFuseError):
+                    reason, remedy = "it is a FUSE filesystem of another user", "unmount it and restart"
+                else:
+                    reason, remedy = f"it cannot be opened: {error.strerror}", "correct the path and restart"
+                logger.warning("%s: the sandbox does not permit writing there, because %s (%s)", path, reason, remedy)
+            places = ", ".join(str(path) for path in writable if path not in refused)
             logger.info("sandbox: writing is limited to %s (restart after adding a directory elsewhere)", places)
     except OSError as error:
         logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without it", error.strerror)
@@ -82,13 +85,19 @@ def _existing(path: Path) -> Path:
 
 
 def _exists(path: Path, kind: int | None = None) -> bool:
-    """Return whether a file exists, or has the file type `kind`. Do not enter a FUSE filesystem of another user."""
+    """Return whether a file can be opened with O_PATH, or has the file type `kind`.
+
+    Do not enter a FUSE filesystem of another user. Raises OSError if no descriptors or memory are left.
+    """
     try:
         with pinned(path) as fd:
             return kind is None or stat.S_IFMT(os.fstat(fd).st_mode) == kind
     except ForeignFuseError:
         return True
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        # An application can cause many errors for the path of its board. They must not disable the sandbox.
+        if error.errno in EXHAUSTED:
+            raise
         return False
 
 

@@ -107,7 +107,11 @@ def namespaces_refusal() -> str | None:
 
 def _in_thread(function: Callable[[], T]) -> T:
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
+        try:
+            answer = pool.submit(function)
+        except RuntimeError as error:
+            raise ResourceError("a network namespace", f"cannot start a thread: {error}") from error
+        return answer.result()
 
 
 def _make_network() -> int:

@@ -157,7 +157,7 @@ class Process:
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, fds, _flags, _sender = socket.recv_fds(self._notify, 4096, _FDS_MAX)
-                lines = dict(line.partition("=")[::2] for line in data.decode().splitlines())
+                lines = dict(line.partition("=")[::2] for line in data.decode().split("\n"))
                 if not {"FDSTORE", "FDSTOREREMOVE"}.isdisjoint(lines):
                     former = self._stored.pop(lines["FDNAME"], None)
                     for fd in (*fds[1:], *(() if former is None else (former,))):

@@ -12,7 +12,7 @@ from typing import TypeVar
 import trio
 
 from inco_trio.cores.watch import Watch
-from inco_trio.errors import IncoError, unwrapped
+from inco_trio.errors import IncoError, ResourceError, unwrapped
 from inco_trio.links.opening import Surroundings
 from inco_trio.trio_clock import RealClock
 
@@ -28,7 +28,10 @@ class Engine:
     def __init__(self) -> None:
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="inco-trio testing", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise ResourceError("the boards under test", f"cannot start a thread: {error}") from error
         self._started.result()
 
     def _run(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio import real_clock
+from inco_trio.errors import ResourceError
 from inco_trio.signals import Direction
 
 __all__ = ["Happening", "History", "NotificationMissingError", "runs", "summary"]
@@ -156,7 +157,10 @@ def _ringing_after(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
     """Call `ring` from a thread after `seconds`. Timeouts of Trio and asyncio would stop when a test freezes time."""
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), ring)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:
+        raise ResourceError(f"expect_async: cannot start a thread: {error}") from error
     try:
         yield
     finally:
