@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from inco_trio.cores.watch import trigger
 from inco_trio.counters import Stats
-from inco_trio.errors import ClosedError, InvalidArgumentError
+from inco_trio.errors import ClosedError, IncoError, InvalidArgumentError, from_os_error
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
@@ -364,6 +364,17 @@ def open_boards() -> frozenset[Board]:
 
 
 @contextlib.contextmanager
+def _converting_errors(directory: Path) -> Iterator[None]:
+    """Convert an OSError, for example of a directory that cannot be created, to an IncoError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, IncoError):
+            raise
+        raise from_os_error(error, error.filename or directory) from error
+
+
+@contextlib.contextmanager
 def open_board(
     directory: Path | str,
     *,
@@ -378,7 +389,8 @@ def open_board(
     additional wire names to `inbound` or `outbound`. `link` is `unix`, which does not need privileges, or `interface`:
     two network namespaces and a veth pair. The proxy is a separate process unless `in_process` is true.
 
-    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
+    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, PermissionDeniedError, ProxyDiedError and
+    ResourceError.
     """
     if link not in {"unix", "interface"}:
         raise InvalidArgumentError(f"link={link!r}: expected 'unix' or 'interface'")
@@ -386,11 +398,7 @@ def open_board(
         raise InvalidArgumentError(f"in_process={in_process!r}: expected True or False")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
-        layout = make_layout(path_from("directory", directory), config, signals)
-        resources.callback(layout.remove)
-        of = engine()
-        address = layout.address("core0", "wire") if cores is None else cores.link
-        plan = Plan(layout, address, in_process, cores)
+        place = path_from("directory", directory)
         with _opening:
             name = f"board{next(_numbers)}"
 
@@ -399,7 +407,13 @@ def open_board(
             await made.open()
             return made
 
-        made = of.run(rig)
+        with _converting_errors(place):
+            layout = make_layout(place, config, signals)
+            resources.callback(layout.remove)
+            of = engine()
+            address = layout.address("core0", "wire") if cores is None else cores.link
+            plan = Plan(layout, address, in_process, cores)
+            made = of.run(rig)
         resources.callback(of.run, made.close)
         board = Board(of, plan, made, resources.pop_all())
     _open.add(board)

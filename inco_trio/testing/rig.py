@@ -6,7 +6,7 @@ import attrs
 import trio
 
 from inco_trio.cores.core1 import Port, open_port
-from inco_trio.errors import IncoError, LinkNotFoundError
+from inco_trio.errors import IncoError, LinkNotFoundError, ResourceError, unwrapped
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores
@@ -41,7 +41,8 @@ class Rig:
         self._line = trio.CancelScope()
         self._line_ended = trio.Event()
         self._scope = trio.CancelScope()
-        self._ended = trio.Event()
+        self._ended: trio.Event | None = None
+        """An event that is set when `_run` ends, or None if `_run` has not started."""
         self.lanes = {
             Direction.INBOUND: Lane(Direction.INBOUND, self.history, self._to_core0),
             Direction.OUTBOUND: Lane(Direction.OUTBOUND, self.history, self._to_core1),
@@ -56,11 +57,11 @@ class Rig:
 
     async def open(self) -> None:
         """Start all parts and wait until the proxy is ready. Raises IncoError."""
-        for signal in self._plan.layout.signals:
-            signal.directory.mkdir(parents=True, exist_ok=True)
-        self._engine.watch.follow(self._plan.layout.signals, self._seen)
-        await self._engine.nursery.start(self._run)
         try:
+            for signal in self._plan.layout.signals:
+                signal.directory.mkdir(parents=True, exist_ok=True)
+            self._engine.watch.follow(self._plan.layout.signals, self._seen)
+            await self._engine.nursery.start(self._run)
             await self.carrier.start()
         except BaseException:
             await self.close()
@@ -74,10 +75,14 @@ class Rig:
             finally:
                 self.carrier.close()
                 self._scope.cancel()
-                await self._ended.wait()
+                if self._ended is not None:
+                    await self._ended.wait()
                 self._engine.watch.forget(self._seen)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        failure: BaseException | None = None
+        is_started = False
+        self._ended = trio.Event()
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
@@ -85,10 +90,14 @@ class Rig:
                         self._nursery.start_soon(lane.carry)
                     await self._nursery.start(self._hold_line)
                     task_status.started()
+                    is_started = True
         except* IncoError as group:
-            self.history.fail(f"core 1 has failed: {group.exceptions[0]}")
+            failure = unwrapped(group)
+            self.history.fail(f"core 1 has failed: {failure}")
         finally:
             self._ended.set()
+        if failure is not None and not is_started:
+            raise ResourceError(self._plan.layout.directory, f"core 1 cannot be opened: {failure}") from failure
 
     async def _hold_line(self, *, task_status: trio.TaskStatus[None]) -> None:
         plan = self._plan
