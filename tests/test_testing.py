@@ -10,6 +10,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -721,8 +722,28 @@ def test_a_guest_can_be_stopped_reset_and_killed(tmp_path: Path) -> None:
                 board.core1.send(HWWD)
         assert "serial output of the guest:\ncore1: ready" in board.report
         assert [f"{each.what} {each.name}" for each in board.core1.history] == [f"gets {NOTIFY}", f"sends {HWWD}"] * 3
+        board.core1.send(RESET)  # The test replaces the guest again.
+        board.core0.expect(RESET)
+        with board.guest(command_line=f"echo={NOTIFY}:{HWWD}"):
+            board.core0.trigger(NOTIFY)
+            board.core0.expect(HWWD)
         with pytest.raises(GuestError, match="QEMU has ended"), board.guest(tmp_path / "none.elf"):
             pass
+
+
+def test_no_frame_of_a_guest_is_lost_when_it_is_detached(board: Board) -> None:
+    board._engine.run(board._rig.attach_guest)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as guest:
+        guest.bind(str(board._layout.socket("guest")))
+
+        async def send_and_detach() -> None:
+            for _ in range(5):
+                guest.sendto(encode(HWWD.encode(), bytes(6)), str(board._layout.socket("wire1")))
+            await board._rig.detach_guest()
+
+        board._engine.run(send_and_detach)
+    for _ in range(5):
+        board.core0.expect(HWWD)
 
 
 @pytest.mark.qemu

@@ -107,7 +107,7 @@ class BoardCore0(_Core):
 
 
 class BoardCore1(_Core):
-    """Core 1: the test itself, until it starts a guest."""
+    """Core 1: the test itself, except while a guest replaces it."""
 
     number = 1
 
@@ -129,7 +129,7 @@ class BoardCore1(_Core):
     def _check_no_guest(self) -> None:
         __tracebackhide__ = True
         self._board._check_open()
-        if self._board._guests:
+        if self._board._running_guests:
             raise InvalidArgumentError("core 1 is a guest: only its firmware can send")
 
 
@@ -236,6 +236,7 @@ class Board:
         self._plan = plan
         self._open_rig: Rig | None = rig
         self._guests: list[Guest] = []
+        self._running_guests = 0
         self._resources = resources
         self._reported: str | None = None
         self.core0 = BoardCore0(self)
@@ -296,15 +297,21 @@ class Board:
         rig = self._rig
         if self._plan.cores is not None:
             raise InvalidArgumentError("link='interface': a guest needs a socket link (omit this argument)")
-        self._engine.run(rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
         options: dict[str, Any] = {"firmware": firmware, "program": program, "machine": machine, "ready": ready}
         given = {key: value for key, value in options.items() if value is not None}
         guest = Guest(netdev, command_line, log=log, **given)
         self._guests.append(guest)
-        with guest:
-            yield guest
+        self._running_guests += 1
+        try:
+            self._engine.run(rig.attach_guest)
+            with guest:
+                yield guest
+        finally:
+            self._running_guests -= 1
+            if not self._running_guests and self._open_rig is not None:
+                self._engine.run(rig.detach_guest)
 
     @property
     def report(self) -> str:

@@ -38,6 +38,8 @@ class Rig:
         self._plan = plan
         self._port: Port | None = None
         self._guest: Port | None = None
+        self._guest_scope = trio.CancelScope()
+        self._guest_ended = trio.Event()
         self._line = trio.CancelScope()
         self._line_ended = trio.Event()
         self._scope = trio.CancelScope()
@@ -169,12 +171,26 @@ class Rig:
 
         async def hold(*, task_status: trio.TaskStatus[None]) -> None:
             address = self._plan.layout.address("wire1", "guest")
-            async with open_port(address, self.send, around=self._engine.around) as self._guest:
-                task_status.started()
-                await trio.sleep_forever()
+            self._guest_scope, self._guest_ended = trio.CancelScope(), trio.Event()
+            try:
+                with self._guest_scope:
+                    async with open_port(address, self.send, around=self._engine.around) as self._guest:
+                        task_status.started()
+                        await trio.sleep_forever()
+            finally:
+                self._guest = None
+                self._guest_ended.set()
 
         if self._guest is None:
             await self._nursery.start(hold)
+
+    async def detach_guest(self) -> None:
+        """Send the frames that the guest has left, and stop forwarding frames to it."""
+        if self._guest is not None:
+            while self._guest.receive():
+                await trio.lowlevel.checkpoint()
+            self._guest_scope.cancel()
+            await self._guest_ended.wait()
 
     def _seen(self, what: Signal | IncoError) -> None:
         if isinstance(what, Signal):
