@@ -10,6 +10,9 @@ import os
 import re
 import select
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -22,11 +25,19 @@ import pytest
 import trio
 
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.errors import ClosedError, ConfigError, IncoError, InvalidArgumentError, ResourceError
+from inco_trio.errors import (
+    ClosedError,
+    ConfigError,
+    IncoError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    ResourceError,
+)
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Namespace
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
+from inco_trio.testing.board import _converting_errors
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.faults import LATE, FrameFaults
 from inco_trio.testing.happenings import History
@@ -354,6 +365,52 @@ def test_a_killed_proxy_loses_nothing(tmp_path: Path) -> None:
             board.proxy.start()
 
 
+def test_a_board_of_a_killed_test_program_can_be_reopened(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from inco_trio.testing import open_board
+with open_board(Path(sys.argv[1])) as board:
+    os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "board"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "board/notify").is_socket()
+    with open_board(tmp_path / "board") as board:
+        board.core1.send(HWWD)
+        board.core0.expect(HWWD)
+
+
+def test_a_second_board_in_the_directory_of_an_open_board_is_refused(board: Board) -> None:
+    threads, rigs = threading.active_count(), len(board._engine.watch._all())
+    for _ in range(2):
+        with (
+            pytest.raises(ResourceError, match=rf"^{re.escape(str(board.directory))}: .*in use by"),
+            open_board(board.directory, in_process=board._plan.in_process),
+        ):
+            pass
+    assert (threading.active_count(), len(board._engine.watch._all())) == (threads, rigs)
+    board.core1.send(HWWD)
+    board.core0.expect(HWWD)
+    assert board.failure() is None
+
+
+def test_a_board_that_cannot_be_opened_releases_its_socket(tmp_path: Path) -> None:
+    (tmp_path / "registers").mkdir()
+    (tmp_path / "registers/ihub-irq-dev").touch()
+    with pytest.raises(ResourceError, match=r"registers/ihub-irq-dev: File exists$"), open_board(tmp_path):
+        pass
+    assert not (tmp_path / "notify").exists()
+    (tmp_path / "notify").touch()
+    with pytest.raises(ResourceError, match="in use by"), open_board(tmp_path):
+        pass
+    assert (tmp_path / "notify").is_file()
+    with pytest.raises(ResourceError, match=r"^/proc/board: No such file or directory$"), open_board("/proc/board"):
+        pass
+    with pytest.raises(PermissionDeniedError, match=r"^x: denied$"), _converting_errors(tmp_path):
+        raise PermissionDeniedError("x", "denied")
+
+
 @pytest.mark.tools
 def test_a_proxy_can_be_restarted(board: Board) -> None:
     board.proxy.restart()
@@ -665,8 +722,28 @@ def test_a_guest_can_be_stopped_reset_and_killed(tmp_path: Path) -> None:
                 board.core1.send(HWWD)
         assert "serial output of the guest:\ncore1: ready" in board.report
         assert [f"{each.what} {each.name}" for each in board.core1.history] == [f"gets {NOTIFY}", f"sends {HWWD}"] * 3
+        board.core1.send(RESET)  # The test replaces the guest again.
+        board.core0.expect(RESET)
+        with board.guest(command_line=f"echo={NOTIFY}:{HWWD}"):
+            board.core0.trigger(NOTIFY)
+            board.core0.expect(HWWD)
         with pytest.raises(GuestError, match="QEMU has ended"), board.guest(tmp_path / "none.elf"):
             pass
+
+
+def test_no_frame_of_a_guest_is_lost_when_it_is_detached(board: Board) -> None:
+    board._engine.run(board._rig.attach_guest)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as guest:
+        guest.bind(str(board._layout.socket("guest")))
+
+        async def send_and_detach() -> None:
+            for _ in range(5):
+                guest.sendto(encode(HWWD.encode(), bytes(6)), str(board._layout.socket("wire1")))
+            await board._rig.detach_guest()
+
+        board._engine.run(send_and_detach)
+    for _ in range(5):
+        board.core0.expect(HWWD)
 
 
 @pytest.mark.qemu

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from inco_trio.cores.watch import trigger
 from inco_trio.counters import Stats
-from inco_trio.errors import ClosedError, InvalidArgumentError
+from inco_trio.errors import ClosedError, IncoError, InvalidArgumentError, from_os_error
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
@@ -107,7 +107,7 @@ class BoardCore0(_Core):
 
 
 class BoardCore1(_Core):
-    """Core 1: the test itself, until it starts a guest."""
+    """Core 1: the test itself, except while a guest replaces it."""
 
     number = 1
 
@@ -129,7 +129,7 @@ class BoardCore1(_Core):
     def _check_no_guest(self) -> None:
         __tracebackhide__ = True
         self._board._check_open()
-        if self._board._guests:
+        if self._board._running_guests:
             raise InvalidArgumentError("core 1 is a guest: only its firmware can send")
 
 
@@ -236,6 +236,7 @@ class Board:
         self._plan = plan
         self._open_rig: Rig | None = rig
         self._guests: list[Guest] = []
+        self._running_guests = 0
         self._resources = resources
         self._reported: str | None = None
         self.core0 = BoardCore0(self)
@@ -296,15 +297,21 @@ class Board:
         rig = self._rig
         if self._plan.cores is not None:
             raise InvalidArgumentError("link='interface': a guest needs a socket link (omit this argument)")
-        self._engine.run(rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
         options: dict[str, Any] = {"firmware": firmware, "program": program, "machine": machine, "ready": ready}
         given = {key: value for key, value in options.items() if value is not None}
         guest = Guest(netdev, command_line, log=log, **given)
         self._guests.append(guest)
-        with guest:
-            yield guest
+        self._running_guests += 1
+        try:
+            self._engine.run(rig.attach_guest)
+            with guest:
+                yield guest
+        finally:
+            self._running_guests -= 1
+            if not self._running_guests and self._open_rig is not None:
+                self._engine.run(rig.detach_guest)
 
     @property
     def report(self) -> str:
@@ -364,6 +371,17 @@ def open_boards() -> frozenset[Board]:
 
 
 @contextlib.contextmanager
+def _converting_errors(directory: Path) -> Iterator[None]:
+    """Convert an OSError, for example of a directory that cannot be created, to an IncoError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, IncoError):
+            raise
+        raise from_os_error(error, error.filename or directory) from error
+
+
+@contextlib.contextmanager
 def open_board(
     directory: Path | str,
     *,
@@ -378,7 +396,8 @@ def open_board(
     additional wire names to `inbound` or `outbound`. `link` is `unix`, which does not need privileges, or `interface`:
     two network namespaces and a veth pair. The proxy is a separate process unless `in_process` is true.
 
-    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
+    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, PermissionDeniedError, ProxyDiedError and
+    ResourceError.
     """
     if link not in {"unix", "interface"}:
         raise InvalidArgumentError(f"link={link!r}: expected 'unix' or 'interface'")
@@ -386,11 +405,7 @@ def open_board(
         raise InvalidArgumentError(f"in_process={in_process!r}: expected True or False")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
-        layout = make_layout(path_from("directory", directory), config, signals)
-        resources.callback(layout.remove)
-        of = engine()
-        address = layout.address("core0", "wire") if cores is None else cores.link
-        plan = Plan(layout, address, in_process, cores)
+        place = path_from("directory", directory)
         with _opening:
             name = f"board{next(_numbers)}"
 
@@ -399,7 +414,13 @@ def open_board(
             await made.open()
             return made
 
-        made = of.run(rig)
+        with _converting_errors(place):
+            layout = make_layout(place, config, signals)
+            resources.callback(layout.remove)
+            of = engine()
+            address = layout.address("core0", "wire") if cores is None else cores.link
+            plan = Plan(layout, address, in_process, cores)
+            made = of.run(rig)
         resources.callback(of.run, made.close)
         board = Board(of, plan, made, resources.pop_all())
     _open.add(board)

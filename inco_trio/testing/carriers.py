@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.counters import Stats
-from inco_trio.errors import IncoError, InvalidArgumentError
+from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, ResourceError, from_os_error
 from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.service.launch import STOP, Launched
@@ -76,8 +77,7 @@ class Process:
         self._stored: dict[str, int] = {}
         self._ended = trio.Event()
         self._expected = False
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._notify.bind(str(layout.socket("notify")))
+        self._notify = _bound(layout.socket("notify"), layout.directory)
         self._scope = trio.CancelScope()
         engine.nursery.start_soon(self._store)
 
@@ -149,6 +149,7 @@ class Process:
 
     async def _store(self) -> None:
         with self._scope:
+            await trio.lowlevel.checkpoint_if_cancelled()  # The board may be closed before this task starts.
             while True:
                 await trio.lowlevel.wait_readable(self._notify)
                 self._take_notes()
@@ -184,6 +185,21 @@ class Process:
         self._layout.socket("notify").unlink(missing_ok=True)
         for fd in self._stored.values():
             os.close(fd)
+
+
+def _bound(path: Path, board: Path) -> socket.socket:
+    """Return a datagram socket at `path`. Replace the socket of a test program that was killed. Raises IncoError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            bound = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+            if path.is_socket() and bound.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()  # No process has this socket open.
+            bound.bind(str(path))
+        except OSError as error:
+            in_use = ((errno.EADDRINUSE,), ResourceError, "in use by another board (use one directory for each board)")
+            raise from_os_error(error, board, STRERROR, in_use) from error
+        stack.pop_all()
+    return bound
 
 
 class InProcess:

@@ -6,7 +6,7 @@ import attrs
 import trio
 
 from inco_trio.cores.core1 import Port, open_port
-from inco_trio.errors import IncoError, LinkNotFoundError
+from inco_trio.errors import IncoError, LinkNotFoundError, ResourceError, unwrapped
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores
@@ -38,10 +38,13 @@ class Rig:
         self._plan = plan
         self._port: Port | None = None
         self._guest: Port | None = None
+        self._guest_scope = trio.CancelScope()
+        self._guest_ended = trio.Event()
         self._line = trio.CancelScope()
         self._line_ended = trio.Event()
         self._scope = trio.CancelScope()
-        self._ended = trio.Event()
+        self._ended: trio.Event | None = None
+        """An event that is set when `_run` ends, or None if `_run` has not started."""
         self.lanes = {
             Direction.INBOUND: Lane(Direction.INBOUND, self.history, self._to_core0),
             Direction.OUTBOUND: Lane(Direction.OUTBOUND, self.history, self._to_core1),
@@ -56,11 +59,11 @@ class Rig:
 
     async def open(self) -> None:
         """Start all parts and wait until the proxy is ready. Raises IncoError."""
-        for signal in self._plan.layout.signals:
-            signal.directory.mkdir(parents=True, exist_ok=True)
-        self._engine.watch.follow(self._plan.layout.signals, self._seen)
-        await self._engine.nursery.start(self._run)
         try:
+            for signal in self._plan.layout.signals:
+                signal.directory.mkdir(parents=True, exist_ok=True)
+            self._engine.watch.follow(self._plan.layout.signals, self._seen)
+            await self._engine.nursery.start(self._run)
             await self.carrier.start()
         except BaseException:
             await self.close()
@@ -74,10 +77,14 @@ class Rig:
             finally:
                 self.carrier.close()
                 self._scope.cancel()
-                await self._ended.wait()
+                if self._ended is not None:
+                    await self._ended.wait()
                 self._engine.watch.forget(self._seen)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        failure: BaseException | None = None
+        is_started = False
+        self._ended = trio.Event()
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
@@ -85,10 +92,14 @@ class Rig:
                         self._nursery.start_soon(lane.carry)
                     await self._nursery.start(self._hold_line)
                     task_status.started()
+                    is_started = True
         except* IncoError as group:
-            self.history.fail(f"core 1 has failed: {group.exceptions[0]}")
+            failure = unwrapped(group)
+            self.history.fail(f"core 1 has failed: {failure}")
         finally:
             self._ended.set()
+        if failure is not None and not is_started:
+            raise ResourceError(self._plan.layout.directory, f"core 1 cannot be opened: {failure}") from failure
 
     async def _hold_line(self, *, task_status: trio.TaskStatus[None]) -> None:
         plan = self._plan
@@ -160,12 +171,26 @@ class Rig:
 
         async def hold(*, task_status: trio.TaskStatus[None]) -> None:
             address = self._plan.layout.address("wire1", "guest")
-            async with open_port(address, self.send, around=self._engine.around) as self._guest:
-                task_status.started()
-                await trio.sleep_forever()
+            self._guest_scope, self._guest_ended = trio.CancelScope(), trio.Event()
+            try:
+                with self._guest_scope:
+                    async with open_port(address, self.send, around=self._engine.around) as self._guest:
+                        task_status.started()
+                        await trio.sleep_forever()
+            finally:
+                self._guest = None
+                self._guest_ended.set()
 
         if self._guest is None:
             await self._nursery.start(hold)
+
+    async def detach_guest(self) -> None:
+        """Send the frames that the guest has left, and stop forwarding frames to it."""
+        if self._guest is not None:
+            while self._guest.receive():
+                await trio.lowlevel.checkpoint()
+            self._guest_scope.cancel()
+            await self._guest_ended.wait()
 
     def _seen(self, what: Signal | IncoError) -> None:
         if isinstance(what, Signal):
