@@ -34,7 +34,7 @@ def memory() -> memoryview:
 
 def contents(recorder: Recorder) -> list[tuple[Any, ...]]:
     """Return all fields of the notifications and the events."""
-    return [attrs.astuple(each) for each in (*recorder.notifications(), *recorder.notes())]
+    return [*map(attrs.astuple, recorder.notifications()), *map(attrs.astuple, recorder.notes())]
 
 
 def counts(recorder: Recorder) -> list[tuple[str, int, int]]:
