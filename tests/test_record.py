@@ -27,7 +27,8 @@ import trio
 from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.cli.record import HELD_MAX
+from inco_trio.capture.recording import Recorder as CaptureRecorder
+from inco_trio.cli.record import HELD_MAX, _write
 from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import Monitor
 from inco_trio.control.past import past_events
@@ -723,6 +724,18 @@ def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> N
     assert counts(file) == {OUT: 1}
 
 
+def test_the_number_of_merged_events_is_recorded(tmp_path: Path) -> None:
+    recorder = CaptureRecorder(tmp_path / "f")
+    at: dict[str, Any] = {"board": "b", "time": 1e9, "monotonic_ns": 10**9, "last_ns": 3 * 10**9}
+    _write(recorder, Event("ignored", **at, signal="foo", reason="unknown", count=500), "b")
+    _write(recorder, Event("problem", **at, message="/irq/x: cannot write", count=3), "b")
+    recorder.close()
+    assert [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)] == [
+        "ignored: unknown signal foo (500 times within 2.0 s)",
+        "/irq/x: cannot write (3 times within 2.0 s)",
+    ]
+
+
 def test_recording_ends_when_the_reader_of_its_pipe_has_gone(
     board: Board, start: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -894,9 +907,8 @@ def test_a_filled_gap_is_not_older_than_the_recording() -> None:
         ),
     )  # fmt: skip
     found = [(each.event, each.monotonic_ns // 10**9 - 10**9, each.time - 1e9) for each in gaps.missing(past)]
-    assert found == [
-        ("pending", 5, 5), ("ignored", 5, 5), ("notification", 6, 6), ("pending", 9, 9)
-    ]  # fmt: skip
+    # `ignored` becomes a mark that contains the number of occurrences and the time between the first and the last one.
+    assert found == [("ignored", 1, 1), ("pending", 5, 5), ("notification", 6, 6), ("pending", 9, 9)]
 
 
 def test_a_board_that_is_first_seen_in_a_gap_keeps_its_events() -> None:

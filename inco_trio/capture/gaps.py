@@ -180,7 +180,7 @@ def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[obj
     written_ns = max(seen.last_ns, seen.noted_ns)
     for event in reversed(past.events):
         if event.event != "pending":
-            events.append(_moved(event, written_ns))
+            events.append(event)
             continue
         pending, key = seen.pending(event), (event.direction, event.signal, event.reason)
         recorded = pending.since(event.monotonic_ns) - later[key]
@@ -203,11 +203,11 @@ def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[obj
     return events[::-1], uncertain
 
 
-def _moved(event: Event, written_ns: int, known: Event | None = None) -> Event:
-    """Move the first occurrence of a repeated event to `written_ns`, but not beyond the last occurrence.
+def _moved(event: Event, written_ns: int, known: Event | None) -> Event:
+    """Move the first one of merged pending notifications to `written_ns`, but not beyond the last one.
 
-    The missing occurrences are newer than the events that are already in the file, so their times must not precede
-    those. Convert the time to the wall clock like that of `known` (default: the first occurrence).
+    The missing ones are newer than the entries that are already in the file, so their times must not precede those.
+    Convert the time to the wall clock like that of `known` (default: the first one).
     """
     monotonic_ns = min(written_ns, event.last_ns)
     if monotonic_ns <= event.monotonic_ns:
