@@ -30,6 +30,10 @@ Times = tuple[int, int]
 _signal_of = operator.attrgetter("signal")
 
 
+def _now() -> Times:
+    return real_clock.time_ns(), real_clock.monotonic_ns()
+
+
 @attrs.frozen
 class Notification:
     """One notification that was delivered or sent."""
@@ -62,13 +66,13 @@ class Listener(Protocol):
         `since` is the time when they became pending (real_clock.monotonic_ns()), or 0 if they were not pending.
         """
 
-    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
+    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes], at: Times) -> None:
         """Handle notifications that the proxy accepted, but cannot deliver or send yet."""
 
-    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
+    def ignored(self, reason: str, name: str | None, frame: bytes | None, at: Times) -> None:
         """Handle a frame that was ignored or discarded. `reason` is the name of the counter for such frames."""
 
-    def link_changed(self, running: bool, text: str, seconds: float) -> None:
+    def link_changed(self, running: bool, text: str, seconds: float, at: Times) -> None:
         """Handle a link that has come up or gone down. `text` describes the change.
 
         `seconds` is how long the link was in the previous state, or 0 if that is unknown.
@@ -159,28 +163,34 @@ class Events:
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
         """Report notifications that cannot be delivered or sent yet."""
+        # The recorder and the listener get the same time: `record` finds events that it has received from both.
+        at = _now()
         if self.recorder is not None:
             for signal, count in Counter(signals).items():
-                self.recorder.note("pending", reason, signal.name, signal.direction, count=count, state=1)
-        self.listener.pending(signals, reason, frames)
+                self.recorder.note("pending", reason, signal.name, signal.direction, count=count, state=1, at=at)
+        self.listener.pending(signals, reason, frames, at)
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """Report a frame that was ignored or discarded; see `Listener.ignored`."""
+        at = _now()
         if self.recorder is not None:
             direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
-            self.recorder.note("ignored", reason, name, direction, state=1)
-        self.listener.ignored(reason, name, frame)
+            self.recorder.note("ignored", reason, name, direction, state=1, at=at)
+        self.listener.ignored(reason, name, frame, at)
 
     def link_changed(self, running: bool, text: str, seconds: float) -> None:
         """Report that the link has come up or gone down; see `Listener.link_changed`."""
+        at = _now()
         if self.recorder is not None:
-            self.recorder.note("link", text, state=int(running), seconds=seconds)
-        self.listener.link_changed(running, text, seconds)
+            self.recorder.note("link", text, state=int(running), seconds=seconds, at=at)
+        self.listener.link_changed(running, text, seconds, at)
 
-    def note(self, kind: str, text: str, level: int) -> None:
-        """Record an event with the level of its log line; see `problems.noting`."""
+    def note(self, kind: str, text: str, level: int) -> Times:
+        """Record an event with the level of its log line; see `problems.noting`. Return its time."""
+        at = _now()
         if self.recorder is not None:
-            self.recorder.note(kind, text, state=min(2, max(0, level - logging.INFO) // 10))
+            self.recorder.note(kind, text, state=min(2, max(0, level - logging.INFO) // 10), at=at)
+        return at
 
     def keep(self) -> History:
         """Start storing new notifications in the history, and return the history."""

@@ -7,17 +7,20 @@ import contextvars
 import logging
 from collections.abc import Callable, Iterator
 
-__all__ = ["Problems", "board_name", "noted_by", "noting", "report", "times", "working_for"]
+__all__ = ["Note", "Problems", "board_name", "noted_by", "noting", "report", "times", "working_for"]
 
 logger = logging.getLogger(__name__)
 
 board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
 """The name of the board that the current task serves, or "" if the process has only one. Log lines contain it."""
 
-noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = contextvars.ContextVar(
-    "inco_trio.noting", default=None
-)
-"""The function that records events of the current task's proxy. It takes an event kind, a message and a log level."""
+Note = Callable[[str, str, int], tuple[int, int]]
+"""A function that records an event of a proxy. It takes an event kind, a message and a log level.
+
+It returns the wall-clock time and the monotonic time of the event, in nanoseconds.
+"""
+noting: contextvars.ContextVar[Note | None] = contextvars.ContextVar("inco_trio.noting", default=None)
+"""The function that records events of the current task's proxy."""
 
 
 def times(count: int) -> str:
@@ -33,14 +36,13 @@ def report(
     Lines with the same `cause` (default: the text) are rate-limited. Set `cause` if the text contains a varying value.
     """
     # Record first: otherwise, a monitor could report an event before the history contains it.
-    if (note := noting.get()) is not None:
-        note(kind, text, level)
+    at = None if (note := noting.get()) is None else note(kind, text, level)
     fields = {"fields": {"count": count}} if count else {}
-    line.log(level, "%s", text, extra={"event": kind, "cause": cause} | fields)
+    line.log(level, "%s", text, extra={"event": kind, "cause": cause, "at": at} | fields)
 
 
 @contextlib.contextmanager
-def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
+def noted_by(note: Note) -> Iterator[None]:
     """Make `report` record events by calling `note` while the block runs."""
     token = noting.set(note)
     try:

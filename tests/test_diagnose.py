@@ -144,8 +144,8 @@ def test_the_thread_of_the_diagnosis_does_not_read_the_proxies(tmp_path: Path, m
         monkeypatch.setattr(rivals, "rivals", find_rivals)
         monkeypatch.setattr(daemon, "raise_descriptor_limit", lambda: None)
         service = daemon.Daemon(Watched(lambda: config), "x", "none", NoFdStore())
-        runner: Any = SimpleNamespace(ready=lambda: None, follow_reloads=trio.sleep_forever)
         async with trio.open_nursery() as nursery:
+            runner: Any = SimpleNamespace(ready=lambda: None, follow_reloads=trio.sleep_forever, background=nursery)
             nursery.start_soon(service.run, runner)
             with trio.fail_after(HANG):
                 await ended.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import mmap
 import os
 import pty
 import shutil
@@ -13,24 +15,34 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
+import trio
 
 from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.cli.record import HELD_MAX
-from inco_trio.control.protocol import BoardStatus, Event, Past, encode_board, encode_status
-from inco_trio.counters import Stats
+from inco_trio.capture.recording import Recorder as CaptureRecorder
+from inco_trio.cli.record import HELD_MAX, _write
+from inco_trio.control.feed import Feed
+from inco_trio.control.monitors import Monitor
+from inco_trio.control.past import past_events
+from inco_trio.control.protocol import BoardStatus, Event, Past, decode_reply, encode_board, encode_status
+from inco_trio.counters import Counters, Stats
 from inco_trio.frame import encode
-from inco_trio.persist.recorder import truncated
+from inco_trio.notifications import Events
+from inco_trio.persist.followed import HISTORY, History
+from inco_trio.persist.recorder import AREA, Recorder, truncated
+from inco_trio.problems import noted_by, report
+from inco_trio.proxy.proxy import Proxy as ProxyObject
 from inco_trio.proxy_status import Status
 from inco_trio.registers.states import RUNS
-from inco_trio.signals import Direction, SignalTable
+from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -47,6 +59,11 @@ IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
 def board(tmp_path: Path) -> Iterator[Board]:
     with ExitStack() as stack:
         yield Board(tmp_path, stack)
+
+
+@pytest.fixture
+def memory() -> memoryview:
+    return memoryview(mmap.mmap(-1, AREA))
 
 
 @pytest.fixture
@@ -707,6 +724,18 @@ def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> N
     assert counts(file) == {OUT: 1}
 
 
+def test_the_number_of_merged_events_is_recorded(tmp_path: Path) -> None:
+    recorder = CaptureRecorder(tmp_path / "f")
+    at: dict[str, Any] = {"board": "b", "time": 1e9, "monotonic_ns": 10**9, "last_ns": 3 * 10**9}
+    _write(recorder, Event("ignored", **at, signal="foo", reason="unknown", count=500), "b")
+    _write(recorder, Event("problem", **at, message="/irq/x: cannot write", count=3), "b")
+    recorder.close()
+    assert [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)] == [
+        "ignored: unknown signal foo (500 times within 2.0 s)",
+        "/irq/x: cannot write (3 times within 2.0 s)",
+    ]
+
+
 def test_recording_ends_when_the_reader_of_its_pipe_has_gone(
     board: Board, start: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -854,3 +883,78 @@ def test_a_filled_gap_contains_each_pending_notification_once() -> None:
         assert gaps.is_new(event(second))
     assert number(gaps, event(61 + 2 * TIMES, TIMES + 1, 61 + 3 * TIMES)) == 1
     assert number(gaps, event(61, 4 * TIMES, 61 + 3 * TIMES)) == 0
+
+
+def test_a_filled_gap_is_not_older_than_the_recording() -> None:
+    """The flight recorder merges recorded events with lost ones, and keeps the time of the first occurrence."""
+    start = 10**18
+
+    def event(kind: str, seconds: int, last: int = 0, **fields: Any) -> Event:
+        at, last_ns = start + seconds * 10**9, last and start + last * 10**9
+        return Event(kind, "b", 1e9 + seconds, at, Direction.INBOUND, IN, last_ns=last_ns, **fields)
+
+    gaps = Gaps()
+    for seconds in (1, 2):
+        assert gaps.is_new(event("pending", seconds, reason="full"))
+        assert gaps.is_new(event("ignored", seconds, reason="unknown"))
+    for sequence in (1, 2, 3):
+        assert gaps.is_new(event("notification", 2 + sequence, sequence=sequence))
+    past = Past(
+        "b", "boot",
+        (
+            event("pending", 1, 9, reason="full", count=5), event("ignored", 1, 10, reason="unknown", count=4),
+            event("notification", 6, sequence=4, count=1),
+        ),
+    )  # fmt: skip
+    found = [(each.event, each.monotonic_ns // 10**9 - 10**9, each.time - 1e9) for each in gaps.missing(past)]
+    # `ignored` becomes a mark that contains the number of occurrences and the time between the first and the last one.
+    assert found == [("ignored", 1, 1), ("pending", 5, 5), ("notification", 6, 6), ("pending", 9, 9)]
+
+
+def test_a_board_that_is_first_seen_in_a_gap_keeps_its_events() -> None:
+    gaps = Gaps()
+    problem = Event("problem", "b", 1e9, time.monotonic_ns(), message="a problem")
+    assert gaps.after("b") <= problem.monotonic_ns
+    assert list(gaps.missing(Past("b", "boot", (problem,)))) == [problem]
+
+
+class _Board:
+    """A board that only the flight recorder and the control socket know."""
+
+    name = "b"
+
+    def proxies(self) -> Mapping[str, ProxyObject]:
+        return {}
+
+    def not_open(self) -> Mapping[str, str]:
+        return {}
+
+
+def test_the_events_at_the_end_of_a_filled_gap_are_recorded_once(memory: memoryview) -> None:
+    """The history that fills the gap also contains events that the monitor reports afterwards."""
+    feed, recorder, monitor = Feed(_Board()), Recorder(memory), Monitor("b")
+    events = Events(Counters(), History(memoryview(bytearray(HISTORY))), feed, recorder)
+    gaps = Gaps()
+    gaps.begin("b", recorder.status())
+
+    async def main() -> None:
+        feed.add(monitor)
+        full = Signal(IN, Direction.INBOUND, Path("/irq"), "a")
+        events.pending([full] * 3, "full", ())
+        events.ignored("unknown", "a", None)
+        events.link_changed(False, "the link went down", 1.0)
+        with noted_by(events.note):
+            report(logging.getLogger("inco_trio"), logging.WARNING, "a problem", "problem")
+        feed.remove(monitor)
+        past = Past("b", recorder.boot, tuple(past_events("b", recorder)))
+        assert Counter(each.event for each in gaps.missing(past)) == {
+            "pending": 2, "ignored": 1, "link": 1, "problem": 1
+        }  # fmt: skip
+        monitor.end()
+        lines = (await monitor.take()).splitlines()
+        assert len(lines) == 6
+        for each in map(decode_reply, lines):
+            assert isinstance(each, Event)
+            assert not gaps.is_new(each), each
+
+    trio.run(main)

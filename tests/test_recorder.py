@@ -34,8 +34,7 @@ def memory() -> memoryview:
 
 def contents(recorder: Recorder) -> list[tuple[Any, ...]]:
     """Return all fields of the notifications and the events."""
-    notifications = [attrs.astuple(each) for each in recorder.notifications()]
-    return notifications + [attrs.astuple(each) for each in recorder.notes()]
+    return [*map(attrs.astuple, recorder.notifications()), *map(attrs.astuple, recorder.notes())]
 
 
 def counts(recorder: Recorder) -> list[tuple[str, int, int]]:

@@ -238,6 +238,20 @@ def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: st
     assert (code, out) == (1, f"{played}: 1 sent\n{expected}: 0 of 1 came back, 1 missing\n")
 
 
+def test_notifications_that_became_pending_before_the_recording_are_played(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(1, Direction.OUTBOUND, OUT, "", None, "x", pending="Network is down")
+    recorder.append(2, Direction.OUTBOUND, OUT, "", None, "y", delay=5.0)  # Another board.
+    for delay in (4.0, 1e-9):  # The first one became pending before the recording began.
+        recorder.append(3, Direction.OUTBOUND, OUT, "", None, "x", delay=delay)
+    recorder.close()
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    code, out, _ = replay(tmp_path / "f", "--irq-dir", irq, "--wait", "0")
+    assert (code, out.splitlines()[0]) == (0, f"{OUT}: 3 sent")
+
+
 def entries(path: Path) -> list[Entry | Mark]:
     with open_recording(path, SignalTable(())) as recording:
         return list(recording)

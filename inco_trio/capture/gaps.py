@@ -108,7 +108,7 @@ class Gaps:
         self._boards[board] = _Seen(recorded.boot, recorded.sequence, now, noted_ns=now, begun_ns=now)
 
     def _seen(self, board: str) -> _Seen:
-        return self._boards.setdefault(board, _Seen(begun_ns=self._begun_ns))
+        return self._boards.setdefault(board, _Seen(noted_ns=self._begun_ns, begun_ns=self._begun_ns))
 
     def is_new(self, event: Event) -> bool:
         """Return whether a monitor's event is not in the recording yet. If so, the caller must record it."""
@@ -177,6 +177,7 @@ def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[obj
     events: list[Event] = []
     uncertain, later = Counter[tuple[object, ...]](), Counter[tuple[object, ...]]()
     added: list[tuple[_Pending, Event, int]] = []
+    written_ns = max(seen.last_ns, seen.noted_ns)
     for event in reversed(past.events):
         if event.event != "pending":
             events.append(event)
@@ -188,10 +189,7 @@ def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[obj
         if missing <= 0:
             continue
         last_ns = max(event.monotonic_ns, event.last_ns)
-        first = event
-        if pending.last is not None and event.monotonic_ns < pending.last.monotonic_ns < last_ns:
-            # The missing ones are newer. Their times must not precede those of events that are already in the file.
-            first = attrs.evolve(event, time=pending.last.time, monotonic_ns=pending.last.monotonic_ns)
+        first = _moved(event, written_ns, pending.last)
         seconds = (last_ns - first.monotonic_ns) / 1e9
         last = attrs.evolve(first, time=first.time + seconds, monotonic_ns=last_ns, count=1)
         added.append((pending, last, missing))
@@ -203,6 +201,20 @@ def _unrecorded(seen: _Seen, past: Past) -> tuple[list[Event], Counter[tuple[obj
     for pending, last, missing in reversed(added):
         pending.add(last, missing)
     return events[::-1], uncertain
+
+
+def _moved(event: Event, written_ns: int, known: Event | None) -> Event:
+    """Move the first one of merged pending notifications to `written_ns`, but not beyond the last one.
+
+    The missing ones are newer than the entries that are already in the file, so their times must not precede those.
+    Convert the time to the wall clock like that of `known` (default: the first one).
+    """
+    monotonic_ns = min(written_ns, event.last_ns)
+    if monotonic_ns <= event.monotonic_ns:
+        return event
+    base = known or event
+    seconds = (monotonic_ns - base.monotonic_ns) / 1e9
+    return attrs.evolve(event, time=base.time + seconds, monotonic_ns=monotonic_ns)
 
 
 def _mark(past: Past, text: str, at: Event | None = None) -> Event:

@@ -135,6 +135,7 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
         await nursery.start(side.listen, played.came)
         begun = trio.current_time()
         first_ns = None
+        accepted = Counter[tuple[str, str]]()
         for number, entry in enumerate(recording, 1):
             played.position = recording.reader.position
             if first_ns is None:
@@ -146,8 +147,15 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
                 await trio.lowlevel.checkpoint()
             if isinstance(entry, Mark):
                 continue
-            # A notification that was pending is recorded twice: when it was accepted, and when it was delivered.
-            if entry.delay if entry.direction is side.direction else entry.pending:
+            # A notification that was pending is recorded twice: when it was accepted, and when it was delivered. Only
+            # the latter is in the recording if the recording began in between.
+            if entry.direction is side.direction:
+                if entry.pending:
+                    accepted[entry.board, entry.signal] += 1
+                elif entry.delay and accepted[entry.board, entry.signal]:
+                    accepted[entry.board, entry.signal] -= 1
+                    continue
+            elif entry.pending:
                 continue
             if entry.direction is side.direction:
                 counted = played.sent if await side.send(entry.signal) else played.unknown

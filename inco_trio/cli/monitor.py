@@ -15,7 +15,7 @@ from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 
-__all__ = ["Lines", "arguments", "run"]
+__all__ = ["Lines", "arguments", "repeated", "run"]
 
 COLUMNS = "local time, direction, signal, + time since the previous notification of the same signal"
 """The columns of a notification line, as listed in the header."""
@@ -96,20 +96,20 @@ class Lines:
                     yield f"(was pending for {event.delay:.6f} s)"
             case Event(event="pending", direction=Direction() as direction, signal=str() as signal):
                 yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal} pending: {event.reason}"
-                yield from _repeated(event)
+                yield from repeated(event)
             case Event(event="ignored"):
                 yield f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
-                yield from _repeated(event)
+                yield from repeated(event)
             case Event(event="link"):
                 yield event.message or f"the link {'came up' if event.running else 'went down'}"
             case Event(event="lost"):
                 yield f"{event.count} events lost: they arrived faster than they could be printed"
             case _:
                 yield f"{event.level or 'info'}: {event.message or event.event}"
-                yield from _repeated(event)
+                yield from repeated(event)
 
 
-def _repeated(event: Event) -> Iterator[str]:
+def repeated(event: Event) -> Iterator[str]:
     """Yield how many times a recorded event occurred, if it occurred more than once."""
     if event.last_ns:
         yield f"({event.count} times within {(event.last_ns - event.monotonic_ns) / 1e9:.1f} s)"

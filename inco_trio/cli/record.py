@@ -18,6 +18,7 @@ import attrs
 from inco_trio.capture.gaps import Gaps, separated
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.history import accepted, past_events, past_of
+from inco_trio.cli.monitor import repeated
 from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_seconds, path_of, positive, size
 from inco_trio.cli.signalling import board_of, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
@@ -370,7 +371,7 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
         case Event(event="ignored"):
             text = f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
             if frame is None:
-                recorder.mark(time_ns, f"{where}{text}")
+                recorder.mark(time_ns, " ".join([f"{where}{text}", *repeated(event)]))
             else:
                 recorder.ignored(time_ns, text, frame, board)
         case Event(event="link"):
@@ -380,4 +381,4 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
         case Event(event="lost"):
             recorder.mark(time_ns, f"{event.count} events were lost here: they arrived too fast")
         case _:
-            recorder.mark(time_ns, f"{where}{event.message or event.event}")
+            recorder.mark(time_ns, " ".join([f"{where}{event.message or event.event}", *repeated(event)]))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
-from inco_trio import real_clock
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History
 from inco_trio.problems import board_name
@@ -127,10 +126,9 @@ class Feed:
             for monitor in self._others:
                 monitor.carried(batch)
 
-    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
+    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes], at: Times) -> None:
         if self.monitors:
-            now = real_clock.time_ns(), real_clock.monotonic_ns()
-            batch = Batch(self._board, tuple(signals), 0, frames, *now, reason=reason)
+            batch = Batch(self._board, tuple(signals), 0, frames, *at, reason=reason)
             for monitor in self.monitors:
                 monitor.carried(batch)
 
@@ -141,14 +139,14 @@ class Feed:
             return ()
         return [proxy._frame(signal.name) for signal in signals]
 
-    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
+    def ignored(self, reason: str, name: str | None, frame: bytes | None, at: Times) -> None:
         if self.monitors:
             direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
             shown = None if frame is None else frame.hex()
-            self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
+            self.offer("ignored", at, reason=reason, direction=direction, signal=name, frame=shown)
 
-    def link_changed(self, running: bool, text: str, seconds: float) -> None:
-        self.offer("link", running=running, message=text, duration=seconds)
+    def link_changed(self, running: bool, text: str, seconds: float, at: Times) -> None:
+        self.offer("link", at, running=running, message=text, duration=seconds)
 
     def opened(self, keep: Callable[[], History]) -> None:
         for follower in self.followers:
@@ -165,15 +163,15 @@ class Feed:
         """The board that the current task serves."""
         return board_name.get() or self.served.name
 
-    def _event(self, kind: str, **fields: object) -> Event:
-        from inco_trio.control.protocol import event_now
+    def _event(self, kind: str, at: Times | None = None, **fields: object) -> Event:
+        from inco_trio.control.protocol import event_at
 
-        return event_now(kind, self._board, **fields)
+        return event_at(kind, self._board, at, **fields)
 
-    def offer(self, kind: str, **fields: object) -> None:
-        """Queue an event for all monitors."""
+    def offer(self, kind: str, at: Times | None = None, **fields: object) -> None:
+        """Queue an event with the time `at` (default: now) for all monitors."""
         if self.monitors:
-            event = self._event(kind, **fields)
+            event = self._event(kind, at, **fields)
             for monitor in self.monitors:
                 monitor.offer(event)
 
@@ -201,7 +199,8 @@ class _LogTap(logging.Handler):
         if kind == "link":
             return  # `Feed.link_changed` has already queued this event.
         level, message = record.levelname.lower(), record.getMessage()
-        offer = partial(self._feed.offer, kind, level=level, message=message, count=count)
+        at = getattr(record, "at", None)  # See `problems.report`.
+        offer = partial(self._feed.offer, kind, at, level=level, message=message, count=count)
         if threading.get_ident() == self._thread:
             offer()
         elif self._token is not None:

@@ -28,8 +28,8 @@ __all__ = [
     "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "ReloadRequest", "Reply", "Request",
     "RequestError", "Response", "RivalRequest", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply",
     "decode_request", "encode_alone", "encode_board", "encode_error", "encode_event", "encode_greeting",
-    "encode_history", "encode_notifications", "encode_request", "encode_response", "encode_status", "event_now",
-    "to_json",
+    "encode_history", "encode_notifications", "encode_request", "encode_response", "encode_status", "event_at",
+    "event_now", "to_json",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -559,7 +559,13 @@ def _decode_signals(signals: tuple[tuple[object, ...], ...]) -> tuple[tuple[Dire
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:
-    return Event(event, board, real_clock.time_ns() / 1e9, real_clock.monotonic_ns(), **fields)
+    return event_at(event, board, None, **fields)
+
+
+def event_at(event: str, board: str, at: tuple[int, int] | None, **fields: Any) -> Event:
+    """Return an event with a wall-clock time and a monotonic time in nanoseconds (default: now)."""
+    time_ns, monotonic_ns = at or (real_clock.time_ns(), real_clock.monotonic_ns())
+    return Event(event, board, time_ns / 1e9, monotonic_ns, **fields)
 
 
 _REQUIRED = {

@@ -322,13 +322,15 @@ class Recorder:
         count: int = 1,
         state: int = 0,
         seconds: float = 0.0,
+        at: tuple[int, int] | None = None,
     ) -> None:
         """Record an event. If it equals one of the last RECENT events, increment the count of that event instead.
 
+        `at` is the wall-clock time and the monotonic time of the event (default: now).
         Once the link peer has filled its share of the ring, treat its further events as equal, regardless of their
         names. Ignored frames are still counted separately for each reason.
         """
-        monotonic = real_clock.monotonic_ns()
+        wall, monotonic = at or (real_clock.time_ns(), real_clock.monotonic_ns())
         key: tuple[object, ...] = kind, text, signal, direction, state
         is_crowded = kind in FROM_OUTSIDE and self._is_crowded(kind)
         if is_crowded:
@@ -343,7 +345,6 @@ class Recorder:
         self._recent[key] = self._noted
         if len(self._recent) > 2 * RECENT:
             self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
-        wall = real_clock.time_ns()
         self._write_note(Note(kind, wall, monotonic, monotonic, count, direction, signal, state, text, seconds))
 
     def _is_crowded(self, kind: str) -> bool:

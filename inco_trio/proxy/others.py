@@ -12,7 +12,7 @@ from inco_trio import real_clock
 from inco_trio.config import Config
 from inco_trio.counters import Counters
 from inco_trio.linux.netns import identity
-from inco_trio.problems import noted_by, report, working_for
+from inco_trio.problems import Note, noted_by, report, working_for
 from inco_trio.registers.directory import Directory
 from inco_trio.wall_clock import WallClock
 
@@ -48,7 +48,7 @@ class Others:
         self,
         board: str,
         counters: Counters,
-        note: Callable[[str, str, int], None],
+        note: Note,
         is_closed: Callable[[], bool],
     ) -> None:
         self._board = board
