@@ -72,29 +72,6 @@ sys.exit(main(sys.argv[3:]))
 The first signal is SIGTERM.
 """
 
-COLLECTOR = """
-import gc, sys
-import trio
-from inco_trio.cli import main
-from inco_trio.service import runner
-
-set_up_logging = runner.set_up_logging
-
-def setting_up(*arguments, **named):
-    print(gc.isenabled())
-    set_up_logging(*arguments, **named)
-
-runner.set_up_logging = setting_up
-trio.run = lambda service: print(gc.isenabled(), gc.get_freeze_count() > 0)
-main(["run", "none0", "--irq-dir", sys.argv[1]])
-gc.disable()
-try:
-    main(["run", "--unknown-option"])
-finally:
-    print(gc.isenabled())
-"""
-"""A program that prints whether the garbage collector is enabled, at four moments of a daemon's start."""
-
 AT_THE_END = """
 import os, signal, sys
 from inco_trio.cli import main
@@ -324,11 +301,3 @@ def test_a_stop_does_not_wait_for_a_reload(cores: Cores, irq_dir: Path) -> None:
             assert "unfinished=0" in running.stderr.read()
         finally:
             running.kill()
-
-
-def test_the_garbage_collector_runs_once_the_imports_are_done(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECTOR, tmp_path], capture_output=True, text=True, check=False, timeout=HANG
-    )
-    assert done.stdout == "False\nTrue True\nTrue\n"
-    assert "--unknown-option" in done.stderr

@@ -5,7 +5,6 @@ The entry points of the daemon start to record process signals before they impor
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `inco-trio`; return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["run"]:
-        _begin_daemon()
+        process_signals.hold()
     try:
         from inco_trio.cli.parser import run_command
 
@@ -26,22 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         process_signals.end_by_interrupt()
         raise
-    finally:
-        gc.enable()
 
 
 def inco_proxy(arguments: Sequence[str] | None = None) -> int:
     """Run `inco_proxy`, the command that start scripts of inco-trio's predecessor call; return its exit code."""
-    _begin_daemon()
-    try:
-        from inco_trio.cli.parser import run_drop_in
-
-        return run_drop_in(sys.argv[1:] if arguments is None else list(arguments))
-    finally:
-        gc.enable()
-
-
-def _begin_daemon() -> None:
     process_signals.hold()
-    # Without the garbage collector, the imports take about a tenth less time. `run_service` enables it again.
-    gc.disable()
+    from inco_trio.cli.parser import run_drop_in
+
+    return run_drop_in(sys.argv[1:] if arguments is None else list(arguments))

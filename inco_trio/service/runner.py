@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import signal
@@ -65,9 +64,6 @@ def run_service(
     stamped = needs_timestamps(timestamps, fd, is_s6_service=notification_fd is not None)
     write_held = set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
     service = make()
-    # Most objects of the imports are never freed, so the garbage collector need not scan them.
-    gc.freeze()
-    gc.enable()
     try:
         trio.run(Runner(service, notification_fd, write_held).run)
     except IncoError:
