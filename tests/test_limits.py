@@ -62,7 +62,7 @@ OTHERS = {
     "capture.summary.TIME_MAX": "a later time in a recording is invalid",
     "cli.options.DIGITS_MAX": "a value of an option",
     "cli.options.HISTORY_MAX": "a value of an option",
-    "cli.record.HELD_MAX": "more events are recorded at once, and a mark names the gap",
+    "cli.record.HELD_MAX": "further events are written without waiting for the history",
     "cli.send.SLEEP_MAX": "an interval between two looks at the clock",
     "control.follower.POSITIONS_MAX": "our own request",
     "links.address.INTERFACE_MAX": "the kernel's limit",
