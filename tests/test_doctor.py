@@ -39,9 +39,10 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
+from inco_trio.proxy.others import OF_LINK, REMEDY
 from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.registers.diagnose import UNREPORTED
-from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
+from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust
 from netns.hang import HANG
@@ -733,7 +734,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", "only process 30 (inco-trio) serves the link", None),
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", f"only process 30 (inco-trio) {ALONE} serves the link", None),
         (Users((), (LISTENER,), (), 0), "ok", "only process 40 (python3) serves the link", None),
         (Users((), (), (), 0), "warn", "no proxy serves this link", "inco-trio run l0"),
         (
@@ -954,7 +955,14 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ("parent", "cgroup", "stop"),
     [
         ({"name": "s6-supervise", "cwd": "/run/service/inco-trio l0"}, "0::/", "s6-svc -d '/run/service/inco-trio l0'"),
-        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", "s6-svc -d inco-trio-l0"),
+        # An ordinary user may see the working directory of the proxy, but not that of its supervisor.
+        (
+            {"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/run/service/inco-trio-l0"},
+            "0::/",
+            "s6-svc -d /run/service/inco-trio-l0",
+        ),
+        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/root"}, "0::/", None),
+        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", None),
         ({"name": "runsv", "cwd": "/etc/service/irq"}, "0::/", "sv down /etc/service/irq"),
         ({"name": "supervise", "cwd": "/service/irq"}, "0::/", "svc -d /service/irq"),
         ({"name": "systemd"}, "0::/system.slice/inco-trio-l0.service", "systemctl stop inco-trio-l0.service"),
@@ -975,13 +983,15 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ],
 )
 def test_the_command_of_the_supervisor_stops_a_process(
-    tree: Tree, parent: dict[str, Any], cgroup: str, stop: str
+    tree: Tree, parent: dict[str, Any], cgroup: str, stop: str | None
 ) -> None:
     above = parent.get("pid", 1)
     tree.process(above, parent.get("command", "init"), name=parent["name"])
     if "cwd" in parent:
         (tree.root / f"proc/{above}/cwd").symlink_to(parent["cwd"])
     tree.process(30, "inco_proxy l0", parent=above)
+    if "child" in parent:
+        (tree.root / "proc/30/cwd").symlink_to(parent["child"])
     tree.put("proc/30/cgroup", f"{cgroup}\n")
     (found,) = [each for each in look(tree.root, BOOTED).all if each.pid == 30]
     assert found.stop == stop
@@ -993,10 +1003,57 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
+    # Other boards would lose their proxy.
+    boards = process(2, "inco-trio run --boards=/b", started=2)
+    assert superfluous([boards, watched]) == watched
     assert watched.supervision == "in s6 service /run/service/a"
     assert (
         attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
     )
+
+
+def test_the_log_names_no_command_for_a_service_whose_directory_is_unknown() -> None:
+    for supervised, remedy in (("s6-svc -d inco-trio-l0", REMEDY), ("s6-svc -d /s/l0", "run: s6-svc -d /s/l0")):
+        (rival,) = _rival(0, "l0", [attrs.evolve(PROXY, supervised=supervised)], OF_LINK)
+        assert str(rival) == f"l0: process 30 (inco-trio) {OF_LINK}: {remedy}"
+
+
+def test_the_fd_store_of_a_stopped_service_does_not_keep_the_socket_of_another_proxy() -> None:
+    other = attrs.evolve(HOLDER, sockets=frozenset({78}))
+    for holder, keepers in ((HOLDER, (HOLDER,)), (other, ())):
+        users = Users((PROXY,), (), (holder,), 0)
+        assert users.keepers == keepers
+        for has_service in (False, True):
+            found = only(proxies.descriptors("l0", users, everyone(), has_service=has_service))
+            assert found[0] == ("ok" if keepers else "warn")
+            # A second service of the link would not help.
+            assert (found[2] is None) == (bool(keepers) or has_service)
+    assert Users((), (), (HOLDER,), 0).keepers == ()
+
+
+def test_a_link_whose_service_does_not_serve_it_is_a_problem() -> None:
+    for start, text in (
+        (None, "no proxy serves this link: see the log of its service"),
+        ("x", "no proxy serves this link"),
+    ):
+        found = only(proxies.users_of_link("l0", Users((), (), (), 0), start, has_service=True))
+        assert found == ("fail", f"l0: {text}", start)
+
+
+def test_an_unknown_receive_buffer_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.doctor.examination.users_of_interface", lambda *_: Users((PROXY,), (), (), 0))
+    asked: list[int | None] = []
+
+    def receive_buffer(_proxy: Process, _wanted: int, granted: int | None) -> list[Result]:
+        asked.append(granted)
+        return []
+
+    monkeypatch.setattr(machine, "receive_buffer", receive_buffer)
+    status = attrs.evolve(status_of("lo", ()), receive_buffer=7)
+    for answers in (Answers(), Answers({PROXY.pid: Answer("lo", (BoardStatus("lo", status=status),))})):
+        for _ in examine("lo", (), everyone(PROXY), answers):
+            pass
+    assert asked == [7]
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
-from inco_trio.linux.processes import is_same_system, look
+from inco_trio.linux.processes import is_same_system, look, working_directory
 from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
@@ -459,7 +460,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)
         result = of(found, "proxy")
-        assert result["level"] == "warn"
+        assert result["level"] == "fail"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
         result = of(found, "service")
@@ -481,6 +482,74 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         assert own.stop == f"s6-svc -d {service.directory}"
         subprocess.run(["sh", "-ec", own.stop], check=True, timeout=HANG)
         service.wait("D")
+
+
+@pytest.mark.s6
+def test_the_fixes_replace_a_proxy_without_a_supervisor_by_the_service(cores: Cores, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    write_scandir(tmp_path / "scan", cores.link, udrv)
+    with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+        service.wait("U")
+        service.control("-d")
+        service.wait("D")
+        stray = Proxy(cores.core0, [cores.link, "--config", str(udrv)], {}, tmp_path / "stray.log")
+        try:
+            stray.wait_ready()
+            found = doctor(cores.core0, cores.link)
+            result = of(found, "service")
+            assert (result["level"], result["fix"]) == ("warn", f"kill {stray.pid}")
+            assert f"then run `s6-svc -u {service.directory}`; the service delivers again what" in result["found"]
+            assert f"process {stray.pid} (python) without a supervisor serves its link" in result["found"]
+            assert f"only process {stray.pid} (python) without a supervisor serves" in of(found, "proxy")["found"]
+            # The fd store keeps only the socket of the service.
+            result = of(found, "descriptors")
+            assert (result["level"], result["fix"]) == ("warn", None)
+            subprocess.run(["sh", "-ec", f"kill {stray.pid}"], check=True)
+            stray.process.wait(HANG)
+        finally:
+            stray.close()
+        result = of(doctor(cores.core0, cores.link), "service")
+        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -u {service.directory}")
+        service.control("-u")
+        service.wait("U")
+        found = doctor(cores.core0, cores.link)
+        assert [each["check"] for each in found if each["check"] == "service"] == []
+        assert of(found, "descriptors")["level"] == "ok"
+
+
+@pytest.mark.s6
+def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    with ExitStack() as stack:
+        both = []
+        for name in ("one", "two"):
+            write_scandir(tmp_path / name, cores.link, udrv)
+            both.append(stack.enter_context(Service(cores.core0, tmp_path / name, cores.link)))
+            both[-1].wait("U")
+        one, two = both
+        result = of(doctor(cores.core0, cores.link), "proxy")
+        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -d {one.directory}")
+        assert "after this command, `inco-trio doctor` prints how to remove the stopped service" in result["found"]
+        # The log of the second proxy names the same command.
+        assert f"run: s6-svc -d {one.directory}" in two.wait_log("also serves this link")
+        one.control("-d")
+        one.wait("D")
+        result = of(doctor(cores.core0, cores.link), "service")
+        fix = f"rm -r {one.directory} && s6-svscanctl -an {one.scandir}"
+        assert (result["level"], result["fix"]) == ("warn", fix)
+        assert f"in s6 service {two.directory} serves its link" in result["found"]
+        (supervisor,) = (
+            each.pid
+            for each in look().all
+            if each.name == "s6-supervise" and working_directory(each.pid) == one.directory
+        )
+        ended = os.pidfd_open(supervisor)
+        subprocess.run(["sh", "-ec", fix], check=True, timeout=HANG)
+        assert select.select([ended], [], [], HANG)[0] == [ended]
+        os.close(ended)
+        found = doctor(cores.core0, cores.link)
+        assert [each["check"] for each in found if each["check"] == "service"] == []
+        assert of(found, "proxy")["level"] == "ok"
 
 
 SURVEYED = """

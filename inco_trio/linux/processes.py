@@ -23,6 +23,7 @@ __all__ = [
     "is_proxy_command",
     "is_same_mount_namespace",
     "is_same_system",
+    "is_stopped",
     "lines_of",
     "listening_sockets",
     "look",
@@ -31,6 +32,7 @@ __all__ = [
     "read",
     "status_of",
     "unix_sockets",
+    "working_directory",
 ]
 
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
@@ -67,6 +69,19 @@ def status_of(process: Path) -> dict[str, str]:
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 
+def is_stopped(pid: int, root: Path = Path("/")) -> bool:
+    """Return whether a signal or a debugger has stopped a process."""
+    return status_of(root / f"proc/{pid}").get("State", "").strip().lower().startswith("t")
+
+
+def working_directory(pid: int, root: Path = Path("/")) -> Path | None:
+    """Return the working directory of a process, or None if the process has ended or this user may not see it."""
+    try:
+        return (root / f"proc/{pid}/cwd").readlink()
+    except OSError:
+        return None
+
+
 @attrs.frozen
 class Process:
     """A process with its sockets and inotify watches."""
@@ -97,8 +112,19 @@ class Process:
         return is_proxy_command(self.command)
 
     @property
-    def stop(self) -> str:
-        """The command that stops the process permanently. After kill(1), a supervisor would restart the process."""
+    def serves_boards(self) -> bool:
+        """Whether the command of the process serves all boards in a directory."""
+        return any(word.partition("=")[0] == "--boards" for word in self.command)
+
+    @property
+    def stop(self) -> str | None:
+        """The command that stops the process permanently. After kill(1), a supervisor would restart the process.
+
+        It is None if the directory of the process's service is unknown.
+        """
+        words = shlex.split(self.supervised)
+        if words and words[0] != "systemctl" and not words[-1].startswith("/"):
+            return None
         return self.supervised or f"kill {self.pid}"
 
     @property
@@ -201,10 +227,14 @@ def _supervisor(place: Path, parent: str) -> str:
     above = place.parent / parent
     name = read(above / "comm") or ""
     if stop := _S6_STYLE.get(name):
-        try:
-            service = str((above / "cwd").readlink())  # The service directory is the supervisor's cwd.
-        except OSError:  # This user cannot read the cwd: use the supervisor's last argument, the service's name.
-            service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        # The service directory is the working directory of the supervisor and of the process that it starts. This user
+        # may be unable to see the former. The supervisor's last argument is only the name of the service.
+        service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        seen = [working_directory(int(pid), place.parent.parent) for pid in (parent, place.name)]
+        if seen[0] is not None:
+            service = str(seen[0])
+        elif seen[1] is not None and seen[1].name == service:
+            service = str(seen[1])
         return f"{stop} {shlex.quote(service)}"
     # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit's name.
     groups = [line for line in lines_of(place / "cgroup") if line.startswith("0::") or ":name=systemd:" in line]
