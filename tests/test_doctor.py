@@ -39,6 +39,7 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
+from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, REMEDY
 from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.registers.diagnose import UNREPORTED
@@ -48,6 +49,7 @@ from inco_trio.trust import Trust
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
+from tests.support_proxy import write_udrv
 
 NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
 MAC = bytes.fromhex("020000000001")
@@ -681,6 +683,23 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
         f"{path}: process 3 does not watch it, so the proxy misses notifications",
         "kill -HUP 3",
     )
+    # A reload does not help if the proxy may not use the directory or the file.
+    assert only(register_files.watched(signals, process(3), fit=False)) == (
+        "fail",
+        f"{path}: process 3 does not watch it, so the proxy misses notifications: make the directory fit first",
+        None,
+    )
+    path.chmod(0o200)
+    assert only(register_files.watched(signals, process(3, uid=os.geteuid()))) == (
+        "fail",
+        f"{path}: process 3 of {user_name(os.geteuid())} may not read it",
+        f"chmod u+r {path}",
+    )
+    path.unlink()
+    path.mkdir()
+    assert list(register_files.watched(signals, process(3))) == []
+    path.rmdir()
+    path.touch()
     proxy = process(3, watches=(place(path),))
     assert only(register_files.watched(signals, proxy)) == (
         "ok",
@@ -905,6 +924,13 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
     ]
     assert denied(0o700, 0o646, 0o604) == [(f"{irq}: not use it", f"chown {uid} {irq}")]
     assert denied(0o755, 0o646, 0o604) == []
+    # The application that owns a trigger must still be able to write it.
+    os.chown(trigger.path, 12345, -1)
+    assert denied(0o755, 0o646, 0o600) == [(f"{trigger.path}: not read it", f"chmod a+r {trigger.path}")]
+    os.chown(trigger.path, os.geteuid(), -1)
+    overriding = attrs.evolve(proxy, capabilities=1 << CAP_DAC_OVERRIDE)
+    trigger.path.chmod(0o600)
+    assert list(register_files.denied([trigger], overriding)) == []
     gid = searchable.stat().st_gid
     assert denied(0o750, 0o660, 0o640, groups={gid}) == []
     searchable.chmod(0o710)
@@ -928,6 +954,27 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
             found = examine(link, signals, everyone(proxy), answers, serving=proxy)
             named = [each.fix for each in found if each.check == "registers" and each.level is Level.FAIL]
             assert named == ([] if owner is not None else fixes)
+
+
+def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable: Path) -> None:
+    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
+    write_udrv(config, searchable / "irq")
+    link = searchable / "link.json"
+    link.symlink_to(config)
+    status, boards = status_of("l0", ()), Boards({"u": Config("l0", ())}, {}, {})
+    signals = builtin_signals(searchable / "irq")
+    for mode, above, fix, text in (
+        (0o644, 0o755, "kill -HUP 3", ""),
+        (0o600, 0o755, None, f" may not read {config}: permit it"),
+        (0o644, 0o700, None, f" may not search {searchable}: permit it"),
+    ):
+        config.chmod(mode)
+        searchable.chmod(above)
+        (changed,) = proxies.configuration(link, signals, proxy, status)
+        (board,) = proxies.board_files(searchable, boards, [], proxy)
+        for result in (changed, board):
+            assert result.fix == fix
+            assert result.found.endswith(text)
 
 
 def test_pending_notifications_are_described_by_direction() -> None:

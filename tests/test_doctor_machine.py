@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.faults.supervised import Service, main_process, write_scandir
+from tests.faults.supervised import Service, main_process, wait_path, write_scandir
 from tests.support_doctor import FIRST, Tree
 from tests.support_proxy import write_udrv
 
@@ -552,9 +552,40 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
         assert of(found, "proxy")["level"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("change", "check", "fix"),
+    [
+        ("mv {irq} {irq}.old; install -d -o 12345 -g 12345 {irq}", "trusted", "chown 0 {irq}"),
+        ("rm {trigger}; install -m 600 -o 12345 /dev/null {trigger}", "registers", "chmod a+r {trigger}"),
+    ],
+)
+def test_the_fix_gives_a_proxy_its_files_back(
+    cores: Cores, tmp_path: Path, irq_dir: Path, change: str, check: str, fix: str
+) -> None:
+    """A reload would not help."""
+    names = {"irq": str(irq_dir), "trigger": f"{irq_dir}/message_6_trig"}
+    lost = "-dac_override,-dac_read_search"
+    prefix = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}"]
+    running = Proxy(cores.core0, [cores.link, "--irq-dir", str(irq_dir)], {}, tmp_path / "proxy.log", prefix)
+    with closing(running):
+        running.wait_ready()
+        subprocess.run(["sh", "-ec", change.format_map(names)], check=True)
+        running.wait_log("not trusted" if check == "trusted" else "cannot watch: Permission denied")
+        words = [cores.link, "--irq-dir", irq_dir]
+        found = [each for each in doctor(cores.core0, *words) if each["fix"] is not None]
+        chosen = [each["fix"] for each in found if each["check"] == check]
+        assert chosen == [fix.format_map(names)]
+        assert [each["fix"] for each in found if "-HUP" in each["fix"]] == []
+        subprocess.run(["sh", "-ec", chosen[0]], check=True)
+        running.wait_log("works again")
+        wait_path(Path(names["trigger"]))  # The proxy watches a trigger before it becomes visible.
+        found = [each for each in doctor(cores.core0, *words) if each["check"] in ("trusted", "registers", "watched")]
+        assert [each for each in found if each["level"] != "ok"] == []
+
+
 SURVEYED = """
 import json, subprocess, sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from inco_trio.service.launch import Launched
 from netns.hang import HANG

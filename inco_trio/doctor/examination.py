@@ -14,7 +14,7 @@ from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
-from inco_trio.doctor.result import Result, fail
+from inco_trio.doctor.result import Level, Result, fail
 from inco_trio.doctor.services import FoundService
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
@@ -187,7 +187,8 @@ def _registers(
     def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory, access=access)
-        yield from register_files.trusted(directory, trust)
+        confidence = list(register_files.trusted(directory, trust))
+        yield from confidence
         yield from register_files.reported(directory)
         yield from register_files.kinds(own, access=access)
         if proxy is not None and not access:
@@ -195,7 +196,8 @@ def _registers(
         yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
-            yield from register_files.watched(own, users.proxy)
+            fit = all(result.level is Level.OK for result in confidence)
+            yield from register_files.watched(own, users.proxy, fit=fit)
 
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if silence := silent("directory", directory, partial(list, checks(directory))):

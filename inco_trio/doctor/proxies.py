@@ -11,6 +11,7 @@ from pathlib import Path
 from inco_trio.board_files import Boards
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
+from inco_trio.doctor.register_files import unreadable
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
 from inco_trio.linux.capabilities import names_of
 from inco_trio.linux.processes import Process, Processes, is_stopped, named
@@ -164,7 +165,7 @@ def configuration(path: Path, wanted: Config | Sequence[Signal], proxy: Process,
         changed = [*(key for key, (before, now) in keys.items() if before != now), *changed]
     if changed:
         text = f"process {proxy.pid} does not use the current version, which differs in {', '.join(changed)}"
-        yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
+        yield _reload(path, text, proxy)
     else:
         yield ok("reload", path, f"process {proxy.pid} uses the current version")
 
@@ -173,10 +174,17 @@ def board_files(directory: Path, boards: Boards, served: Collection[str], proxy:
     """Check that a proxy serves the boards in its directory and no others. `served` contains the boards' names."""
     for name in sorted(boards.configs.keys() - served):
         text = f"process {proxy.pid} has not read this file: it does not serve the board"
-        yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+        yield _reload(directory / f"{name}.json", text, proxy)
     for name in sorted(set(served) - boards.configs.keys() - boards.refused.keys()):
         text = f"was removed, but process {proxy.pid} still serves the board"
         yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+
+
+def _reload(path: Path, text: str, proxy: Process) -> Result:
+    """Return the warning that a proxy must read a file, with the command, or with the reason why it cannot."""
+    if reason := unreadable(path, proxy):
+        return warn("reload", path, f"{text}: {reason}")
+    return warn("reload", path, text, f"kill -HUP {proxy.pid}")
 
 
 def capabilities(proxy: Process, status: Status) -> Iterator[Result]:

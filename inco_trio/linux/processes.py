@@ -105,6 +105,8 @@ class Process:
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
     groups: frozenset[int] = frozenset()
     """The effective group ID and the supplementary group IDs."""
+    capabilities: int = 0
+    """The effective capabilities as a bit mask."""
 
     @property
     def is_proxy(self) -> bool:
@@ -216,6 +218,7 @@ def look(
                 watches=watches,
                 hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
+                capabilities=int(status.get("CapEff", "0"), 16),
                 groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
