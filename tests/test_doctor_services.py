@@ -226,6 +226,19 @@ def test_the_service_of_another_user_is_named(tmp_path: Path) -> None:
     assert found.fix is None
 
 
+@pytest.mark.parametrize("name", ["s6-supervise", "s6-svscan"])
+def test_a_supervisor_of_an_untrusted_user_is_ignored(name: str, tmp_path: Path) -> None:
+    """The user chooses its working directory, which can even be one that root may not search (FUSE)."""
+    write_service(tmp_path, "x", "exit")
+    tree, directory = Tree(tmp_path / "root"), tmp_path / "inco-trio-x" if name == "s6-supervise" else tmp_path
+    for pid, uid in ((30, os.geteuid() + 1), (31, os.geteuid())):
+        assert find_services(look(tree.root, BOOTED), tree.root) == []
+        tree.process(pid, f"{name} x", name=name, uid=uid)
+        (tree.root / f"proc/{pid}/cwd").symlink_to(directory)
+    (found,) = find_services(look(tree.root, BOOTED), tree.root)
+    assert found.directory == tmp_path / "inco-trio-x"
+
+
 def test_a_signal_without_a_name_is_shown_as_a_number() -> None:
     assert services._signal(250) == "signal 250"
 

@@ -166,7 +166,9 @@ class _Directory:
 def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[FoundService]:
     places = {each.pid: place for each in processes.all if (place := working_directory(each.pid, root)) is not None}
     found: dict[Path, _Directory] = {}
-    for process in processes.all:
+    # Any user can give a process the name s6-supervise, and choose its working directory.
+    trusted = [process for process in processes.all if process.uid in (0, os.geteuid())]
+    for process in trusted:
         if process.name != "s6-supervise":
             continue
         if (place := places.get(process.pid)) is None:
@@ -178,7 +180,7 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
                 yield FoundService(place.name, place, results=(silence,))
             elif _probe(process, place, root):
                 found[place] = _Directory(place, process)
-    for process in processes.all:
+    for process in trusted:
         place = places.get(process.pid)
         if process.name != "s6-svscan" or place is None or silent("service", place, partial(_services_in, place)):
             continue

@@ -107,11 +107,13 @@ class Process:
     """The effective group ID and the supplementary group IDs."""
     capabilities: int = 0
     """The effective capabilities as a bit mask."""
+    is_wrapper: bool = False
+    """Whether the process runs a proxy as its child, like `sudo` and `timeout`. Their command lines contain its own."""
 
     @property
     def is_proxy(self) -> bool:
         """Whether the command of the process runs a proxy of inco-trio or its predecessor."""
-        return is_proxy_command(self.command)
+        return is_proxy_command(self.command) and not self.is_wrapper
 
     @property
     def serves_boards(self) -> bool:
@@ -187,7 +189,7 @@ def look(
         numbers = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
     except OSError:
         numbers = []
-    found, unseen = [], False
+    found, unseen, parents = list[Process](), False, set[int]()
     for number in numbers:
         place = proc / str(number)
         command = tuple((read(place / "cmdline") or "").rstrip("\0").split("\0"))
@@ -197,6 +199,8 @@ def look(
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
             continue
+        if is_proxy_command(command):
+            parents.add(int(status["PPid"]))
         hidden = False
         try:
             sockets, instances, watches = _descriptors(place)
@@ -222,7 +226,11 @@ def look(
                 groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
-    return Processes(tuple(found), unseen, bool(numbers))
+    # A process with sockets or watches is a proxy, even if it has started another one.
+    marked = (
+        attrs.evolve(each, is_wrapper=each.pid in parents and not (each.sockets or each.watches)) for each in found
+    )
+    return Processes(tuple(marked), unseen, bool(numbers))
 
 
 def _supervisor(place: Path, parent: str) -> str:

@@ -178,7 +178,7 @@ def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: P
     found = list(users.proxies)
     # This user cannot inspect these processes, but every user can read their command lines. They may serve a link with
     # the same name in another network namespace. Therefore, require a socket that belongs to no other process.
-    hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
+    hidden = [each for each in processes.all if each.hidden and each.is_proxy and _names(address.name, each.command)]
     if hidden and users.unseen and users_of(address, look()).unseen:
         found += hidden
     return found
