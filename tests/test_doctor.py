@@ -39,14 +39,17 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, listening_sockets, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
+from inco_trio.linux.users import user_name
+from inco_trio.proxy.others import OF_LINK, REMEDY
 from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.registers.diagnose import UNREPORTED
-from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
+from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
+from tests.support_proxy import write_udrv
 
 NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
 MAC = bytes.fromhex("020000000001")
@@ -151,6 +154,17 @@ def test_missing_proc_is_a_warning(tmp_path: Path) -> None:
 )
 def test_a_proxy_is_recognized_by_its_command_line(command: str, proxy: bool) -> None:
     assert process(1, command).is_proxy is proxy
+
+
+def test_a_program_that_runs_a_proxy_as_its_child_is_no_proxy(tree: Tree) -> None:
+    run = "inco-trio run l0"
+    tree.process(2, f"sudo timeout 9 {run}")
+    tree.process(3, f"timeout 9 {run}", parent=2)
+    tree.process(4, f"python3 /usr/bin/{run}", parent=3, fds={3: "socket:[7]"})
+    tree.process(5, f"python3 /usr/bin/{run}", fds={3: "socket:[8]"})  # This one started another proxy.
+    tree.process(6, f"python3 /usr/bin/{run}", parent=5)
+    tree.process(7, f"python3 /usr/bin/{run}")
+    assert [each.pid for each in look(tree.root, BOOTED).all if each.is_proxy] == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -680,6 +694,23 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
         f"{path}: process 3 does not watch it, so the proxy misses notifications",
         "kill -HUP 3",
     )
+    # A reload does not help if the proxy may not use the directory or the file.
+    assert only(register_files.watched(signals, process(3), fit=False)) == (
+        "fail",
+        f"{path}: process 3 does not watch it, so the proxy misses notifications: make the directory fit first",
+        None,
+    )
+    path.chmod(0o200)
+    assert only(register_files.watched(signals, process(3, uid=os.geteuid()))) == (
+        "fail",
+        f"{path}: process 3 of {user_name(os.geteuid())} may not read it",
+        f"chmod u+r {path}",
+    )
+    path.unlink()
+    path.mkdir()
+    assert list(register_files.watched(signals, process(3))) == []
+    path.rmdir()
+    path.touch()
     proxy = process(3, watches=(place(path),))
     assert only(register_files.watched(signals, proxy)) == (
         "ok",
@@ -740,7 +771,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", "only process 30 (inco-trio) serves the link", None),
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", f"only process 30 (inco-trio) {ALONE} serves the link", None),
         (Users((), (LISTENER,), (), 0), "ok", "only process 40 (python3) serves the link", None),
         (Users((), (), (), 0), "warn", "no proxy serves this link", "inco-trio run l0"),
         (
@@ -911,6 +942,13 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
     ]
     assert denied(0o700, 0o646, 0o604) == [(f"{irq}: not use it", f"chown {uid} {irq}")]
     assert denied(0o755, 0o646, 0o604) == []
+    # The application that owns a trigger must still be able to write it.
+    os.chown(trigger.path, 12345, -1)
+    assert denied(0o755, 0o646, 0o600) == [(f"{trigger.path}: not read it", f"chmod a+r {trigger.path}")]
+    os.chown(trigger.path, os.geteuid(), -1)
+    overriding = attrs.evolve(proxy, capabilities=1 << CAP_DAC_OVERRIDE)
+    trigger.path.chmod(0o600)
+    assert list(register_files.denied([trigger], overriding)) == []
     gid = searchable.stat().st_gid
     assert denied(0o750, 0o660, 0o640, groups={gid}) == []
     searchable.chmod(0o710)
@@ -934,6 +972,27 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
             found = examine(link, signals, everyone(proxy), answers, serving=proxy)
             named = [each.fix for each in found if each.check == "registers" and each.level is Level.FAIL]
             assert named == ([] if owner is not None else fixes)
+
+
+def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable: Path) -> None:
+    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
+    write_udrv(config, searchable / "irq")
+    link = searchable / "link.json"
+    link.symlink_to(config)
+    status, boards = status_of("l0", ()), Boards({"u": Config("l0", ())}, {}, {})
+    signals = builtin_signals(searchable / "irq")
+    for mode, above, fix, text in (
+        (0o644, 0o755, "kill -HUP 3", ""),
+        (0o600, 0o755, None, f" may not read {config}: permit it"),
+        (0o644, 0o700, None, f" may not search {searchable}: permit it"),
+    ):
+        config.chmod(mode)
+        searchable.chmod(above)
+        (changed,) = proxies.configuration(link, signals, proxy, status)
+        (board,) = proxies.board_files(searchable, boards, [], proxy)
+        for result in (changed, board):
+            assert result.fix == fix
+            assert result.found.endswith(text)
 
 
 def test_pending_notifications_are_described_by_direction() -> None:
@@ -961,7 +1020,14 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ("parent", "cgroup", "stop"),
     [
         ({"name": "s6-supervise", "cwd": "/run/service/inco-trio l0"}, "0::/", "s6-svc -d '/run/service/inco-trio l0'"),
-        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", "s6-svc -d inco-trio-l0"),
+        # An ordinary user may see the working directory of the proxy, but not that of its supervisor.
+        (
+            {"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/run/service/inco-trio-l0"},
+            "0::/",
+            "s6-svc -d /run/service/inco-trio-l0",
+        ),
+        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/root"}, "0::/", None),
+        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", None),
         ({"name": "runsv", "cwd": "/etc/service/irq"}, "0::/", "sv down /etc/service/irq"),
         ({"name": "supervise", "cwd": "/service/irq"}, "0::/", "svc -d /service/irq"),
         ({"name": "systemd"}, "0::/system.slice/inco-trio-l0.service", "systemctl stop inco-trio-l0.service"),
@@ -982,13 +1048,15 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ],
 )
 def test_the_command_of_the_supervisor_stops_a_process(
-    tree: Tree, parent: dict[str, Any], cgroup: str, stop: str
+    tree: Tree, parent: dict[str, Any], cgroup: str, stop: str | None
 ) -> None:
     above = parent.get("pid", 1)
     tree.process(above, parent.get("command", "init"), name=parent["name"])
     if "cwd" in parent:
         (tree.root / f"proc/{above}/cwd").symlink_to(parent["cwd"])
     tree.process(30, "inco_proxy l0", parent=above)
+    if "child" in parent:
+        (tree.root / "proc/30/cwd").symlink_to(parent["child"])
     tree.put("proc/30/cgroup", f"{cgroup}\n")
     (found,) = [each for each in look(tree.root, BOOTED).all if each.pid == 30]
     assert found.stop == stop
@@ -1000,10 +1068,57 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
+    # Other boards would lose their proxy.
+    boards = process(2, "inco-trio run --boards=/b", started=2)
+    assert superfluous([boards, watched]) == watched
     assert watched.supervision == "in s6 service /run/service/a"
     assert (
         attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
     )
+
+
+def test_the_log_names_no_command_for_a_service_whose_directory_is_unknown() -> None:
+    for supervised, remedy in (("s6-svc -d inco-trio-l0", REMEDY), ("s6-svc -d /s/l0", "run: s6-svc -d /s/l0")):
+        (rival,) = _rival(0, "l0", [attrs.evolve(PROXY, supervised=supervised)], OF_LINK)
+        assert str(rival) == f"l0: process 30 (inco-trio) {OF_LINK}: {remedy}"
+
+
+def test_the_fd_store_of_a_stopped_service_does_not_keep_the_socket_of_another_proxy() -> None:
+    other = attrs.evolve(HOLDER, sockets=frozenset({78}))
+    for holder, keepers in ((HOLDER, (HOLDER,)), (other, ())):
+        users = Users((PROXY,), (), (holder,), 0)
+        assert users.keepers == keepers
+        for has_service in (False, True):
+            found = only(proxies.descriptors("l0", users, everyone(), has_service=has_service))
+            assert found[0] == ("ok" if keepers else "warn")
+            # A second service of the link would not help.
+            assert (found[2] is None) == (bool(keepers) or has_service)
+    assert Users((), (), (HOLDER,), 0).keepers == ()
+
+
+def test_a_link_whose_service_does_not_serve_it_is_a_problem() -> None:
+    for start, text in (
+        (None, "no proxy serves this link: see the log of its service"),
+        ("x", "no proxy serves this link"),
+    ):
+        found = only(proxies.users_of_link("l0", Users((), (), (), 0), start, has_service=True))
+        assert found == ("fail", f"l0: {text}", start)
+
+
+def test_an_unknown_receive_buffer_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.doctor.examination.users_of_interface", lambda *_: Users((PROXY,), (), (), 0))
+    asked: list[int | None] = []
+
+    def receive_buffer(_proxy: Process, _wanted: int, granted: int | None) -> list[Result]:
+        asked.append(granted)
+        return []
+
+    monkeypatch.setattr(machine, "receive_buffer", receive_buffer)
+    status = attrs.evolve(status_of("lo", ()), receive_buffer=7)
+    for answers in (Answers(), Answers({PROXY.pid: Answer("lo", (BoardStatus("lo", status=status),))})):
+        for _ in examine("lo", (), everyone(PROXY), answers):
+            pass
+    assert asked == [7]
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ import pytest
 
 from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
-from inco_trio.linux.processes import is_same_system, look
+from inco_trio.linux.processes import is_same_system, look, working_directory
 from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.faults.supervised import Service, main_process, write_scandir
+from tests.faults.supervised import Service, main_process, wait_path, write_scandir
 from tests.support_doctor import FIRST, Tree
 from tests.support_proxy import write_udrv
 
@@ -459,7 +460,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)
         result = of(found, "proxy")
-        assert result["level"] == "warn"
+        assert result["level"] == "fail"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
         result = of(found, "service")
@@ -483,9 +484,108 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         service.wait("D")
 
 
+@pytest.mark.s6
+def test_the_fixes_replace_a_proxy_without_a_supervisor_by_the_service(cores: Cores, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    write_scandir(tmp_path / "scan", cores.link, udrv)
+    with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+        service.wait("U")
+        service.control("-d")
+        service.wait("D")
+        stray = Proxy(cores.core0, [cores.link, "--config", str(udrv)], {}, tmp_path / "stray.log")
+        try:
+            stray.wait_ready()
+            found = doctor(cores.core0, cores.link)
+            result = of(found, "service")
+            assert (result["level"], result["fix"]) == ("warn", f"kill {stray.pid}")
+            assert f"then run `s6-svc -u {service.directory}`; the service delivers again what" in result["found"]
+            assert f"process {stray.pid} (python) without a supervisor serves its link" in result["found"]
+            assert f"only process {stray.pid} (python) without a supervisor serves" in of(found, "proxy")["found"]
+            # The fd store keeps only the socket of the service.
+            result = of(found, "descriptors")
+            assert (result["level"], result["fix"]) == ("warn", None)
+            subprocess.run(["sh", "-ec", f"kill {stray.pid}"], check=True)
+            stray.process.wait(HANG)
+        finally:
+            stray.close()
+        result = of(doctor(cores.core0, cores.link), "service")
+        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -u {service.directory}")
+        service.control("-u")
+        service.wait("U")
+        found = doctor(cores.core0, cores.link)
+        assert [each["check"] for each in found if each["check"] == "service"] == []
+        assert of(found, "descriptors")["level"] == "ok"
+
+
+@pytest.mark.s6
+def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    with ExitStack() as stack:
+        both = []
+        for name in ("one", "two"):
+            write_scandir(tmp_path / name, cores.link, udrv)
+            both.append(stack.enter_context(Service(cores.core0, tmp_path / name, cores.link)))
+            both[-1].wait("U")
+        one, two = both
+        result = of(doctor(cores.core0, cores.link), "proxy")
+        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -d {one.directory}")
+        assert "after this command, `inco-trio doctor` prints how to remove the stopped service" in result["found"]
+        # The log of the second proxy names the same command.
+        assert f"run: s6-svc -d {one.directory}" in two.wait_log("also serves this link")
+        one.control("-d")
+        one.wait("D")
+        result = of(doctor(cores.core0, cores.link), "service")
+        fix = f"rm -r {one.directory} && s6-svscanctl -an {one.scandir}"
+        assert (result["level"], result["fix"]) == ("warn", fix)
+        assert f"in s6 service {two.directory} serves its link" in result["found"]
+        (supervisor,) = (
+            each.pid
+            for each in look().all
+            if each.name == "s6-supervise" and working_directory(each.pid) == one.directory
+        )
+        ended = os.pidfd_open(supervisor)
+        subprocess.run(["sh", "-ec", fix], check=True, timeout=HANG)
+        assert select.select([ended], [], [], HANG)[0] == [ended]
+        os.close(ended)
+        found = doctor(cores.core0, cores.link)
+        assert [each["check"] for each in found if each["check"] == "service"] == []
+        assert of(found, "proxy")["level"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "fix"),
+    [
+        ("mv {irq} {irq}.old; install -d -o 12345 -g 12345 {irq}", "trusted", "chown 0 {irq}"),
+        ("rm {trigger}; install -m 600 -o 12345 /dev/null {trigger}", "registers", "chmod a+r {trigger}"),
+    ],
+)
+def test_the_fix_gives_a_proxy_its_files_back(
+    cores: Cores, tmp_path: Path, irq_dir: Path, change: str, check: str, fix: str
+) -> None:
+    """A reload would not help."""
+    names = {"irq": str(irq_dir), "trigger": f"{irq_dir}/message_6_trig"}
+    lost = "-dac_override,-dac_read_search"
+    prefix = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}"]
+    running = Proxy(cores.core0, [cores.link, "--irq-dir", str(irq_dir)], {}, tmp_path / "proxy.log", prefix)
+    with closing(running):
+        running.wait_ready()
+        subprocess.run(["sh", "-ec", change.format_map(names)], check=True)
+        running.wait_log("not trusted" if check == "trusted" else "cannot watch: Permission denied")
+        words = [cores.link, "--irq-dir", irq_dir]
+        found = [each for each in doctor(cores.core0, *words) if each["fix"] is not None]
+        chosen = [each["fix"] for each in found if each["check"] == check]
+        assert chosen == [fix.format_map(names)]
+        assert [each["fix"] for each in found if "-HUP" in each["fix"]] == []
+        subprocess.run(["sh", "-ec", chosen[0]], check=True)
+        running.wait_log("works again")
+        wait_path(Path(names["trigger"]))  # The proxy watches a trigger before it becomes visible.
+        found = [each for each in doctor(cores.core0, *words) if each["check"] in ("trusted", "registers", "watched")]
+        assert [each for each in found if each["level"] != "ok"] == []
+
+
 SURVEYED = """
 import json, subprocess, sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from inco_trio.service.launch import Launched
 from netns.hang import HANG

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 
 from inco_trio.cli import main
 from inco_trio.doctor import services
 from inco_trio.doctor.result import Result, warn
-from inco_trio.doctor.services import not_running
+from inco_trio.doctor.services import FoundService, find_services, services_of
+from inco_trio.links.address import parse_address
 from inco_trio.linux.processes import Processes, look
+from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.core1 import Here
-from tests.faults.supervised import Service, wait_path
+from tests.faults.processes import wait_stopped
+from tests.faults.supervised import Service, main_process, wait_path
+from tests.support_doctor import BOOTED, Tree, process
+from tests.support_proxy import write_udrv
 
 NONE = Processes((), unseen=False, mounted=True)
 
@@ -30,9 +40,47 @@ def write_service(scandir: Path, label: str, run: str, finish: str = "exit 0") -
     return directory
 
 
-def found_in(scandir: Path, label: str = "*") -> list[Result]:
+def found_in(scandir: Path, label: str | None = None) -> list[Result]:
     """Return the results for the services in one scan directory. Other tests may run other services."""
-    return [result for result in not_running(look(), label) if result.subject.startswith(f"{scandir}/")]
+    found = find_services(look())
+    chosen = found if label is None else services_of(label, found)
+    results = (result for service in chosen for result in service.results)
+    return [result for result in results if result.subject.startswith(f"{scandir}/")]
+
+
+def run_fix(result: Result) -> None:
+    assert result.fix is not None
+    subprocess.run(["sh", "-ec", result.fix], check=True, timeout=HANG)
+
+
+def pid_of(service: Path) -> int:
+    """Return the PID of a service's s6-supervise."""
+    (found,) = (each.pid for each in look().all if each.name == "s6-supervise" and cwd_of(each.pid) == service)
+    return found
+
+
+def cwd_of(pid: int) -> Path:
+    return Path(f"/proc/{pid}/cwd").readlink()
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process while the block runs."""
+    wait_stopped(pid)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def svstat(service: Path, field: str) -> str:
+    return subprocess.check_output(["s6-svstat", "-o", field, str(service)], text=True).strip()
+
+
+def wait_state(service: Path, field: str, value: str) -> None:
+    """Wait until s6-svstat reports a value."""
+    status = service / "supervise/status"
+    wait_path(status, lambda: status.exists() and svstat(service, field) == value)
 
 
 @pytest.mark.s6
@@ -43,15 +91,14 @@ def test_a_service_that_is_down_is_reported_with_its_reason_and_its_log(tmp_path
     with Service(Here(), tmp_path, "refused") as service:  # type: ignore[arg-type]
         wait_path(stopped / "supervise/status")
         # The service is down before its first start, too. Wait until s6-supervise does not want it up.
-        state = ["s6-svstat", "-o", "wantedup", str(refused)]
-        wait_path(
-            refused / "supervise/status",
-            lambda: (refused / "supervise/status").exists() and subprocess.check_output(state) == b"false\n",
-        )
+        wait_state(refused, "wantedup", "false")
         first, second = found_in(tmp_path)
         assert found_in(tmp_path, "stopped") == [second]
         assert (first.level.name, first.subject, first.fix) == ("FAIL", str(refused), f"s6-svc -u {refused}")
-        assert first.found == f"the service is down (its exit code was 78): its log is {refused}/log/main/current"
+        assert first.found == (
+            "the service is down (its exit code was 78: the configuration is invalid, or a register or directory "
+            "cannot be used)"
+        )
         assert (second.level.name, second.fix) == ("WARN", f"s6-svc -u {stopped}")
         assert f"(its exit code was 0, and {stopped}/down exists)" in second.found
         subprocess.run(["s6-svc", "-wu", "-T", str(int(HANG * 1000)), "-u", stopped], check=True)
@@ -74,43 +121,122 @@ def test_a_service_that_s6_starts_again_is_a_problem(tmp_path: Path) -> None:
         (result,) = found_in(tmp_path)
         assert (result.level.name, result.fix) == ("FAIL", None)
         assert result.found == (
-            f"the service is down (its process was killed by signal 9 (SIGKILL)): its log is {again}/log/main/current; "
-            "s6 starts it again"
+            "the service is down (its process was killed by signal 9 (SIGKILL)); s6 starts it again"
         )
         (tmp_path / "go").write_text("go\n")
 
 
-def test_the_units_of_systemd_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Install a stand-in for systemctl, and return a function that sets its output."""
     program = tmp_path / "bin/systemctl"
     program.parent.mkdir()
-    units = [("a", "failed", "exit-code", 78), ("b", "active", "success", 0), ("c", "inactive", "success", 0)]
-    blocks = "\n".join(
-        f"Result={result}\nExecMainStatus={code}\nId=inco-trio-{name}.service\nActiveState={state}\n"
-        for name, state, result, code in units
-    )
-    program.write_text(f"#!/bin/sh\ncat << 'END'\n{blocks}END\n")
-    program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    assert list(not_running(NONE, root=tmp_path)) == []  # systemd is installed, but does not run.
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    failed, stopped = not_running(NONE, root=tmp_path)
+
+    def set_output(text: str) -> None:
+        program.write_text(f"#!/bin/sh\ncat << 'END'\n{text}END\n")
+        program.chmod(0o755)
+
+    return set_output
+
+
+def unit(name: str, state: str, result: str, code: int, **properties: str) -> str:
+    lines = [f"{key}={value}\n" for key, value in properties.items()]
+    return f"Result={result}\nExecMainStatus={code}\nId=inco-trio-{name}.service\nActiveState={state}\n" + "".join(
+        lines
+    )
+
+
+def units(root: Path, processes: Processes = NONE) -> list[Result]:
+    """Return the results for the units of systemd. `root` contains no /proc, so no s6 is found."""
+    return [result for service in find_services(processes, root) for result in service.results]
+
+
+def test_the_units_of_systemd_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemctl: Callable[[str], None]
+) -> None:
+    given = [("a", "failed", "exit-code", 77), ("b", "active", "success", 0), ("c", "inactive", "success", 0)]
+    systemctl("\n".join(unit(*each) for each in given))
+    assert units(tmp_path / "no such directory") == []  # systemd is installed, but does not run.
+    failed, stopped = units(tmp_path)
     assert str(failed) == (
-        "inco-trio-a.service: the service is failed (exit-code, exit status 78): its log is "
-        "`journalctl -u inco-trio-a.service`: run: systemctl start inco-trio-a.service"
+        "inco-trio-a.service: the service is failed (exit-code, exit status 77: a capability or permission is missing, "
+        "which its log names): its log is `journalctl -u inco-trio-a.service`: run: systemctl start inco-trio-a.service"
     )
     assert [failed.level.name, stopped.level.name] == ["FAIL", "WARN"]
     assert stopped.subject == "inco-trio-c.service"
-    program.write_text("#!/bin/sh\nexit 1\n")
-    assert list(not_running(NONE, root=tmp_path)) == []
+    systemctl("exit")
+    (tmp_path / "bin/systemctl").write_text("#!/bin/sh\nexit 1\n")
+    assert units(tmp_path) == []
     monkeypatch.setattr(services, "PATIENCE", 0.0)
-    assert list(not_running(NONE, root=tmp_path)) == []
+    assert units(tmp_path) == []
     monkeypatch.setenv("PATH", "")
-    assert list(not_running(NONE, root=tmp_path)) == []
+    assert units(tmp_path) == []
+
+
+def test_a_frozen_unit_and_one_that_fails_again_and_again_are_problems(
+    tmp_path: Path, systemctl: Callable[[str], None]
+) -> None:
+    frozen = unit("a", "active", "success", 0, FreezerState="frozen")
+    again = unit("b", "activating", "exit-code", 69, SubState="auto-restart", FreezerState="running")
+    systemctl(f"{frozen}\n{again}\n{unit('c', 'active', 'success', 0, FreezerState='running')}")
+    first, second = units(tmp_path)
+    assert (first.level.name, first.fix) == ("FAIL", "systemctl thaw inco-trio-a.service")
+    assert (second.level.name, second.fix) == ("FAIL", None)
+    assert "exit status 69: the interface or a program is missing, or another process uses" in second.found
+    assert second.found.endswith("; systemd starts it again")
+
+
+def test_a_unit_whose_link_another_proxy_serves_is_not_started(
+    tmp_path: Path, systemctl: Callable[[str], None]
+) -> None:
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    start = f"{{ path=/bin/inco-trio ; argv[]=/bin/inco-trio run {link} --config u.json ; ignore_errors=no ; }}"
+    systemctl("\n".join(unit(name, "inactive", "success", 0, ExecStart=start) for name in ("x", "y")))
+    first, second = units(tmp_path)
+    assert (first.level.name, first.fix) == ("FAIL", "systemctl start inco-trio-x.service")
+    assert (second.level.name, second.fix) == ("FAIL", None)
+    assert second.found.endswith("; another service serves the same link: start only one of them")
+    with proxy_of(link, tmp_path) as proxy:
+        (own,) = (each for each in look().all if each.pid == proxy.pid)
+        for supervised, fix, how in (
+            ("", f"kill {proxy.pid}", "without a supervisor"),
+            ("systemctl stop z.service", "systemctl disable inco-trio-x.service", "in systemd service z.service"),
+        ):
+            (found, _) = units(tmp_path, attrs.evolve(NONE, all=(attrs.evolve(own, supervised=supervised),)))
+            assert (found.level.name, found.fix) == ("WARN", fix)
+            assert f"; process {proxy.pid} ({own.name}) {how} serves its link" in found.found
 
 
 def test_a_service_whose_state_may_not_be_read_is_named(tmp_path: Path) -> None:
-    (result,) = services._s6(tmp_path)
-    assert result.found == f"the state of the service {tmp_path}"
+    directory = services._Directory(tmp_path, process(3))
+    found = services._state_of_s6(directory, (), ())
+    assert isinstance(found, Result)
+    assert found.found == f"the state of the service {tmp_path}"
+
+
+def test_the_service_of_another_user_is_named(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "root")
+    tree.process(30, "s6-supervise inco-trio-l0", name="s6-supervise")
+    tree.process(31, "s6-supervise inco-trio-l0/log", name="s6-supervise")
+    tree.process(32, "s6-supervise other", name="s6-supervise")
+    (found,) = services_of("l0", find_services(look(tree.root, BOOTED), tree.root))
+    assert [result.found for result in found.results] == ["the state of the service inco-trio-l0"]
+    assert found.fix is None
+
+
+@pytest.mark.parametrize("name", ["s6-supervise", "s6-svscan"])
+def test_a_supervisor_of_an_untrusted_user_is_ignored(name: str, tmp_path: Path) -> None:
+    """The user chooses its working directory, which can even be one that root may not search (FUSE)."""
+    write_service(tmp_path, "x", "exit")
+    tree, directory = Tree(tmp_path / "root"), tmp_path / "inco-trio-x" if name == "s6-supervise" else tmp_path
+    for pid, uid in ((30, os.geteuid() + 1), (31, os.geteuid())):
+        assert find_services(look(tree.root, BOOTED), tree.root) == []
+        tree.process(pid, f"{name} x", name=name, uid=uid)
+        (tree.root / f"proc/{pid}/cwd").symlink_to(directory)
+    (found,) = find_services(look(tree.root, BOOTED), tree.root)
+    assert found.directory == tmp_path / "inco-trio-x"
 
 
 def test_a_signal_without_a_name_is_shown_as_a_number() -> None:
@@ -120,9 +246,183 @@ def test_a_signal_without_a_name_is_shown_as_a_number() -> None:
 def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    link = f"unix:{tmp_path}/core0,peer={tmp_path}/core1"
+    name = f"inco-trio-{parse_address(link).label}"
     for fix in ("s6-svc -u /s", None):
-        monkeypatch.setattr(services, "not_running", lambda *_, fix=fix: [warn("service", "/s", "it is down", fix)])
-        main(["doctor", f"unix:{tmp_path}/core0,peer={tmp_path}/core1", "--irq-dir", str(tmp_path), "--json"])
+        service = FoundService(name, results=(warn("service", "/s", "it is down", fix),))
+        monkeypatch.setattr(services, "find_services", lambda *_, service=service: [service])
+        main(["doctor", link, "--irq-dir", str(tmp_path), "--json"])
         results = json.loads(capsys.readouterr().out)["results"]
-        (found,) = (result["fix"] for result in results if result["check"] == "proxy")
-        assert found == fix or (fix is None and found.startswith("inco-trio run unix:"))
+        (found,) = (result for result in results if result["check"] == "proxy")
+        assert (found["level"], found["fix"]) == ("fail", fix)
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    (boards / "b1.json").write_text(json.dumps({"link": link, "irq_dir": str(tmp_path)}))
+    service = FoundService("inco-trio-boards-1", boards=boards, results=service.results)
+    monkeypatch.setattr(services, "find_services", lambda *_: [service])
+    main(["doctor", "--boards", str(boards), "--json"])
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["fix"] for result in results if result["check"] == "proxy"] == [None]
+    assert "service" in [result["check"] for result in results]
+
+
+@pytest.mark.s6
+def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
+    """While s6-supervise is stopped, s6-svc has no effect, and s6-svstat reports an old state."""
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    label = parse_address(link).label
+    service = write_service(tmp_path, label, f"exec sleep infinity; exec inco-trio run {link}")
+    store = write_service(tmp_path, "fdholder", "exec sleep infinity")
+    (service / "log").mkdir()
+    (service / "log/run").write_text("#!/bin/sh\nexec s6-log ./main\n")
+    (service / "log/run").chmod(0o755)
+    with Service(Here(), tmp_path, label) as s6:  # type: ignore[arg-type]
+        for each in (service, service / "log", store):
+            wait_path(each / "supervise/status")
+            wait_state(each, "up", "true")
+        wait_path(service / "log/main/current")
+        assert found_in(tmp_path) == []
+        (scanner,) = (each.pid for each in look().all if each.name == "s6-svscan" and cwd_of(each.pid) == tmp_path)
+        supervisor, program, logger = pid_of(service), main_process(service), main_process(service / "log")
+        stored = main_process(store)
+        expected = {supervisor: "WARN", logger: "WARN", scanner: "WARN", stored: "FAIL", program: "FAIL"}
+        for pid, level in expected.items():
+            with stopped(pid):
+                # Both services report the s6-svscan.
+                (result,) = {each for service in services_of(link, find_services(look())) for each in service.results}
+                assert (result.level.name, result.fix) == (level, f"kill -CONT {pid}")
+                assert result.found.startswith(f"process {pid} (")
+                run_fix(result)
+        assert found_in(tmp_path, link) == []
+        with stopped(supervisor):
+            os.kill(program, signal.SIGKILL)
+            (result,) = found_in(tmp_path, link)
+            assert (result.level.name, result.fix) == ("FAIL", f"kill -CONT {supervisor}")
+            assert "s6-svc has no effect, and the service is not restarted" in result.found
+            run_fix(result)
+        # Meanwhile, `finish` runs.
+        wait_path(
+            service / "supervise/status", lambda: main_process(service) != program and svstat(service, "up") == "true"
+        )
+        assert found_in(tmp_path, link) == []
+        s6.close()
+
+
+@pytest.mark.s6
+def test_a_service_without_an_s6_supervise_is_a_problem(tmp_path: Path) -> None:
+    scandir = tmp_path / "scan"
+    (scandir / "other").mkdir(parents=True)
+    with Service(Here(), scandir, "l0"):  # type: ignore[arg-type]
+        wait_path(scandir / ".s6-svscan/control")
+        service = write_service(scandir, "l0", "exec sleep infinity")
+        real = write_service(tmp_path, "l1", "exec sleep infinity")
+        (scandir / real.name).symlink_to(real)  # as s6-rc does
+        results = [result for each in ("l0", "l1") for result in found_in(tmp_path, each)]
+        assert [(result.subject, result.fix) for result in results] == [
+            (str(directory), f"s6-svscanctl -a {scandir}") for directory in (service, real)
+        ]
+        assert [result.found for result in results] == ["no s6-supervise runs for this service"] * 2
+        run_fix(results[0])
+        for directory in (service, real):
+            wait_path(directory / "supervise/status")
+            wait_state(directory, "up", "true")
+        assert found_in(tmp_path) == []
+        (found,) = services_of("l1", find_services(look()))
+        assert found.directory == real
+
+
+@pytest.mark.s6
+def test_an_invalid_configuration_is_corrected_before_the_service_is_started(tmp_path: Path) -> None:
+    config, link = tmp_path / "u.json", f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    config.write_text("{}")
+    label = parse_address(link).label
+    service = write_service(tmp_path, label, f"exit 78\nexec inco-trio run {link} --config {config}", "exit 125")
+    with Service(Here(), tmp_path, label):  # type: ignore[arg-type]
+        wait_path(service / "supervise/status")
+        wait_state(service, "wantedup", "false")
+        (result,) = found_in(tmp_path, link)
+        assert (result.level.name, result.fix) == ("FAIL", f"inco-trio check --config {config}")
+        assert f"; {config}: " in result.found
+        write_udrv(config, tmp_path / "irq")
+        (result,) = found_in(tmp_path, link)
+        assert (result.level.name, result.fix) == ("FAIL", f"s6-svc -u {service}")
+
+
+@contextmanager
+def proxy_of(link: str, home: Path) -> Iterator[Proxy]:
+    """Run a proxy of a link without a supervisor."""
+    proxy = Proxy(None, [link, "--irq-dir", str(home / "irq"), "--control", "none"], {}, home / "proxy.log")
+    try:
+        proxy.wait_ready()
+        yield proxy
+    finally:
+        proxy.close()
+
+
+@pytest.mark.s6
+def test_a_service_is_not_started_next_to_another_proxy_of_its_link(tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    links = {name: f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1" for name in ("b1", "b2")}
+    for name, link in links.items():
+        (boards / f"{name}.json").write_text(json.dumps({"link": link, "irq_dir": str(tmp_path / name)}))
+    scandir = tmp_path / "scan"
+    label = parse_address(links["b1"]).label
+    single = write_service(scandir, label, f"sleep infinity; exec inco-trio run {links['b1']} --config /u.json")
+    several = write_service(scandir, "boards-1", f"sleep infinity; exec inco-trio run --boards {boards}")
+    again = write_service(scandir, "again", f"exit 69; exec inco-trio run {links['b1']}", f"read line < {tmp_path}/go")
+    (again / "timeout-finish").write_text("0\n")  # s6 starts the service again once `finish` has ended.
+    os.mkfifo(tmp_path / "go")
+    for each in (single, several):
+        (each / "down").touch()
+    with Service(Here(), scandir, label):  # type: ignore[arg-type]
+        for each in (single, several, again):
+            wait_path(each / "supervise/status")
+        wait_state(again, "exitcode", "69")
+
+        def found(*supervised: str) -> dict[str, Result]:
+            processes = look()
+            if supervised:
+                changed = [
+                    attrs.evolve(each, supervised=supervised[0]) if each.pid == proxy.pid else each
+                    for each in processes.all
+                ]
+                processes = attrs.evolve(processes, all=tuple(changed))
+            results = [each for service in find_services(processes) for each in service.results]
+            return {each.subject: each for each in results if each.subject.startswith(f"{scandir}/")}
+
+        assert found()[str(again)].found.endswith("; s6 starts it again")
+        with proxy_of(links["b1"], tmp_path) as proxy:
+            named = f"process {proxy.pid} ("
+            result = found()[str(single)]
+            assert (result.level.name, result.fix) == ("WARN", f"kill {proxy.pid}")
+            assert named in result.found
+            assert f") without a supervisor serves its link: end that process first, then run `s6-svc -u {single}`" in (
+                result.found
+            )
+            result = found()[str(again)]
+            assert (result.level.name, result.fix) == ("WARN", f"kill {proxy.pid}")
+            assert result.found.endswith("end that process first, s6 then starts the service")
+            # One of the boards has no proxy.
+            assert found()[str(several)].level.name == "WARN"
+            result = found("s6-svc -d /x")[str(several)]
+            assert (result.level.name, result.fix) == ("FAIL", None)
+            assert f"serves {tmp_path}/b1.0, so do not start both" in result.found
+            (boards / "b2.json").unlink()
+            for service in (single, several):
+                result = found("s6-svc -d /x")[str(service)]
+                assert (result.level.name, result.fix) == (
+                    "WARN",
+                    f"rm -r {service} && s6-svscanctl -an {scandir}",
+                )
+                assert (
+                    "in s6 service /x serves its link, so remove this service unless you still need it" in result.found
+                )
+            result = found("s6-svc -d /x")[str(again)]
+            assert (result.level.name, result.fix) == ("WARN", f"s6-svc -d {again}")
+            ended = os.pidfd_open(pid_of(single))
+            run_fix(found("s6-svc -d /x")[str(single)])
+            assert select.select([ended], [], [], HANG)[0] == [ended]
+            os.close(ended)
+            assert str(single) not in found()
+        (tmp_path / "go").write_text("go\n")

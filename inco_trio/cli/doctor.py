@@ -108,18 +108,18 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
-    from inco_trio.doctor.services import not_running
+    from inco_trio.doctor.services import find_services, services_of
     from inco_trio.doctor.silence import silent
     from inco_trio.doctor.survey import survey
-    from inco_trio.links.address import parse_address
 
     processes = look()
     yield from proc(processes)
     answers = ask(processes)
     if link is None and directory is None:
         yield from survey(processes, answers)
-    services = [] if link is None else [*not_running(processes, parse_address(link).label)]
-    yield from services
+    services = [] if link is None else services_of(link, find_services(processes))
+    for service in services:
+        yield from service.results
     signals: tuple[Signal, ...] = ()
     content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"
@@ -140,9 +140,7 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
             else:
                 content = config, signals
                 yield ok("configuration", config, f"valid, {len(signals)} signals")
-    # A second proxy next to the service would not use its stored queue.
-    start = next((service.fix for service in services if service.fix is not None), start)
-    yield from examine(link, signals, processes, answers, configuration=content, start=start)
+    yield from examine(link, signals, processes, answers, configuration=content, start=start, services=services)
 
 
 def _boards(directory: Path) -> Iterator[Result]:
@@ -150,6 +148,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
+    from inco_trio.doctor.services import find_services
     from inco_trio.doctor.silence import silent
 
     processes = look()
@@ -169,11 +168,14 @@ def _boards(directory: Path) -> Iterator[Result]:
         if (answer := answers.by_pid.get(process.pid)) is not None and answer.name == str(directory):
             yield from board_files(directory, boards, [board.board for board in answer.boards], process)
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
+    services = [each for each in find_services(processes) if each.boards == directory]
+    for service in services:
+        yield from service.results
     for name, board in boards.configs.items():
         file = directory / f"{name}.json"
         yield ok("configuration", file, f"valid, {len(board.signals)} signals")
         trust = expected_trust(board.owner, board.group)
         yield from examine(
             board.link, board.signals, processes, answers,
-            netns=board.netns, configuration=(file, board), trust=trust, start=start,
+            netns=board.netns, configuration=(file, board), trust=trust, start=start, services=services,
         )  # fmt: skip

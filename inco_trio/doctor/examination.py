@@ -14,7 +14,8 @@ from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answers
-from inco_trio.doctor.result import Result, fail
+from inco_trio.doctor.result import Level, Result, fail
+from inco_trio.doctor.services import FoundService
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
@@ -44,15 +45,21 @@ def examine(
     trust: Trust | None = None,
     start: str | None = None,
     serving: Process | None = None,
+    services: Sequence[FoundService] = (),
 ) -> Iterator[Result]:
     """Check a link, if given, and the registers of `signals`.
 
     `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
     `configuration` is a configuration file with its current content (see `proxies.configuration`). `trust` applies if
-    no proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). `serving` is
-    the proxy of the link (default: the only process with a socket of the link). Pass it if the interface may be
-    missing, because the sockets of a missing interface cannot be found.
+    no proxy serves the link. `start` is the command that starts the proxy (default: `inco-trio run LINK`). It does not
+    apply if the link has services, which are `services`. `serving` is the proxy of the link (default: the only process
+    with a socket of the link). Pass it if the interface may be missing, because the sockets of a missing interface
+    cannot be found.
     """
+    if services:
+        # A proxy without a supervisor would run next to the service, and would not use its stored queue.
+        start = next((service.fix for service in services if service.fix is not None), None)
+    has_service = bool(services)
 
     def boards_of(users: Users) -> list[BoardStatus]:
         proxy = serving or users.proxy
@@ -62,12 +69,14 @@ def examine(
     if link is not None:
         address = parse_address(link)
         if isinstance(address, UnixAddress):
-            results, users = _unix(link, address, processes, start, boards_of)
+            results, users = _unix(link, address, processes, start, boards_of, has_service=has_service)
         else:
             try:
                 # Collect the results in the namespace: a generator would run in the caller's namespace.
                 with inside(netns, link):
-                    results, users = _interface(address, netns, processes, start, signals, boards_of)
+                    results, users = _interface(
+                        address, netns, processes, start, signals, boards_of, has_service=has_service
+                    )
             except IncoError as error:
                 results = [fail("netns", link, error.reason)]
         yield from results
@@ -113,6 +122,8 @@ def _unix(
     processes: Processes,
     start: str | None,
     boards_of: Callable[[Users], list[BoardStatus]],
+    *,
+    has_service: bool,
 ) -> tuple[list[Result], Users]:
     users = users_of_socket(address, processes)
     for check, path in (("socket", address.local), ("peer", address.peer)):
@@ -122,8 +133,8 @@ def _unix(
         *links.socket_path(address),
         *links.peer(address),
         *machine.unix_queue(),
-        *proxies.users_of_link(link, users, start),
-        *proxies.descriptors(link, users, processes, _status_of(boards_of(users))),
+        *proxies.users_of_link(link, users, start, has_service=has_service),
+        *proxies.descriptors(link, users, processes, _status_of(boards_of(users)), has_service=has_service),
     ]
     return results, users
 
@@ -135,23 +146,29 @@ def _interface(
     start: str | None,
     signals: Sequence[Signal],
     boards_of: Callable[[Users], list[BoardStatus]],
+    *,
+    has_service: bool,
 ) -> tuple[list[Result], Users]:
     from inco_trio.links.packet import RECEIVE_BUFFER  # Import lazily: `unix:` links do not need this.
 
     users = _NO_USERS
     found, state = links.interface(address.name, netns)
     results = [*machine.capability(address.name), *state]
+    status = None
     if found is not None:
         users = users_of_interface(found.index, processes)
+        status = _status_of(boards_of(users))
         results += [
             *links.short_names(found, signals),
             *links.order(found),
-            *proxies.users_of_link(address.name, users, start),
-            *proxies.descriptors(address.name, users, processes, _status_of(boards_of(users))),
+            *proxies.users_of_link(address.name, users, start, has_service=has_service),
+            *proxies.descriptors(address.name, users, processes, status, has_service=has_service),
         ]
-    status = _status_of(boards_of(users))
-    granted = None if status is None else status.receive_buffer
-    return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER, granted)], users
+    # A proxy that does not answer may have a large buffer.
+    if users.proxy is None or status is not None:
+        granted = None if status is None else status.receive_buffer
+        results += machine.receive_buffer(users.proxy, RECEIVE_BUFFER, granted)
+    return results, users
 
 
 def _registers(
@@ -170,7 +187,8 @@ def _registers(
     def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory, access=access)
-        yield from register_files.trusted(directory, trust)
+        confidence = list(register_files.trusted(directory, trust))
+        yield from confidence
         yield from register_files.reported(directory)
         yield from register_files.kinds(own, access=access)
         if proxy is not None and not access:
@@ -178,7 +196,8 @@ def _registers(
         yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
-            yield from register_files.watched(own, users.proxy)
+            fit = all(result.level is Level.OK for result in confidence)
+            yield from register_files.watched(own, users.proxy, fit=fit)
 
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if silence := silent("directory", directory, partial(list, checks(directory))):

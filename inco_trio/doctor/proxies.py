@@ -11,9 +11,10 @@ from pathlib import Path
 from inco_trio.board_files import Boards
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
+from inco_trio.doctor.register_files import unreadable
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
 from inco_trio.linux.capabilities import names_of
-from inco_trio.linux.processes import Process, Processes, named, status_of
+from inco_trio.linux.processes import Process, Processes, is_stopped, named
 from inco_trio.proxy_status import Status
 from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
@@ -46,19 +47,26 @@ COUNTERS = {
 """The meaning of each counter that should be 0, and the remedy."""
 
 
-def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
-    """Check that exactly one proxy serves the link. `start` is the command that starts a proxy."""
+def users_of_link(link: str, users: Users, start: str | None = None, *, has_service: bool = False) -> Iterator[Result]:
+    """Check that exactly one proxy serves the link.
+
+    `start` is the command that starts a proxy. If the link has a service, it may be None; `services` reports the rest.
+    """
     if users.unseen:
         yield hidden(f"which process has a socket of {link}")
     yield from _check_alone(link, (*users.proxies, *users.others), "serves the link", "receives each frame")
     if not users.unseen and not users.proxies and not users.others:
         kept = f"; {named(users.holders)} keeps notifications for the next proxy" if users.holders else ""
-        yield warn("proxy", link, f"no proxy serves this link{kept}", start or f"inco-trio run {shlex.quote(link)}")
+        text = f"no proxy serves this link{kept}"
+        if has_service:
+            yield fail("proxy", link, text if start else f"{text}: see the log of its service", start)
+        else:
+            yield warn("proxy", link, text, start or f"inco-trio run {shlex.quote(link)}")
 
 
 def stopped(process: Process) -> Iterator[Result]:
     """Yield a failure if a signal or a debugger has stopped the process."""
-    if status_of(Path(f"/proc/{process.pid}")).get("State", "").strip().lower().startswith("t"):
+    if is_stopped(process.pid):
         text = "the process is stopped by a signal or a debugger, and neither delivers nor sends notifications"
         yield fail("control", f"process {process.pid} ({process.name})", text, f"kill -CONT {process.pid}")
 
@@ -80,26 +88,31 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
         yield from stopped(process)
     if len(proxies) > 1:
         all_named = ", ".join(f"{each.pid} ({each.name}) {each.supervision}" for each in proxies)
-        text = f"{len(proxies)} proxies: {all_named}: each {harm}"
-        yield fail("proxy", subject, text, superfluous(proxies).stop)
+        text, chosen = f"{len(proxies)} proxies: {all_named}: each {harm}", superfluous(proxies)
+        if chosen.stop is not None and chosen.supervised:
+            text += "; after this command, `inco-trio doctor` prints how to remove the stopped service for good"
+        yield fail("proxy", subject, text, chosen.stop)
     elif len(everyone) > 1:
         text = f"several processes use it: {named(everyone)}: if two are proxies, each {harm}"
         yield warn("proxy", subject, text)
     elif everyone:
-        yield ok("proxy", subject, f"only process {named(everyone)} {does}")
+        alone = f"{named(everyone)} {proxies[0].supervision}" if proxies else named(everyone)
+        yield ok("proxy", subject, f"only process {alone} {does}")
 
 
-def descriptors(link: str, users: Users, processes: Processes, status: Status | None = None) -> Iterator[Result]:
+def descriptors(
+    link: str, users: Users, processes: Processes, status: Status | None = None, *, has_service: bool = False
+) -> Iterator[Result]:
     """Check that an fd store keeps the proxy's socket, so that no notifications are lost during a restart.
 
-    `status` is what the proxy reports. A proxy with several boards stores their sockets in the queue of another socket,
-    where /proc does not show them.
+    `status` is what the proxy reports. `has_service` is whether the link has a service. A proxy with several boards
+    stores their sockets in the queue of another socket, where /proc does not show them.
     """
     proxy = users.proxy
     if proxy is None:
         return
-    if users.holders:
-        yield ok("descriptors", link, f"process {named(users.holders)} keeps its socket while the proxy restarts")
+    if users.keepers:
+        yield ok("descriptors", link, f"process {named(users.keepers)} keeps its socket while the proxy restarts")
     elif status is not None and status.descriptors and value_of("--boards", proxy.command) is not None:
         yield ok("descriptors", link, f"{status.descriptors} keeps its socket while the proxy restarts")
     elif processes.unseen:
@@ -109,7 +122,7 @@ def descriptors(link: str, users: Users, processes: Processes, status: Status | 
         yield fail("descriptors", link, text)
     else:
         text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
-        yield warn("descriptors", link, text, _service_of(link, proxy.command))
+        yield warn("descriptors", link, text, None if has_service else _service_of(link, proxy.command))
 
 
 def _service_of(link: str, command: Sequence[str]) -> str:
@@ -152,7 +165,7 @@ def configuration(path: Path, wanted: Config | Sequence[Signal], proxy: Process,
         changed = [*(key for key, (before, now) in keys.items() if before != now), *changed]
     if changed:
         text = f"process {proxy.pid} does not use the current version, which differs in {', '.join(changed)}"
-        yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
+        yield _reload(path, text, proxy)
     else:
         yield ok("reload", path, f"process {proxy.pid} uses the current version")
 
@@ -161,10 +174,17 @@ def board_files(directory: Path, boards: Boards, served: Collection[str], proxy:
     """Check that a proxy serves the boards in its directory and no others. `served` contains the boards' names."""
     for name in sorted(boards.configs.keys() - served):
         text = f"process {proxy.pid} has not read this file: it does not serve the board"
-        yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+        yield _reload(directory / f"{name}.json", text, proxy)
     for name in sorted(set(served) - boards.configs.keys() - boards.refused.keys()):
         text = f"was removed, but process {proxy.pid} still serves the board"
         yield warn("reload", directory / f"{name}.json", text, f"kill -HUP {proxy.pid}")
+
+
+def _reload(path: Path, text: str, proxy: Process) -> Result:
+    """Return the warning that a proxy must read a file, with the command, or with the reason why it cannot."""
+    if reason := unreadable(path, proxy):
+        return warn("reload", path, f"{text}: {reason}")
+    return warn("reload", path, text, f"kill -HUP {proxy.pid}")
 
 
 def capabilities(proxy: Process, status: Status) -> Iterator[Result]:

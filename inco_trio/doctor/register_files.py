@@ -9,10 +9,11 @@ import pwd
 import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
+from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process, lines_of
 from inco_trio.linux.users import user_name
@@ -21,7 +22,7 @@ from inco_trio.service.descriptions import USER
 from inco_trio.signals import Direction, Signal
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
 
-__all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "watched"]
+__all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "unreadable", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems on which stat(2) reports a different device number than the watches in /proc."""
@@ -97,7 +98,11 @@ def trusted(path: Path, trust: Trust) -> Iterator[Result]:
     try:
         fd, _ = open_trusted(path, trust)
     except UnfitFileError as error:
-        yield warn("trusted", path, f"{error.strerror}; {error.remedy}")
+        # Do not advise chown(1) for a directory above: it may belong to other programs.
+        is_own = (error.strerror or "").startswith(f"not trusted: {path} belongs to ")
+        fix = f"chown {trust.user} {shlex.quote(str(path))}" if is_own else None
+        remedy = f"{error.remedy}, or make {user_name(trust.user)} the owner" if is_own else error.remedy
+        yield warn("trusted", path, f"{error.strerror}; {remedy}", fix)
     except OSError:
         pass  # `directory` reports this error.
     else:
@@ -146,23 +151,56 @@ def denied(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
         needed = [(signal.directory, stat.S_IXUSR, "use", "u+rwx"), (signal.path, use, verb, f"u+{verb[0]}")]
         if not os.path.lexists(signal.path):
             needed = [(signal.directory, stat.S_IWUSR | stat.S_IXUSR, "create files in", "u+rwx")]
-        # Search the directories of symlinks before those to which they lead.
-        above = [*reversed(signal.directory.parents), *reversed(Path(os.path.realpath(signal.directory)).parents)]
-        needed = [*((path, stat.S_IXUSR, "search", "") for path in dict.fromkeys(above)), *needed]
-        for path, bits, verb, mode in needed:
-            try:
-                status = path.stat(follow_symlinks=path != signal.path)
-            except OSError:
-                break  # `directory` reports this error.
-            shift = 0 if status.st_uid == proxy.uid else 3 if status.st_gid in proxy.groups else 6
-            if status.st_mode << shift & bits != bits:
-                text = f"process {proxy.pid} of {user_name(proxy.uid)} may not {verb} it"
-                # Do not advise chown(1) for a directory above: it may belong to other programs, as /root does.
-                fix = permit(path, mode, proxy.uid) if mode else None
-                text += "" if mode else ": let this user search it, or use another IRQ directory"
-                found.setdefault(path, fail("registers", path, text, fix))
-                break
+        if denial := _denial(signal.directory, needed, proxy):
+            path, text, mode = denial
+            text += "" if mode else ": let this user search it, or use another IRQ directory"
+            found.setdefault(path, fail("registers", path, text, _permission(path, mode, proxy)))
     yield from found.values()
+
+
+def _permission(path: Path, mode: str, proxy: Process) -> str | None:
+    """Return the command that gives a proxy the permission `mode`. Return None for a directory above the registers."""
+    # Do not advise chown(1) for a directory above: it may belong to other programs, as /root does.
+    if not mode:
+        return None
+    # The application that owns a trigger must still be able to write it.
+    if mode == "u+r" and path.lstat().st_uid not in (0, proxy.uid):
+        return f"chmod a+r {shlex.quote(str(path))}"
+    return permit(path, mode, proxy.uid)
+
+
+def unreadable(path: Path, proxy: Process) -> str | None:
+    """Return why a proxy may not read a file, as far as owners and modes show; otherwise None."""
+    path = Path(os.path.realpath(path))
+    denial = _denial(
+        path.parent, [(path.parent, stat.S_IXUSR, "search", ""), (path, stat.S_IRUSR, "read", "u+r")], proxy
+    )
+    return None if denial is None else f"{denial[1].removesuffix(' it')} {denial[0]}: permit it"
+
+
+_Needed = tuple[Path, int, str, str]
+"""A path, the permission bits of its owner that a proxy needs, a verb, and the mode that chmod(1) would set."""
+
+
+def _denial(directory: Path, needed: Sequence[_Needed], proxy: Process) -> tuple[Path, str, str] | None:
+    """Return the first part of a path that denies a proxy the access, with a text and the missing mode, or None.
+
+    Check the directories above `directory`, then the paths in `needed`.
+    """
+    if proxy.capabilities >> CAP_DAC_OVERRIDE & 1:
+        return None
+    # Search the directories of symlinks before those to which they lead.
+    above = [*reversed(directory.parents), *reversed(Path(os.path.realpath(directory)).parents)]
+    search: list[_Needed] = [(path, stat.S_IXUSR, "search", "") for path in dict.fromkeys(above)]
+    for path, bits, verb, mode in (*search, *needed):
+        try:
+            status = path.stat(follow_symlinks=mode not in ("u+r", "u+w"))
+        except OSError:
+            return None  # `directory` reports this error.
+        shift = 0 if status.st_uid == proxy.uid else 3 if status.st_gid in proxy.groups else 6
+        if status.st_mode << shift & bits != bits:
+            return path, f"process {proxy.pid} of {user_name(proxy.uid)} may not {verb} it", mode
+    return None
 
 
 def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
@@ -214,19 +252,29 @@ def held_open(signals: Iterable[Signal], proxies: Iterable[Process]) -> Iterator
             yield warn("open", signal.path, text)
 
 
-def watched(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
-    """Check that a running proxy watches the trigger files."""
+def watched(signals: Iterable[Signal], proxy: Process, *, fit: bool = True) -> Iterator[Result]:
+    """Check that a running proxy watches the trigger files.
+
+    `fit` is whether the proxy can use the directory. Otherwise, reloading does not help.
+    """
     triggers = {}
     for signal in signals:
         if signal.direction is Direction.OUTBOUND:
             with contextlib.suppress(OSError):  # The trigger file does not exist yet; the proxy creates it.
                 status = signal.path.lstat()
-                triggers[signal.path] = (status.st_dev, status.st_ino)
-    if not triggers or filesystem(next(iter(triggers)))[1] in OTHER_INODES:
+                if stat.S_ISREG(status.st_mode):  # `kinds` reports other files.
+                    triggers[signal] = (status.st_dev, status.st_ino)
+    if not triggers or filesystem(next(iter(triggers)).path)[1] in OTHER_INODES:
         return
-    missed = [path for path, place in triggers.items() if place not in proxy.watches]
-    for path in missed:
+    missed = [signal for signal, place in triggers.items() if place not in proxy.watches]
+    for signal in missed:
         text = f"process {proxy.pid} does not watch it, so the proxy misses notifications"
-        yield fail("watched", path, text, f"kill -HUP {proxy.pid}")
+        if denials := list(denied([signal], proxy)):
+            yield from denials
+        elif fit:
+            yield fail("watched", signal.path, text, f"kill -HUP {proxy.pid}")
+        else:
+            yield fail("watched", signal.path, f"{text}: make the directory fit first")
     if not missed:
-        yield ok("watched", ", ".join(map(str, triggers)), f"process {proxy.pid} watches them")
+        names = ", ".join(str(signal.path) for signal in triggers)
+        yield ok("watched", names, f"process {proxy.pid} watches them")

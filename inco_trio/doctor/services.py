@@ -2,75 +2,395 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from inco_trio.doctor.result import Result, fail, hidden, warn
-from inco_trio.linux.processes import Processes
-from inco_trio.service.descriptions import PREFIX
+import attrs
 
-__all__ = ["not_running"]
+from inco_trio.doctor.proxies import stopped, value_of
+from inco_trio.doctor.result import Result, fail, hidden, refused, warn
+from inco_trio.doctor.silence import silent
+from inco_trio.errors import IncoError, PermissionDeniedError
+from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
+from inco_trio.links.opening import inside
+from inco_trio.linux.netns import identity
+from inco_trio.linux.processes import Process, Processes, is_stopped, named, read, working_directory
+from inco_trio.service.descriptions import PREFIX
+from inco_trio.service.rivals import serving, users_of
+
+__all__ = ["FoundService", "find_services", "network_of", "services_of"]
 
 PERMANENT = {str(code) for code in (os.EX_NOPERM, os.EX_CONFIG, 2)}
 """The exit codes after which the `finish` script keeps a service down. Other services that are down were stopped."""
 PATIENCE = 5.0
 """Maximum time in seconds that a command of a supervisor may take."""
+FD_STORE = f"{PREFIX}fdholder"
+_MEANINGS = {
+    "2": "the command line is wrong: write the service again",
+    str(os.EX_UNAVAILABLE): "the interface or a program is missing, or another process uses the socket of the link",
+    str(os.EX_SOFTWARE): "an internal error, which its log describes",
+    str(os.EX_OSERR): "a limit of descriptors, inotify or memory is reached, which its log names",
+    str(os.EX_NOPERM): "a capability or permission is missing, which its log names",
+    str(os.EX_CONFIG): "the configuration is invalid, or a register or directory cannot be used",
+    "126": "a program cannot be executed",
+    "127": "a program is missing",
+}
+"""The meaning of each exit code, with the remedy if there is one."""
+_HARM = {
+    "s6-supervise": "s6-svc has no effect, and the service is not restarted",
+    "s6-svscan": "s6-svscanctl has no effect, and new services are not started",
+    "s6-log": "the log is not written",
+    "s6-fdholderd": "it stores no descriptors, and no service can start",
+}
+"""What does not work while a process of s6 is stopped."""
+
+_Links = tuple[tuple[InterfaceAddress | UnixAddress, Path | None], ...]
+"""The addresses of links, each with the network namespace of its interface."""
+
+_Key = tuple[str, tuple[int, int]]
+"""The name of a link, and the identity of the network namespace of its interface."""
 
 
-def not_running(processes: Processes, label: str = "*", root: Path = Path("/")) -> Iterator[Result]:
-    """Report each service of s6 and systemd that is down, with the reason and the place of its log.
+def _key(address: InterfaceAddress | UnixAddress, netns: Path | None) -> _Key:
+    return address.name, (0, 0) if isinstance(address, UnixAddress) else identity(netns)
 
-    `label` is the label of the service (default: all services; see `Service.label`).
-    """
-    name = f"{PREFIX}{label}"
-    for process in processes.all:
-        if process.name == "s6-supervise":
-            try:
-                # The service directory is the working directory of its s6-supervise.
-                directory = (root / f"proc/{process.pid}/cwd").readlink()
-            except OSError:
-                continue  # This user may not see it, or the process has ended.
-            if fnmatchcase(directory.name, name) and directory.is_dir():
-                yield from _s6(directory)
+
+@attrs.frozen
+class FoundService:
+    """A service of s6 or systemd, with the results of its checks."""
+
+    name: str
+    """The name of the service directory, or the name of the unit without `.service`."""
+    directory: Path | None = None
+    """The service directory of s6."""
+    links: _Links = ()
+    """The links that the service serves, as far as they are known."""
+    boards: Path | None = None
+    """The directory of the boards that the service serves."""
+    results: tuple[Result, ...] = ()
+
+    @property
+    def is_fd_store(self) -> bool:
+        return self.name == FD_STORE
+
+    @property
+    def fix(self) -> str | None:
+        """The first command to run, or None if the service has no problem or no command fixes it."""
+        return next((result.fix for result in self.results if result.fix is not None), None)
+
+
+def find_services(processes: Processes, root: Path = Path("/")) -> list[FoundService]:
+    """Return the services of s6 and systemd whose names begin with PREFIX."""
+    offered: set[_Key] = set()
+    found = list(_of_s6(processes, root, offered))
     if (root / "run/systemd/system").is_dir():
-        yield from _systemd(f"{name}.service")
+        found += _of_systemd(processes, offered)
+    return found
 
 
-def _s6(directory: Path) -> Iterator[Result]:
-    answer = _output("s6-svstat", "-o", "up,wantedup,normallyup,exitcode,signum", str(directory))
+def services_of(link: str, services: Iterable[FoundService], netns: Path | None = None) -> list[FoundService]:
+    """Return the services that serve a link, after the fd stores that they use.
+
+    `netns` is the network namespace of the interface (default: that of this thread).
+    """
+    label, services = parse_address(link).label, tuple(services)
+    own = [each for each in services if _serves(each, label, netns)]
+    places = {each.directory.parent for each in own if each.directory is not None}
+    stores = [each for each in services if each.is_fd_store and each.directory and each.directory.parent in places]
+    return [*stores, *own]
+
+
+def _serves(service: FoundService, label: str, netns: Path | None) -> bool:
+    if not service.links:
+        return service.name == f"{PREFIX}{label}"
+    wanted = identity(netns)
+    # Interfaces in different network namespaces can have the same name.
+    return any(
+        address.label == label and (isinstance(address, UnixAddress) or identity(place) in (wanted, (0, 0)))
+        for address, place in service.links
+    )
+
+
+def network_of(process: Process) -> Path | None:
+    """Return the network namespace of a process, or None if it is unknown or the same as this thread's."""
+    path = Path(f"/proc/{process.pid}/ns/net")
+    return path if identity(path) not in (identity(None), (0, 0)) else None
+
+
+@attrs.frozen
+class _Down:
+    """A service that does not run."""
+
+    subject: object
+    text: str
+    """What is wrong, and where the log is."""
+    words: tuple[str, ...]
+    """The arguments of `inco-trio run`, or () if the service runs another command."""
+    links: _Links
+    start: str
+    """The command that starts the service."""
+    remove: str | None
+    """The command that removes the service for good once it is stopped."""
+    again: str | None = None
+    """The command that stops the service if its supervisor starts it again by itself."""
+    code: str = ""
+    """The exit code of its last process."""
+
+    @property
+    def supervisor(self) -> str:
+        return "systemd" if self.start.startswith("systemctl") else "s6"
+
+
+@attrs.define
+class _Directory:
+    """A service directory of s6."""
+
+    path: Path
+    supervisor: Process | None = None
+    """The s6-supervise of the service, or None if none runs."""
+    scanner: Process | None = None
+    """The s6-svscan of the scan directory that contains the service."""
+    scandir: Path | None = None
+    is_symlink: bool = False
+    """Whether the scan directory contains only a symlink to the service directory, as with s6-rc."""
+
+
+def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[FoundService]:
+    places = {each.pid: place for each in processes.all if (place := working_directory(each.pid, root)) is not None}
+    found: dict[Path, _Directory] = {}
+    # Any user can give a process the name s6-supervise, and choose its working directory.
+    trusted = [process for process in processes.all if process.uid in (0, os.geteuid())]
+    for process in trusted:
+        if process.name != "s6-supervise":
+            continue
+        if (place := places.get(process.pid)) is None:
+            if (name := process.command[-1]).startswith(PREFIX) and "/" not in name:
+                yield FoundService(name, results=(hidden(f"the state of the service {name}"),))
+        elif place.name.startswith(PREFIX):
+            # The service directory is the working directory of its s6-supervise.
+            if silence := silent("service", place, partial(_probe, process, place, root)):
+                yield FoundService(place.name, place, results=(silence,))
+            elif _probe(process, place, root):
+                found[place] = _Directory(place, process)
+    for process in trusted:
+        place = places.get(process.pid)
+        if process.name != "s6-svscan" or place is None or silent("service", place, partial(_services_in, place)):
+            continue
+        for path in _services_in(place) if _probe(process, place, root) else []:
+            directory = found.setdefault(path.resolve(), _Directory(path.resolve()))
+            directory.scanner, directory.scandir, directory.is_symlink = process, place, path.is_symlink()
+    for path in sorted(found):
+        yield _service_of_s6(found[path], places, processes, offered, root)
+
+
+def _probe(process: Process, place: Path, root: Path) -> bool:
+    """Return whether the working directory of a process still exists and is visible in this mount namespace."""
+    try:
+        _command_of(place / "run")
+        return (root / f"proc/{process.pid}/cwd").samefile(place)
+    except OSError:
+        return False
+
+
+def _services_in(scandir: Path) -> list[Path]:
+    return [path for path in sorted(scandir.glob(f"{PREFIX}*")) if (path / "run").is_file()]
+
+
+def _service_of_s6(
+    directory: _Directory, places: Mapping[int, Path], processes: Processes, offered: set[_Key], root: Path
+) -> FoundService:
+    words = _command_of(directory.path / "run")
+    links = _links_of(words, directory.supervisor or directory.scanner)
+    results: list[Result] = []
+    if directory.scanner is not None and is_stopped(directory.scanner.pid, root):
+        results.append(_stopped(places[directory.scanner.pid], directory.scanner, (), places))
+    own = [each for each in processes.all if places.get(each.pid) in (directory.path, directory.path / "log")]
+    for each in own:
+        if is_stopped(each.pid, root):
+            results += list(stopped(each)) if each.is_proxy else [_stopped(directory.path, each, own, places)]
+    if directory.supervisor is None or not is_stopped(directory.supervisor.pid, root):
+        state = _state_of_s6(directory, words, links)
+        if isinstance(state, Result):
+            results.append(state)
+        elif state is not None:
+            results.append(_verdict(state, processes, offered))
+    offered |= {_key(*link) for link in links}
+    return FoundService(directory.path.name, directory.path, links, _boards_of(words), tuple(results))
+
+
+def _stopped(directory: Path, process: Process, own: Iterable[Process], places: Mapping[int, Path]) -> Result:
+    """Return the result for a stopped process of s6. `own` contains the processes of the service."""
+    harm = _HARM.get(process.name, "the service waits for it")
+    text = f"process {named([process])} is stopped by a signal or a debugger: {harm}"
+    # A killed process has no command line until its s6-supervise has noticed its end.
+    others = [each for each in own if places[each.pid] == directory and each is not process and any(each.command)]
+    is_harmless = process.name in ("s6-svscan", "s6-log") or places[process.pid] != directory
+    is_harmless = is_harmless or (process.name == "s6-supervise" and bool(others))
+    return (warn if is_harmless else fail)("service", directory, text, f"kill -CONT {process.pid}")
+
+
+def _state_of_s6(directory: _Directory, words: tuple[str, ...], links: _Links) -> _Down | Result | None:
+    """Return what is known about a service that is down, or None if the service is up."""
+    path, quoted = directory.path, shlex.quote(str(directory.path))
+    log = f": its log is {path}/log/main/current" if (path / "log").is_dir() else ""
+    scandir = shlex.quote(str(directory.scandir))
+    is_plain = directory.scandir is not None and not directory.is_symlink
+    remove = f"rm -r {quoted} && s6-svscanctl -an {scandir}" if is_plain else None
+    if directory.supervisor is None:
+        text = f"no s6-supervise runs for this service{log}"
+        return _Down(path, text, words, links, f"s6-svscanctl -a {scandir}", remove)
+    answer = _output("s6-svstat", "-o", "up,wantedup,normallyup,exitcode,signum", str(path))
     if answer is None:
-        yield hidden(f"the state of the service {directory}")
-        return
+        return hidden(f"the state of the service {path}")
     up, wanted, normally, code, number = answer.split()
     if up == "true":
-        return
+        return None
     reason = f"its process was killed by {_signal(int(number))}" if int(number) > 0 else f"its exit code was {code}"
+    code = "" if int(number) > 0 else code
+    reason += f": {_MEANINGS[code]}" if code in _MEANINGS else ""
     if normally != "true":
-        reason += f", and {directory}/down exists"
-    log = directory / "log/main/current"
-    text = f"the service is down ({reason}): its log is {log}"
-    if wanted == "true":
-        yield fail("service", directory, f"{text}; s6 starts it again")
-    else:
-        level = fail if code in PERMANENT else warn
-        yield level("service", directory, text, f"s6-svc -u {shlex.quote(str(directory))}")
+        reason += f", and {path}/down exists"
+    text = f"the service is down ({reason}){log}"
+    again = f"s6-svc -d {quoted}" if wanted == "true" else None
+    return _Down(path, text, words, links, f"s6-svc -u {quoted}", remove, again, code)
 
 
-def _systemd(pattern: str) -> Iterator[Result]:
-    answer = _output("systemctl", "show", "--property=Id,ActiveState,Result,ExecMainStatus", pattern)
+def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundService]:
+    properties = "Id,ActiveState,SubState,FreezerState,Result,ExecMainStatus,ExecStart"
+    answer = _output("systemctl", "show", f"--property={properties}", f"{PREFIX}*.service")
     for block in (answer or "").split("\n\n"):
         unit = dict(line.partition("=")[::2] for line in block.splitlines())
-        if unit.get("ActiveState") in ("failed", "inactive"):
-            text = f"the service is {unit['ActiveState']} ({unit['Result']}, exit status {unit['ExecMainStatus']})"
-            level = fail if unit["ActiveState"] == "failed" else warn
-            name = shlex.quote(unit["Id"])
-            yield level("service", unit["Id"], f"{text}: its log is `journalctl -u {name}`", f"systemctl start {name}")
+        if "Id" not in unit:
+            continue
+        name, state = shlex.quote(unit["Id"]), unit.get("ActiveState")
+        # For example: { path=/usr/bin/inco-trio ; argv[]=/usr/bin/inco-trio run rpmsg4000 ; ignore_errors=no ; ... }
+        words = _arguments(unit.get("ExecStart", "").partition("argv[]=")[2].partition(" ;")[0].split())
+        links, results = _links_of(words, None), []
+        if unit.get("FreezerState") in ("frozen", "freezing"):
+            text = "the unit is frozen: its process neither delivers nor sends notifications"
+            results.append(fail("service", unit["Id"], text, f"systemctl thaw {name}"))
+        again = f"systemctl stop {name}" if unit.get("SubState") == "auto-restart" else None
+        if state in ("failed", "inactive") or again is not None:
+            code = unit["ExecMainStatus"] if unit["Result"] == "exit-code" else ""
+            reason = f"{unit['Result']}, exit status {unit['ExecMainStatus']}"
+            reason += f": {_MEANINGS[code]}" if code in _MEANINGS else ""
+            text = f"the service is {state} ({reason}): its log is `journalctl -u {name}`"
+            start, remove = f"systemctl start {name}", f"systemctl disable {name}"
+            down = _Down(unit["Id"], text, words, links, start, remove, again, code if state == "failed" else "")
+            results.append(_verdict(down, processes, offered))
+        offered |= {_key(*link) for link in links}
+        yield FoundService(unit["Id"].removesuffix(".service"), None, links, _boards_of(words), tuple(results))
+
+
+def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
+    """Return the result for a service that is down. `offered` contains the links of services that can be started."""
+    if down.code in PERMANENT and (refusal := _refusal(down.words)) is not None:
+        problem, check = refusal
+        return fail("service", down.subject, f"{down.text}; {problem}", check)
+    served: dict[str, list[Process]] = {}
+    holders: list[Process] = []
+    for address, netns in down.links:
+        with contextlib.suppress(IncoError), inside(netns, address.name):
+            if found := serving(address, processes):
+                served[address.name] = found
+                holders += users_of(address, processes).holders
+    if served:
+        return _superseded(down, served, list({each.pid: each for each in holders}.values()))
+    if down.again is not None:
+        return fail("service", down.subject, f"{down.text}; {down.supervisor} starts it again")
+    if any(_key(*link) in offered for link in down.links):
+        text = f"{down.text}; another service serves the same link: start only one of them"
+        return fail("service", down.subject, text)
+    is_needed = bool(down.links) or down.code in PERMANENT or str(down.subject).endswith(f"/{FD_STORE}")
+    return (fail if is_needed else warn)("service", down.subject, down.text, down.start)
+
+
+def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence[Process]) -> Result:
+    """Return the result for a service of which other processes serve a link: a start would cause duplicates."""
+    proxies = {each.pid: each for found in served.values() for each in found}.values()
+    everyone = ", ".join(f"process {each.pid} ({each.name}) {each.supervision}" for each in proxies)
+    several = len(down.links) > 1
+    text = f"{down.text}; {everyone} serves {', '.join(served) if several else 'its link'}"
+    if not any(each.supervised or each.serves_boards for each in proxies):
+        then = f"{down.supervisor} then starts the service" if down.again is not None else f"then run `{down.start}`"
+        kept = f"; the service delivers again what process {named(holders)} keeps" if holders else ""
+        text = f"{text}: end that process first, {then}{kept}"
+        return warn("service", down.subject, text, f"kill {' '.join(str(each.pid) for each in proxies)}")
+    if len(served) < len(down.links):
+        text = f"{text}, so do not start both: first stop that process, or remove these boards from one of them"
+        return fail("service", down.subject, text)
+    if down.again is not None:
+        return warn("service", down.subject, f"{text}, so stop this service", down.again)
+    return warn("service", down.subject, f"{text}, so remove this service unless you still need it", down.remove)
+
+
+def _refusal(words: Sequence[str]) -> tuple[str, str] | None:
+    """Return the first mistake in the configuration of a proxy, and the command that shows all mistakes.
+
+    Return None if the configuration is valid or cannot be read.
+    """
+    config = value_of("--config", words)
+    if config is None:
+        return None
+    from inco_trio.config import read_board
+
+    path = Path(config)
+    if silent("configuration", path, lambda: read_board(path)) is not None:
+        return None
+    try:
+        read_board(path)
+    except PermissionDeniedError:
+        return None
+    except IncoError as error:
+        return str(refused(path, error)[0]), f"inco-trio check --config {shlex.quote(config)}"
+    return None
+
+
+def _command_of(script: Path) -> tuple[str, ...]:
+    """Return the arguments of `inco-trio run` in the `run` script of a service, or () if it runs another command."""
+    # Reading a FIFO would block.
+    text = (read(script) or "").replace("\\\n", " ") if script.is_file() else ""
+    try:
+        return _arguments(shlex.split(text, comments=True))
+    except ValueError:
+        return ()
+
+
+def _arguments(words: Sequence[str]) -> tuple[str, ...]:
+    for index, (word, following) in enumerate(pairwise(words)):
+        # The name of a user or directory may also be inco-trio.
+        if following == "run" and os.path.basename(word) in ("inco-trio", "inco_trio"):  # noqa: PTH119
+            return tuple(words[index + 2 :])
+    return ()
+
+
+def _boards_of(words: Sequence[str]) -> Path | None:
+    boards = value_of("--boards", words)
+    return None if boards is None else Path(boards)
+
+
+def _links_of(words: Sequence[str], supervisor: Process | None) -> _Links:
+    """Return the links in the command of a service, in the network namespace of its supervisor."""
+    netns = None if supervisor is None else network_of(supervisor)
+    if (boards := _boards_of(words)) is not None:
+        from inco_trio.board_files import read_boards
+
+        if silent("configuration", boards, lambda: read_boards(boards)) is not None:
+            return ()
+        with contextlib.suppress(IncoError):
+            return tuple((each.address, each.netns or netns) for each in read_boards(boards).configs.values())
+    elif words:
+        with contextlib.suppress(IncoError):
+            return ((parse_address(words[0]), netns),)
+    return ()
 
 
 def _output(*command: str) -> str | None:

@@ -14,11 +14,10 @@ from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine
 from inco_trio.doctor.proxies import board_files, counters, stopped, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
-from inco_trio.doctor.services import not_running
+from inco_trio.doctor.services import FoundService, find_services, network_of, services_of
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.opening import inside
-from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import (
     Process,
     Processes,
@@ -38,21 +37,27 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
     """Examine each running proxy and its boards. Yield a failure if no proxy is running."""
     yield from answers.problems
     running = [process for process in processes.all if process.is_proxy or process.pid in answers.by_pid]
+    services = find_services(processes)
     if not running:
         text = "no proxy is running: start one with `inco-trio run LINK --config FILE`, or start its service"
-        if services := silent_services():
-            text = f"no proxy is running: {services}"
+        if found := [str(each.directory or each.name) for each in services if each.links]:
+            text = f"no proxy is running, although there is a service: {', '.join(found)}"
+        elif silent_ones := silent_services():
+            text = f"no proxy is running: {silent_ones}"
         yield fail("proxy", "this machine", text)
         yield from machine.inotify_limits(processes, None)
-    yield from not_running(processes)
+    for service in services:
+        yield from service.results
     for process in running:
         if process.pid in answers.by_pid:
-            yield from _answering(process, processes, answers)
+            yield from _answering(process, processes, answers, services)
         else:
-            yield from _silent(process, processes, answers)
+            yield from _silent(process, processes, answers, services)
 
 
-def _answering(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
+def _answering(
+    process: Process, processes: Processes, answers: Answers, services: Sequence[FoundService]
+) -> Iterator[Result]:
     """Examine the boards that a proxy reports."""
     answer = answers.by_pid[process.pid]
     contents: dict[str, _Content] = {}
@@ -67,10 +72,13 @@ def _answering(process: Process, processes: Processes, answers: Answers) -> Iter
             for each in board.status.signals
         )
         netns = None if board.status.netns is None else Path(board.status.netns)
-        yield from _examine(process, board.status.link, signals, processes, answers, netns, contents.get(board.board))
+        content = contents.get(board.board)
+        yield from _examine(process, board.status.link, signals, processes, answers, services, netns, content)
 
 
-def _silent(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
+def _silent(
+    process: Process, processes: Processes, answers: Answers, services: Sequence[FoundService]
+) -> Iterator[Result]:
     """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line."""
     subject = f"process {process.pid} ({process.name})"
     if process.hidden and processes.unseen:
@@ -79,12 +87,12 @@ def _silent(process: Process, processes: Processes, answers: Answers) -> Iterato
     text = "the process does not answer on a control socket: its counters and its configuration are unknown"
     yield from [*stopped(process)] or [warn("control", subject, text)]
     names: list[str] = []
-    with contextlib.suppress(IncoError), inside(_network(process), subject):
+    with contextlib.suppress(IncoError), inside(network_of(process), subject):
         names = interfaces_of(process)
     names += [word for word in process.command if word.startswith("unix:")]
     signals = _registers(process)
     for link in names:
-        yield from _examine(process, link, signals, processes, answers)
+        yield from _examine(process, link, signals, processes, answers, services)
 
 
 def _examine(
@@ -93,6 +101,7 @@ def _examine(
     signals: Sequence[Signal],
     processes: Processes,
     answers: Answers,
+    services: Sequence[FoundService],
     netns: Path | None = None,
     configuration: _Content | None = None,
 ) -> Iterator[Result]:
@@ -107,14 +116,11 @@ def _examine(
             # Do not suggest nsenter(1): it would run a program from the container with this user's privileges.
             yield warn("registers", link, f"{text}: run `inco-trio doctor` in its container")
         signals, configuration = (), None
-    netns = _network(process) if netns is None else netns
-    yield from examine(link, signals, processes, answers, netns=netns, configuration=configuration, serving=process)
-
-
-def _network(process: Process) -> Path | None:
-    """Return the network namespace of a process, or None if it is unknown or the same as this thread's."""
-    path = Path(f"/proc/{process.pid}/ns/net")
-    return path if identity(path) not in (identity(None), (0, 0)) else None
+    netns = network_of(process) if netns is None else netns
+    yield from examine(
+        link, signals, processes, answers,
+        netns=netns, configuration=configuration, serving=process, services=services_of(link, services, netns),
+    )  # fmt: skip
 
 
 def _contents(process: Process, answer: Answer) -> Generator[Result, None, dict[str, _Content]]:

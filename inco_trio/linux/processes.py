@@ -23,6 +23,7 @@ __all__ = [
     "is_proxy_command",
     "is_same_mount_namespace",
     "is_same_system",
+    "is_stopped",
     "lines_of",
     "listening_sockets",
     "look",
@@ -31,6 +32,7 @@ __all__ = [
     "read",
     "status_of",
     "unix_sockets",
+    "working_directory",
 ]
 
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
@@ -69,6 +71,19 @@ def status_of(process: Path) -> dict[str, str]:
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 
+def is_stopped(pid: int, root: Path = Path("/")) -> bool:
+    """Return whether a signal or a debugger has stopped a process."""
+    return status_of(root / f"proc/{pid}").get("State", "").strip().lower().startswith("t")
+
+
+def working_directory(pid: int, root: Path = Path("/")) -> Path | None:
+    """Return the working directory of a process, or None if the process has ended or this user may not see it."""
+    try:
+        return (root / f"proc/{pid}/cwd").readlink()
+    except OSError:
+        return None
+
+
 @attrs.frozen
 class Process:
     """A process with its sockets and inotify watches."""
@@ -92,15 +107,30 @@ class Process:
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
     groups: frozenset[int] = frozenset()
     """The effective group ID and the supplementary group IDs."""
+    capabilities: int = 0
+    """The effective capabilities as a bit mask."""
+    is_wrapper: bool = False
+    """Whether the process runs a proxy as its child, like `sudo` and `timeout`. Their command lines contain its own."""
 
     @property
     def is_proxy(self) -> bool:
         """Whether the command of the process runs a proxy of inco-trio or its predecessor."""
-        return is_proxy_command(self.command)
+        return is_proxy_command(self.command) and not self.is_wrapper
 
     @property
-    def stop(self) -> str:
-        """The command that stops the process permanently. After kill(1), a supervisor would restart the process."""
+    def serves_boards(self) -> bool:
+        """Whether the command of the process serves all boards in a directory."""
+        return any(word.partition("=")[0] == "--boards" for word in self.command)
+
+    @property
+    def stop(self) -> str | None:
+        """The command that stops the process permanently. After kill(1), a supervisor would restart the process.
+
+        It is None if the directory of the process's service is unknown.
+        """
+        words = shlex.split(self.supervised)
+        if words and words[0] != "systemctl" and not words[-1].startswith("/"):
+            return None
         return self.supervised or f"kill {self.pid}"
 
     @property
@@ -161,7 +191,7 @@ def look(
         numbers = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
     except OSError:
         numbers = []
-    found, unseen = [], False
+    found, unseen, parents = list[Process](), False, set[int]()
     for number in numbers:
         place = proc / str(number)
         command = tuple((read(place / "cmdline") or "").rstrip("\0").split("\0"))
@@ -171,6 +201,8 @@ def look(
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
             continue
+        if is_proxy_command(command):
+            parents.add(int(status["PPid"]))
         hidden = False
         try:
             sockets, instances, watches = _descriptors(place)
@@ -192,10 +224,15 @@ def look(
                 watches=watches,
                 hidden=hidden,
                 supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
+                capabilities=int(status.get("CapEff", "0"), 16),
                 groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
-    return Processes(tuple(found), unseen, bool(numbers))
+    # A process with sockets or watches is a proxy, even if it has started another one.
+    marked = (
+        attrs.evolve(each, is_wrapper=each.pid in parents and not (each.sockets or each.watches)) for each in found
+    )
+    return Processes(tuple(marked), unseen, bool(numbers))
 
 
 def _supervisor(place: Path, parent: str) -> str:
@@ -203,10 +240,14 @@ def _supervisor(place: Path, parent: str) -> str:
     above = place.parent / parent
     name = read(above / "comm") or ""
     if stop := _S6_STYLE.get(name):
-        try:
-            service = str((above / "cwd").readlink())  # The service directory is the supervisor's cwd.
-        except OSError:  # This user cannot read the cwd: use the supervisor's last argument, the service's name.
-            service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        # The service directory is the working directory of the supervisor and of the process that it starts. This user
+        # may be unable to see the former. The supervisor's last argument is only the name of the service.
+        service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        seen = [working_directory(int(pid), place.parent.parent) for pid in (parent, place.name)]
+        if seen[0] is not None:
+            service = str(seen[0])
+        elif seen[1] is not None and seen[1].name == service:
+            service = str(seen[1])
         return f"{stop} {shlex.quote(service)}"
     # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit's name.
     groups = [line for line in lines_of(place / "cgroup") if line.startswith("0::") or ":name=systemd:" in line]

@@ -25,7 +25,7 @@ from inco_trio.linux.processes import (
     packet_sockets,
     unix_sockets,
 )
-from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
+from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
 from inco_trio.signals import Direction, Signal
 
 __all__ = [
@@ -50,8 +50,15 @@ class Users:
     others: tuple[Process, ...]
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
+    """The fd stores that keep a socket of the link, of a running proxy or of a stopped service."""
     unseen: int
     """Number of sockets whose processes this user is not permitted to inspect."""
+
+    @property
+    def keepers(self) -> tuple[Process, ...]:
+        """The fd stores that keep the socket of `proxy`. The other fd stores keep the socket of a stopped service."""
+        proxy = self.proxy
+        return tuple(each for each in self.holders if proxy is not None and each.sockets & proxy.sockets)
 
     @property
     def proxy(self) -> Process | None:
@@ -132,8 +139,11 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
 
 
 def superfluous(proxies: Iterable[Process]) -> Process:
-    """Return the proxy to stop if several are running: one without a supervisor, otherwise the oldest one."""
-    return min(proxies, key=lambda process: (bool(process.supervised), process.started, process.pid))
+    """Return the proxy to stop if several are running: one without a supervisor, otherwise the oldest one.
+
+    Prefer a proxy of a single board, because the others also serve other boards.
+    """
+    return min(proxies, key=lambda each: (each.serves_boards, bool(each.supervised), each.started, each.pid))
 
 
 def rivals(
@@ -158,9 +168,9 @@ def rivals(
             yield from _rival(board, str(directory), watching, OF_TRIGGERS)
 
 
-def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
-    """Return the proxies that serve a link in this thread's network namespace."""
-    processes = look(wanted=is_proxy_command)
+def serving(address: InterfaceAddress | UnixAddress, processes: Processes | None = None) -> list[Process]:
+    """Return the proxies that serve a link in this thread's network namespace. `processes` may contain others, too."""
+    processes = look(wanted=is_proxy_command) if processes is None else processes
     return _serving(address, users_of(address, processes), processes)
 
 
@@ -168,7 +178,7 @@ def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: P
     found = list(users.proxies)
     # This user cannot inspect these processes, but every user can read their command lines. They may serve a link with
     # the same name in another network namespace. Therefore, require a socket that belongs to no other process.
-    hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
+    hidden = [each for each in processes.all if each.hidden and each.is_proxy and _names(address.name, each.command)]
     if hidden and users.unseen and users_of(address, look()).unseen:
         found += hidden
     return found
@@ -181,5 +191,7 @@ def _names(link: str, command: Sequence[str]) -> bool:
 def _rival(board: int, subject: str, proxies: Sequence[Process], what: str) -> Iterator[Rival]:
     for process in proxies:
         if process.pid != os.getpid():
-            text = f"process {named([process])} {what}: run: {superfluous(proxies).stop}"
+            stop = superfluous(proxies).stop
+            remedy = REMEDY if stop is None else f"run: {stop}"
+            text = f"process {named([process])} {what}: {remedy}"
             yield Rival(board, subject, process, text, is_link=what == OF_LINK)
