@@ -255,6 +255,38 @@ def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     assert "service" in [result["check"] for result in results]
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "install -d -o inco-trio -g 7 /run/x\nexec \\\n  python -I -m inco_trio run l0 --config '/a b'",
+            "l0 --config /a b",
+        ),
+        ("exec /usr/bin/inco-trio run --boards /b # inco-trio run l0", "--boards /b"),
+        ("exec inco-trio mqtt mqtt://host", ""),
+        ("# inco-trio run l0", ""),
+        ("exec inco-trio run 'l0", ""),  # a syntax error
+    ],
+)
+def test_the_command_of_a_service_is_read_from_its_script(tmp_path: Path, script: str, words: str) -> None:
+    (tmp_path / "run").write_text(f"#!/bin/sh\n{script}\n")
+    assert " ".join(services._command_of(tmp_path / "run")) == words
+    (tmp_path / "run").unlink()
+    assert services._command_of(tmp_path / "run") == ()
+    os.mkfifo(tmp_path / "run")
+    assert services._command_of(tmp_path / "run") == ()
+
+
+def test_a_service_of_the_same_interface_in_another_network_namespace_is_another_one() -> None:
+    here, other = Path("/proc/self/ns/net"), Path("/proc/self/ns/mnt")  # Any other file serves as a namespace.
+    found = [FoundService("inco-trio-l0", links=((parse_address("l0"), netns),)) for netns in (None, other)]
+    assert services_of("l0", found) == found[:1]
+    assert services_of("l0", found, here) == found[:1]
+    assert services_of("l0", found, other) == found[1:]
+    unix = [FoundService("x", links=((parse_address("unix:/a,peer=/b"), netns),)) for netns in (None, other)]
+    assert services_of("unix:/a,peer=/c", unix) == unix
+
+
 @pytest.mark.s6
 def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
     """While s6-supervise is stopped, s6-svc has no effect, and s6-svstat reports an old state."""

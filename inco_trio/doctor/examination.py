@@ -153,8 +153,7 @@ def _interface(
 
     users = _NO_USERS
     found, state = links.interface(address.name, netns)
-    # The user of a service needs the capability, not the user of the doctor.
-    results = [*(() if has_service else machine.capability(address.name)), *state]
+    results = [*machine.capability(address.name), *state]
     status = None
     if found is not None:
         users = users_of_interface(found.index, processes)

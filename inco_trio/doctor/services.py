@@ -119,7 +119,7 @@ def _serves(service: FoundService, label: str, netns: Path | None) -> bool:
     wanted = identity(netns)
     # Interfaces in different network namespaces can have the same name.
     return any(
-        address.label == label and (isinstance(address, UnixAddress) or identity(place) in (wanted, (0, 0)))
+        address.label == label and (isinstance(address, UnixAddress) or identity(place) == wanted)
         for address, place in service.links
     )
 
