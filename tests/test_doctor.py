@@ -999,6 +999,23 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
 
 
 @pytest.mark.parametrize(
+    ("supervised", "command", "fix"),
+    [
+        ("s6-svc -d '/run/a b'", "inco-trio run l0", "s6-svc -r '/run/a b'"),
+        ("systemctl --user stop a.service", "inco-trio run l0", "systemctl --user restart a.service"),
+        ("s6-svc -d /run/a", "inco-trio run l0 --control none", None),
+        ("s6-svc -d a", "inco-trio run l0", None),
+        ("sv down /run/a", "inco-trio run l0", None),
+        ("", "inco-trio run l0", None),
+    ],
+)
+def test_a_service_without_a_control_socket_is_restarted(supervised: str, command: str, fix: str | None) -> None:
+    proxy = attrs.evolve(process(2**22 + 1, command), supervised=supervised)
+    (result,) = (each for each in survey(everyone(proxy), Answers()) if each.check == "control")
+    assert (result.level, result.fix) == (Level.WARN, fix)
+
+
+@pytest.mark.parametrize(
     ("parent", "cgroup", "stop"),
     [
         ({"name": "s6-supervise", "cwd": "/run/service/inco-trio l0"}, "0::/", "s6-svc -d '/run/service/inco-trio l0'"),
