@@ -684,11 +684,9 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
         "kill -HUP 3",
     )
     # A reload does not help if the proxy may not use the directory or the file.
-    assert only(register_files.watched(signals, process(3), fit=False)) == (
-        "fail",
-        f"{path}: process 3 does not watch it, so the proxy misses notifications: make the directory fit first",
-        None,
-    )
+    text = f"{path}: process 3 does not watch it, so the proxy misses notifications"
+    unfit = f"{text}: fix the problem of its directory first"
+    assert only(register_files.watched(signals, process(3), fit=False)) == ("fail", unfit, None)
     path.chmod(0o200)
     assert only(register_files.watched(signals, process(3, uid=os.geteuid()))) == (
         "fail",
@@ -965,8 +963,8 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
     signals = builtin_signals(searchable / "irq")
     for mode, above, fix, text in (
         (0o644, 0o755, "kill -HUP 3", ""),
-        (0o600, 0o755, None, f" may not read {config}: permit it"),
-        (0o644, 0o700, None, f" may not search {searchable}: permit it"),
+        (0o600, 0o755, None, f" may not read {config}: change its owner or mode"),
+        (0o644, 0o700, None, f" may not search {searchable}: change its owner or mode"),
     ):
         config.chmod(mode)
         searchable.chmod(above)
