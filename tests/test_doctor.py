@@ -695,11 +695,9 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
         "kill -HUP 3",
     )
     # A reload does not help if the proxy may not use the directory or the file.
-    assert only(register_files.watched(signals, process(3), fit=False)) == (
-        "fail",
-        f"{path}: process 3 does not watch it, so the proxy misses notifications: make the directory fit first",
-        None,
-    )
+    text = f"{path}: process 3 does not watch it, so the proxy misses notifications"
+    unfit = f"{text}: fix the problem of its directory first"
+    assert only(register_files.watched(signals, process(3), fit=False)) == ("fail", unfit, None)
     path.chmod(0o200)
     assert only(register_files.watched(signals, process(3, uid=os.geteuid()))) == (
         "fail",
@@ -983,8 +981,8 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
     signals = builtin_signals(searchable / "irq")
     for mode, above, fix, text in (
         (0o644, 0o755, "kill -HUP 3", ""),
-        (0o600, 0o755, None, f" may not read {config}: permit it"),
-        (0o644, 0o700, None, f" may not search {searchable}: permit it"),
+        (0o600, 0o755, None, f" may not read {config}: change its owner or mode"),
+        (0o644, 0o700, None, f" may not search {searchable}: change its owner or mode"),
     ):
         config.chmod(mode)
         searchable.chmod(above)
@@ -1014,6 +1012,23 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
         assert result.found.startswith("the process is stopped by a signal or a debugger")
         run_fix(("", "", result.fix))
         child.communicate(b"\n", timeout=HANG)
+
+
+@pytest.mark.parametrize(
+    ("supervised", "command", "fix"),
+    [
+        ("s6-svc -d '/run/a b'", "inco-trio run l0", "s6-svc -r '/run/a b'"),
+        ("systemctl --user stop a.service", "inco-trio run l0", "systemctl --user restart a.service"),
+        ("s6-svc -d /run/a", "inco-trio run l0 --control none", None),
+        ("s6-svc -d a", "inco-trio run l0", None),
+        ("sv down /run/a", "inco-trio run l0", None),
+        ("", "inco-trio run l0", None),
+    ],
+)
+def test_a_service_without_a_control_socket_is_restarted(supervised: str, command: str, fix: str | None) -> None:
+    proxy = attrs.evolve(process(2**22 + 1, command), supervised=supervised)
+    (result,) = (each for each in survey(everyone(proxy), Answers()) if each.check == "control")
+    assert (result.level, result.fix) == (Level.WARN, fix)
 
 
 @pytest.mark.parametrize(

@@ -658,14 +658,31 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
     assert [level for level, _ in groupby(levels(found))] == ["fail", "warn", "ok"]
 
 
-def test_without_arguments_a_killed_proxy_is_a_warning(cores: Cores, tmp_path: Path) -> None:
+def killing(directory: Path) -> str:
+    """Return a command that kills the proxy of a directory."""
     program = "import os; from inco_trio.linux.processes import look; "
-    program += f"[os.kill(each.pid, 9) for each in look().all if each.is_proxy and '{tmp_path}/two' in each.command]"
+    program += f"[os.kill(each.pid, 9) for each in look().all if each.is_proxy and '{directory}' in each.command]"
+    return f'{sys.executable} -c "{program}"'
+
+
+def test_without_arguments_a_killed_proxy_is_a_warning(cores: Cores, tmp_path: Path) -> None:
     proxies = [(unix_link(tmp_path, name), "--irq-dir", tmp_path / name) for name in ("one", "two")]
-    _, found = survey(cores.core0, tmp_path, *proxies, setup=f'{sys.executable} -c "{program}"')
+    _, found = survey(cores.core0, tmp_path, *proxies, setup=killing(tmp_path / "two"))
     killed = of(found, "control")
-    assert killed["level"] == "warn"
+    assert (killed["level"], killed["fix"]) == ("warn", None)
     assert killed["found"].startswith("the proxy of this socket was killed or has crashed, and no other proxy has")
+
+
+@pytest.mark.parametrize("control", ["none", "second"])
+def test_the_socket_of_a_killed_second_proxy_is_removed(cores: Cores, tmp_path: Path, control: str) -> None:
+    """The other proxy may not answer, for example because it has no control socket."""
+    second = ("--control", "none" if control == "none" else tmp_path / control)
+    proxies = [(cores.link, "--irq-dir", tmp_path / "one"), (cores.link, "--irq-dir", tmp_path / "two", *second)]
+    _, found = survey(cores.core0, tmp_path, *proxies, setup=killing(tmp_path / "one"))
+    path = f"/run/inco-trio/{cores.link}.sock"
+    (stale,) = (each for each in found if each["subject"] == path)
+    assert (stale["level"], stale["fix"]) == ("warn", f"rm {path}")
+    assert re.fullmatch("the proxy of this socket was .*, but process [0-9]+ serves its link", stale["found"])
 
 
 def test_without_arguments_each_changed_configuration_is_found(cores: Cores, tmp_path: Path) -> None:

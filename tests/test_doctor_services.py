@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import select
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,6 +268,38 @@ def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     assert "service" in [result["check"] for result in results]
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "install -d -o inco-trio -g 7 /run/x\nexec \\\n  python -I -m inco_trio run l0 --config '/a b'",
+            "l0 --config /a b",
+        ),
+        ("exec /usr/bin/inco-trio run --boards /b # inco-trio run l0", "--boards /b"),
+        ("exec inco-trio mqtt mqtt://host", ""),
+        ("# inco-trio run l0", ""),
+        ("exec inco-trio run 'l0", ""),  # a syntax error
+    ],
+)
+def test_the_command_of_a_service_is_read_from_its_script(tmp_path: Path, script: str, words: str) -> None:
+    (tmp_path / "run").write_text(f"#!/bin/sh\n{script}\n")
+    assert " ".join(services._command_of(tmp_path / "run")) == words
+    (tmp_path / "run").unlink()
+    assert services._command_of(tmp_path / "run") == ()
+    os.mkfifo(tmp_path / "run")
+    assert services._command_of(tmp_path / "run") == ()
+
+
+def test_a_service_of_the_same_interface_in_another_network_namespace_is_another_one() -> None:
+    here, other = Path("/proc/self/ns/net"), Path("/proc/self/ns/mnt")  # Any other file serves as a namespace.
+    found = [FoundService("inco-trio-l0", links=((parse_address("l0"), netns),)) for netns in (None, other)]
+    assert services_of("l0", found) == found[:1]
+    assert services_of("l0", found, here) == found[:1]
+    assert services_of("l0", found, other) == found[1:]
+    unix = [FoundService("x", links=((parse_address("unix:/a,peer=/b"), netns),)) for netns in (None, other)]
+    assert services_of("unix:/a,peer=/c", unix) == unix
+
+
 @pytest.mark.s6
 def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
     """While s6-supervise is stopped, s6-svc has no effect, and s6-svstat reports an old state."""
@@ -344,8 +378,59 @@ def test_an_invalid_configuration_is_corrected_before_the_service_is_started(tmp
         assert (result.level.name, result.fix) == ("FAIL", f"inco-trio check --config {config}")
         assert f"; {config}: " in result.found
         write_udrv(config, tmp_path / "irq")
+        (tmp_path / "irq/message_4_state").mkdir(parents=True)
+        (tmp_path / "irq").chmod(0o777)
+        (tmp_path / "irq/message_2_trig").touch(0o600)
+        for problem, fix in (
+            ("not trusted: other users may write to", None),
+            ("a directory, not a regular file", f"rmdir {tmp_path}/irq/message_4_state"),
+        ):
+            (result,) = found_in(tmp_path, link)
+            assert (result.level.name, result.fix) == ("FAIL", fix)
+            assert problem in result.found
+            (tmp_path / "irq").chmod(0o755)
+        (tmp_path / "irq/message_4_state").rmdir()
         (result,) = found_in(tmp_path, link)
         assert (result.level.name, result.fix) == ("FAIL", f"s6-svc -u {service}")
+
+
+@pytest.mark.netns
+def test_a_path_that_the_user_of_a_service_may_not_use_is_named() -> None:
+    daemon = pwd.getpwnam("daemon")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        config, irq, data = Path(home, "u.json"), Path(home, "irq"), Path(home, "data")
+        Path(home).chmod(0o755)
+        write_udrv(config, irq)
+        data.mkdir()
+        (data / "uid").write_text(f"{daemon.pw_uid}\n")
+        user = services._user_of(Path(home))
+        assert user == "daemon"
+        assert services._user_of(config) is None
+
+        def obstacle(*options: str) -> tuple[str, str | None] | None:
+            words = ("l0", "--config", str(config), *options)
+            return services._obstacle(services._Down(home, "", words, (), "", None, user=user))
+
+        create = f"install -d -o daemon -g {daemon.pw_gid} {irq}"
+        assert obstacle() == (f"{irq}: the user daemon may not create it", create)
+        subprocess.run(["sh", "-ec", create], check=True)
+        assert obstacle() is None
+        os.chown(irq, 12345, -1)
+        problem, fix = obstacle() or ("", "")
+        assert problem.startswith(
+            f"{irq}: not trusted: {irq} belongs to uid 12345; run the proxy as this user, or trust"
+        )
+        assert fix == f"chown {daemon.pw_uid} {irq}"
+        assert obstacle("--irq-owner", "12345") is None
+        assert obstacle("--irq-owner", "no such user") is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(services, "silent", lambda check, path, _: warn(check, path, "hangs"))
+            assert obstacle() is None
+        config.unlink()
+        assert obstacle() == (
+            f"{config}: cannot be read: No such file or directory",
+            f"inco-trio check --config {config}",
+        )
 
 
 @contextmanager

@@ -247,7 +247,11 @@ class TestUnderS6:
         tree.svc("-u", "core0")
         assert tree.next_report() == "core0 started 2"
         tree.stop()
-        assert re.search(rf"inco-trio-core0 stays down: [^\n]* \(exit code {code}\)", tree.log("core0"))
+        assert re.search(
+            rf"inco-trio-core0 stays down: [^\n]* \(exit code {code}\)\. Fix it, then run: "
+            rf"s6-svc -u '{tree.service('core0')}'\n",
+            tree.log("core0"),
+        )
 
     def test_a_temporary_failure_is_retried(self, tree: Tree) -> None:
         tree.write("core0")

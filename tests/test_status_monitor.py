@@ -527,7 +527,7 @@ def test_status_shows_all_proxies_and_other_commands_need_one(board: Board, tmp_
         assert linted.returncode in (0, 3), linted.stderr
         done = run("monitor", env=environment)
         assert done.returncode == 2
-        assert f"2 proxies answer: name one of {board.home}/core0 (--control {board.path})" in done.stderr
+        assert f"2 proxies answer: name one of {board.home}/core0 (--control {board.path}, process " in done.stderr
         start = [*COMMAND, "status", "--watch", "0.05", "--json"]
         with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as watching:
             assert watching.stdout is not None

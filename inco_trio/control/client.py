@@ -279,11 +279,11 @@ def connect(link: str | None, control: str | None) -> Client:
     found = [client for client in clients if link is None or _is_called(client, link)]
     only = found[0] if len(found) == 1 else None
     closed = None if found or link is None else _closed_board(clients, link)
+    named = ", ".join(f"{each.greeting.name} (--control {each.path}, process {each.pid})" for each in found)
     _close(clients, only)
     if only is not None:
         return only
     if found:
-        named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if closed is not None:
         raise not_open(closed)

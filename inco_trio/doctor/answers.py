@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import attrs
 
 from inco_trio.control.client import answering, sockets
+from inco_trio.control.place import default_path
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.result import Result, fail, hidden, warn
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError, PermissionDeniedError
+from inco_trio.links.address import parse_address
 from inco_trio.linux.processes import Process, Processes, listening_sockets
+from inco_trio.service.rivals import serving
+from inco_trio.service.systemd import runtime_directory
 
 __all__ = ["Answer", "Answers", "ask"]
 
@@ -58,19 +65,41 @@ def ask(processes: Processes) -> Answers:
             except IncoError as error:
                 errors.append(error)
     silences = [silence for silence in unused.values() if silence is not None]
-    return Answers(found, (*silences, *(result for error in errors for result in _problem(error))))
+    labels = {label: pid for pid, answer in found.items() for label in _labels(answer)}
+    problems = (result for error in errors for result in _problem(error, labels, processes))
+    return Answers(found, (*silences, *problems))
 
 
-def _problem(error: IncoError) -> list[Result]:
+def _labels(answer: Answer) -> list[str]:
+    """Return the labels of the links that a proxy serves."""
+    return [parse_address(board.status.link).label for board in answer.boards if board.status is not None]
+
+
+def _server(path: Path, labels: Mapping[str, int], processes: Processes) -> int | None:
+    """Return the PID of a proxy that serves the link for which the control socket `path` was created, or None.
+
+    `labels` contains the PIDs of the proxies that answer.
+    """
+    name = path.parent.name if path.name == "control.sock" else path.stem
+    for label, pid in labels.items():
+        if name in (label, runtime_directory(label), default_path(label).stem):
+            return pid
+    # The proxy may not answer, or may have no control socket.
+    with contextlib.suppress(IncoError):
+        return next((each.pid for each in serving(parse_address(name), processes)), None)
+    return None
+
+
+def _problem(error: IncoError, labels: Mapping[str, int], processes: Processes) -> list[Result]:
     if isinstance(error, PermissionDeniedError):
         return [hidden(f"the status of the proxy at {error.subject}")]
     if isinstance(error.__cause__, FileNotFoundError):
         return []  # The process that created the socket has ended.
     if isinstance(error.__cause__, ConnectionRefusedError):
         # A proxy that stops normally removes its socket.
-        text = (
-            "the proxy of this socket was killed or has crashed, and no other proxy has replaced it: "
-            "start its service, or remove this socket"
-        )
-        return [warn("control", error.subject, text)]
+        text, path = "the proxy of this socket was killed or has crashed", Path(str(error.subject))
+        if (pid := _server(path, labels, processes)) is not None:
+            return [warn("control", path, f"{text}, but process {pid} serves its link", f"rm {shlex.quote(str(path))}")]
+        text += ", and no other proxy has replaced it: start its service, or remove this socket"
+        return [warn("control", path, text)]
     return [fail("control", error.subject, error.reason)]

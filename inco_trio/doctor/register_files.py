@@ -175,7 +175,7 @@ def unreadable(path: Path, proxy: Process) -> str | None:
     denial = _denial(
         path.parent, [(path.parent, stat.S_IXUSR, "search", ""), (path, stat.S_IRUSR, "read", "u+r")], proxy
     )
-    return None if denial is None else f"{denial[1].removesuffix(' it')} {denial[0]}: permit it"
+    return None if denial is None else f"{denial[1].removesuffix(' it')} {denial[0]}: change its owner or mode"
 
 
 _Needed = tuple[Path, int, str, str]
@@ -274,7 +274,7 @@ def watched(signals: Iterable[Signal], proxy: Process, *, fit: bool = True) -> I
         elif fit:
             yield fail("watched", signal.path, text, f"kill -HUP {proxy.pid}")
         else:
-            yield fail("watched", signal.path, f"{text}: make the directory fit first")
+            yield fail("watched", signal.path, f"{text}: fix the problem of its directory first")
     if not missed:
         names = ", ".join(str(signal.path) for signal in triggers)
         yield ok("watched", names, f"process {proxy.pid} watches them")

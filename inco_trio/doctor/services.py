@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -16,15 +17,19 @@ from pathlib import Path
 import attrs
 
 from inco_trio.doctor.proxies import stopped, value_of
-from inco_trio.doctor.result import Result, fail, hidden, refused, warn
+from inco_trio.doctor.register_files import kinds, trusted
+from inco_trio.doctor.result import Level, Result, fail, hidden, refused, warn
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
 from inco_trio.linux.processes import Process, Processes, is_stopped, named, read, working_directory
-from inco_trio.service.descriptions import PREFIX
+from inco_trio.linux.users import find_owner
+from inco_trio.service.descriptions import PREFIX, access_warnings, link_service
 from inco_trio.service.rivals import serving, users_of
+from inco_trio.signals import Signal
+from inco_trio.trust import Trust
 
 __all__ = ["FoundService", "find_services", "network_of", "services_of"]
 
@@ -114,7 +119,7 @@ def _serves(service: FoundService, label: str, netns: Path | None) -> bool:
     wanted = identity(netns)
     # Interfaces in different network namespaces can have the same name.
     return any(
-        address.label == label and (isinstance(address, UnixAddress) or identity(place) in (wanted, (0, 0)))
+        address.label == label and (isinstance(address, UnixAddress) or identity(place) == wanted)
         for address, place in service.links
     )
 
@@ -143,6 +148,8 @@ class _Down:
     """The command that stops the service if its supervisor starts it again by itself."""
     code: str = ""
     """The exit code of its last process."""
+    user: str | None = None
+    """The user of the service, or None if it is the user of the supervisor."""
 
     @property
     def supervisor(self) -> str:
@@ -260,11 +267,18 @@ def _state_of_s6(directory: _Directory, words: tuple[str, ...], links: _Links) -
         reason += f", and {path}/down exists"
     text = f"the service is down ({reason}){log}"
     again = f"s6-svc -d {quoted}" if wanted == "true" else None
-    return _Down(path, text, words, links, f"s6-svc -u {quoted}", remove, again, code)
+    return _Down(path, text, words, links, f"s6-svc -u {quoted}", remove, again, code, _user_of(path))
+
+
+def _user_of(directory: Path) -> str | None:
+    """Return the user of a service of s6, or None if it is the user of s6-svscan."""
+    with contextlib.suppress(KeyError, ValueError):
+        return pwd.getpwuid(int(read(directory / "data/uid") or "")).pw_name
+    return None
 
 
 def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundService]:
-    properties = "Id,ActiveState,SubState,FreezerState,Result,ExecMainStatus,ExecStart"
+    properties = "Id,ActiveState,SubState,FreezerState,Result,ExecMainStatus,ExecStart,User"
     answer = _output("systemctl", "show", f"--property={properties}", f"{PREFIX}*.service")
     for block in (answer or "").split("\n\n"):
         unit = dict(line.partition("=")[::2] for line in block.splitlines())
@@ -284,7 +298,8 @@ def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundServi
             reason += f": {_MEANINGS[code]}" if code in _MEANINGS else ""
             text = f"the service is {state} ({reason}): its log is `journalctl -u {name}`"
             start, remove = f"systemctl start {name}", f"systemctl disable {name}"
-            down = _Down(unit["Id"], text, words, links, start, remove, again, code if state == "failed" else "")
+            code, user = (code if state == "failed" else ""), unit.get("User") or None
+            down = _Down(unit["Id"], text, words, links, start, remove, again, code, user)
             results.append(_verdict(down, processes, offered))
         offered |= {_key(*link) for link in links}
         yield FoundService(unit["Id"].removesuffix(".service"), None, links, _boards_of(words), tuple(results))
@@ -292,9 +307,9 @@ def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundServi
 
 def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
     """Return the result for a service that is down. `offered` contains the links of services that can be started."""
-    if down.code in PERMANENT and (refusal := _refusal(down.words)) is not None:
-        problem, check = refusal
-        return fail("service", down.subject, f"{down.text}; {problem}", check)
+    if down.code in PERMANENT and (obstacle := _obstacle(down)) is not None:
+        problem, fix = obstacle
+        return fail("service", down.subject, f"{down.text}; {problem}", fix)
     served: dict[str, list[Process]] = {}
     holders: list[Process] = []
     for address, netns in down.links:
@@ -332,12 +347,12 @@ def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence
     return warn("service", down.subject, f"{text}, so remove this service unless you still need it", down.remove)
 
 
-def _refusal(words: Sequence[str]) -> tuple[str, str] | None:
-    """Return the first mistake in the configuration of a proxy, and the command that shows all mistakes.
+def _obstacle(down: _Down) -> tuple[str, str | None] | None:
+    """Return the first reason why the proxy of a service cannot start, and the command that fixes it if there is one.
 
-    Return None if the configuration is valid or cannot be read.
+    Return None if the configuration and its registers are fit. A directory of boards is not examined.
     """
-    config = value_of("--config", words)
+    config, owner = value_of("--config", down.words), value_of("--irq-owner", down.words)
     if config is None:
         return None
     from inco_trio.config import read_board
@@ -346,12 +361,33 @@ def _refusal(words: Sequence[str]) -> tuple[str, str] | None:
     if silent("configuration", path, lambda: read_board(path)) is not None:
         return None
     try:
-        read_board(path)
+        signals = read_board(path).signals
+        service = link_service(down.words[0], path)
     except PermissionDeniedError:
         return None
     except IncoError as error:
         return str(refused(path, error)[0]), f"inco-trio check --config {shlex.quote(config)}"
+    trust = Trust()
+    with contextlib.suppress(KeyError, ValueError):  # There is no such user.
+        trust = Trust(
+            *((None, None) if owner is None else find_owner(owner)),
+            trust.user if down.user is None else pwd.getpwnam(down.user).pw_uid,
+        )
+    for directory in dict.fromkeys(each.directory for each in signals):
+        own = [each for each in signals if each.directory == directory]
+        check = partial(_unfit, directory, own, trust)
+        if (result := silent("directory", directory, check) or check()) is not None:
+            return f"{result.subject}: {result.found}", result.fix
+    for line in access_warnings(service, down.user, None, check_directories=owner is None):
+        text, _, command = line.removeprefix("warning: ").partition(": run as root")
+        return text, command.partition(": ")[2] or None
     return None
+
+
+def _unfit(directory: Path, signals: Sequence[Signal], trust: Trust) -> Result | None:
+    """Return the first problem of an IRQ directory and its registers, or None."""
+    results = (*trusted(directory, trust), *kinds(signals, access=False))
+    return next((result for result in results if result.level is not Level.OK), None)
 
 
 def _command_of(script: Path) -> tuple[str, ...]:

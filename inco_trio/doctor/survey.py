@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from inco_trio.linux.processes import (
     interfaces_of,
     is_same_mount_namespace,
     is_same_system,
+    listening_sockets,
 )
 from inco_trio.signals import Signal, builtin_signals
 
@@ -84,8 +86,7 @@ def _silent(
     if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
-    yield from [*stopped(process)] or [warn("control", subject, text)]
+    yield from [*stopped(process)] or [_no_answer(process)]
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(network_of(process), subject):
         names = interfaces_of(process)
@@ -93,6 +94,19 @@ def _silent(
     signals = _registers(process)
     for link in names:
         yield from _examine(process, link, signals, processes, answers, services)
+
+
+def _no_answer(process: Process) -> Result:
+    """Return the result for a proxy that runs but does not answer. If it has no control socket, a restart opens one."""
+    subject = f"process {process.pid} ({process.name})"
+    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
+    words = shlex.split(process.supervised)
+    restart = {"s6-svc": "-r", "systemctl": "restart"}.get(words[0]) if words else None
+    has_none = value_of("--control", process.command) == "none" or process.name == "inco_proxy"
+    if restart is None or has_none or process.stop is None or process.hidden or listening_sockets(process):
+        return warn("control", subject, text)
+    text += "; its socket could not be opened when it started, for example because another proxy used the path"
+    return warn("control", subject, text, shlex.join([*words[:-2], restart, words[-1]]))
 
 
 def _examine(

@@ -201,11 +201,12 @@ def account_of(user: str) -> pwd.struct_passwd:
 
 
 def access_warnings(
-    service: Service, user: str | None, program: str, *, check_directories: bool = True
+    service: Service, user: str | None, program: str | None, *, check_directories: bool = True
 ) -> Iterator[str]:
     """Yield a warning for each path that the service needs but `user` is not permitted to use. Requires root.
 
-    Do not check the IRQ directories and registers if `check_directories` is false, because another user owns them.
+    Do not check the program if it is None. Do not check the IRQ directories and registers if `check_directories` is
+    false, because another user owns them.
     """
     if user in (None, "root") or os.geteuid() != 0:
         return
@@ -214,7 +215,8 @@ def access_warnings(
     except (KeyError, ValueError):
         return  # A unit may be written before its user is created.
     remedies = dict.fromkeys(service.reads, "change its mode, or move it to a public directory, such as /etc")
-    remedies[Path(program)] = "write the service with an inco-trio that is installed in /opt/inco-trio"
+    if program is not None:
+        remedies[Path(program)] = "write the service with an inco-trio that is installed in /opt/inco-trio"
     for path, remedy in remedies.items():
         if path.exists() and not _may(account, "-r", path):
             above = (*reversed(path.parents), *reversed(path.resolve().parents))
