@@ -1083,9 +1083,11 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
-    # Other boards would lose their proxy.
     boards = process(2, "inco-trio run --boards=/b", started=2)
-    assert superfluous([boards, watched]) == watched
+    assert superfluous([boards, watched]) == boards
+    # Other boards would lose their proxy.
+    assert superfluous([boards, young]) == young
+    assert superfluous([attrs.evolve(boards, supervised="s6-svc -d /run/service/b"), watched]) == watched
     assert watched.supervision == "in s6 service /run/service/a"
     assert (
         attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"

@@ -433,6 +433,24 @@ def test_a_path_that_the_user_of_a_service_may_not_use_is_named() -> None:
         )
 
 
+def test_a_service_is_removed_only_if_a_supervisor_runs_each_proxy_of_its_link() -> None:
+    remove = "rm -r /s/l0 && s6-svscanctl -an /s"
+    down = services._Down("/s/l0", "it is down", (), ((parse_address("l0"), None),), "s6-svc -u /s/l0", remove)
+    fleet = process(2, "inco-trio run --boards /b", name="inco-trio")
+    supervised = attrs.evolve(fleet, pid=3, supervised="s6-svc -d /s/boards")
+    store = process(4, "s6-fdholderd", name="s6-fdholderd")
+    kept = "; the service delivers again what process 4 (s6-fdholderd) keeps"
+    for proxies, fix, advice in (
+        ([supervised], remove, "so remove this service unless you still need it"),
+        ([fleet], None, "so do not start this service while it runs"),
+        ([fleet, supervised], None, "so do not start this service while it runs"),
+    ):
+        for holders, end in (((), ""), ((store,), kept)):
+            result = services._superseded(down, {"l0": proxies}, holders)
+            assert (result.level.name, result.fix) == ("WARN", fix)
+            assert result.found.endswith(f" serves its link, {advice}{end}")
+
+
 @contextmanager
 def proxy_of(link: str, home: Path) -> Iterator[Proxy]:
     """Run a proxy of a link without a supervisor."""

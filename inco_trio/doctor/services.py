@@ -316,7 +316,11 @@ def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
         with contextlib.suppress(IncoError), inside(netns, address.name):
             if found := serving(address, processes):
                 served[address.name] = found
-                holders += users_of(address, processes).holders
+                holders += [
+                    each
+                    for each in users_of(address, processes).holders
+                    if not any(each.sockets & proxy.sockets for proxy in found)
+                ]
     if served:
         return _superseded(down, served, list({each.pid: each for each in holders}.values()))
     if down.again is not None:
@@ -334,9 +338,9 @@ def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence
     everyone = ", ".join(f"process {each.pid} ({each.name}) {each.supervision}" for each in proxies)
     several = len(down.links) > 1
     text = f"{down.text}; {everyone} serves {', '.join(served) if several else 'its link'}"
+    kept = f"; the service delivers again what process {named(holders)} keeps" if holders else ""
     if not any(each.supervised or each.serves_boards for each in proxies):
         then = f"{down.supervisor} then starts the service" if down.again is not None else f"then run `{down.start}`"
-        kept = f"; the service delivers again what process {named(holders)} keeps" if holders else ""
         text = f"{text}: end that process first, {then}{kept}"
         return warn("service", down.subject, text, f"kill {' '.join(str(each.pid) for each in proxies)}")
     if len(served) < len(down.links):
@@ -344,7 +348,11 @@ def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence
         return fail("service", down.subject, text)
     if down.again is not None:
         return warn("service", down.subject, f"{text}, so stop this service", down.again)
-    return warn("service", down.subject, f"{text}, so remove this service unless you still need it", down.remove)
+    if not all(each.supervised for each in proxies):
+        # No supervisor restarts such a process: the link may still need this service.
+        return warn("service", down.subject, f"{text}, so do not start this service while it runs{kept}")
+    text = f"{text}, so remove this service unless you still need it{kept}"
+    return warn("service", down.subject, text, down.remove)
 
 
 def _obstacle(down: _Down) -> tuple[str, str | None] | None:

@@ -141,9 +141,10 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
 def superfluous(proxies: Iterable[Process]) -> Process:
     """Return the proxy to stop if several are running: one without a supervisor, otherwise the oldest one.
 
-    Prefer a proxy of a single board, because the others also serve other boards.
+    If all of them have a supervisor, or none has one, prefer a proxy of a single board. The others also serve other
+    boards. A proxy without a supervisor is not restarted, and has no fd store.
     """
-    return min(proxies, key=lambda each: (each.serves_boards, bool(each.supervised), each.started, each.pid))
+    return min(proxies, key=lambda each: (bool(each.supervised), each.serves_boards, each.started, each.pid))
 
 
 def rivals(
