@@ -366,6 +366,36 @@ def test_a_service_without_an_s6_supervise_is_a_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.s6
+def test_the_s6_supervise_of_a_symlinked_service_with_another_name_is_found(tmp_path: Path) -> None:
+    real = write_service(tmp_path, "real", "exec sleep infinity").rename(tmp_path / "proxy")
+    scandir = tmp_path / "scan"
+    scandir.mkdir()
+    (scandir / "inco-trio-l0").symlink_to(real)
+    with Service(Here(), scandir, "l0") as service:  # type: ignore[arg-type]
+        service.wait("u")
+        (found,) = (each for each in find_services(look()) if each.directory == real)
+        assert found.results == ()
+        service.control("-d")
+        service.wait("D")
+        (result,) = (each for found in find_services(look()) if found.directory == real for each in found.results)
+        assert (result.level.name, result.fix) == ("WARN", f"s6-svc -u {real}")
+
+
+@pytest.mark.s6
+def test_a_service_whose_files_hang_has_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_service(tmp_path, "l0", "exec sleep infinity")
+
+    def hang(check: str, path: Path, _: object) -> Result | None:
+        return warn(check, path, "hangs") if path == directory else None
+
+    with Service(Here(), tmp_path, "l0") as service:  # type: ignore[arg-type]
+        service.wait("u")
+        monkeypatch.setattr(services, "silent", hang)
+        assert [result.found for result in found_in(tmp_path)] == ["hangs"]
+        assert [each.directory for each in find_services(look()) if each.directory == directory] == [directory]
+
+
+@pytest.mark.s6
 def test_an_invalid_configuration_is_corrected_before_the_service_is_started(tmp_path: Path) -> None:
     config, link = tmp_path / "u.json", f"unix:{tmp_path}/a,peer={tmp_path}/b"
     config.write_text("{}")

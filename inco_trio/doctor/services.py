@@ -174,7 +174,10 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
     places = {each.pid: place for each in processes.all if (place := working_directory(each.pid, root)) is not None}
     found: dict[Path, _Directory] = {}
     # Any user can give a process the name s6-supervise, and choose its working directory.
-    trusted = [process for process in processes.all if process.uid in (0, os.geteuid())]
+    trusted = [process for process in processes.all if _is_trusted(process)]
+    # The service directory is the working directory of its s6-supervise.
+    supervisors = {places[each.pid]: each for each in trusted if each.name == "s6-supervise" and each.pid in places}
+    hanging: set[Path] = set()
     for process in trusted:
         if process.name != "s6-supervise":
             continue
@@ -182,8 +185,8 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
             if (name := process.command[-1]).startswith(PREFIX) and "/" not in name:
                 yield FoundService(name, results=(hidden(f"the state of the service {name}"),))
         elif place.name.startswith(PREFIX):
-            # The service directory is the working directory of its s6-supervise.
             if silence := silent("service", place, partial(_probe, process, place, root)):
+                hanging.add(place)
                 yield FoundService(place.name, place, results=(silence,))
             elif _probe(process, place, root):
                 found[place] = _Directory(place, process)
@@ -192,10 +195,17 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
         if process.name != "s6-svscan" or place is None or silent("service", place, partial(_services_in, place)):
             continue
         for path in _services_in(place) if _probe(process, place, root) else []:
-            directory = found.setdefault(path.resolve(), _Directory(path.resolve()))
+            if (real := path.resolve()) in hanging:
+                continue
+            # A symlink can lead to a directory with another name.
+            directory = found.setdefault(real, _Directory(real, supervisors.get(real)))
             directory.scanner, directory.scandir, directory.is_symlink = process, place, path.is_symlink()
     for path in sorted(found):
         yield _service_of_s6(found[path], places, processes, offered, root)
+
+
+def _is_trusted(process: Process) -> bool:
+    return process.uid in (0, os.geteuid())
 
 
 def _probe(process: Process, place: Path, root: Path) -> bool:
