@@ -343,6 +343,40 @@ def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.s6
+def test_a_stopped_job_in_the_directory_of_a_service_is_not_its_process(tmp_path: Path) -> None:
+    service = write_service(tmp_path, "l0", "exec sleep infinity")
+    with Service(Here(), tmp_path, "l0") as s6:  # type: ignore[arg-type]
+        s6.wait("u")
+        with subprocess.Popen(["sleep", "infinity"], cwd=service) as job:
+            try:
+                wait_stopped(job.pid)
+                assert found_in(tmp_path) == []
+                with stopped(main_process(service)):
+                    (result,) = found_in(tmp_path)
+                    assert result.fix == f"kill -CONT {main_process(service)}"
+            finally:
+                job.kill()
+
+
+@pytest.mark.parametrize(("name", "count"), [("s6-log", 1), ("sleep", 0)])
+def test_a_process_of_another_user_in_the_directory_of_a_service_is_ignored(
+    name: str, count: int, tmp_path: Path
+) -> None:
+    service = write_service(tmp_path, "l0", "exec sleep infinity")
+    tree = Tree(tmp_path / "root")
+    for pid, program, uid in ((30, "s6-supervise", os.geteuid()), (31, name, os.geteuid()), (32, name, 12345)):
+        tree.process(pid, program, name=program, uid=uid, parent=1)
+        (tree.root / f"proc/{pid}/cwd").symlink_to(service)
+    processes = look(tree.root, BOOTED)
+    places = dict.fromkeys((30, 31, 32), service)
+    own = services._processes_of(service, places, processes, tree.root)
+    assert [each.pid for each in own] == [30, 31][: count + 1]
+    tree.status("32", 12345, parent=30)
+    own = services._processes_of(service, places, processes, tree.root)
+    assert [each.pid for each in own] == [30, *[31][:count], 32]
+
+
+@pytest.mark.s6
 def test_a_service_without_an_s6_supervise_is_a_problem(tmp_path: Path) -> None:
     scandir = tmp_path / "scan"
     (scandir / "other").mkdir(parents=True)

@@ -24,7 +24,7 @@ from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
-from inco_trio.linux.processes import Process, Processes, is_stopped, named, read, working_directory
+from inco_trio.linux.processes import Process, Processes, is_stopped, named, read, status_of, working_directory
 from inco_trio.linux.users import find_owner
 from inco_trio.service.descriptions import PREFIX, access_warnings, link_service
 from inco_trio.service.rivals import serving, users_of
@@ -229,7 +229,7 @@ def _service_of_s6(
     results: list[Result] = []
     if directory.scanner is not None and is_stopped(directory.scanner.pid, root):
         results.append(_stopped(places[directory.scanner.pid], directory.scanner, (), places))
-    own = [each for each in processes.all if places.get(each.pid) in (directory.path, directory.path / "log")]
+    own = _processes_of(directory.path, places, processes, root)
     for each in own:
         if is_stopped(each.pid, root):
             results += list(stopped(each)) if each.is_proxy else [_stopped(directory.path, each, own, places)]
@@ -241,6 +241,18 @@ def _service_of_s6(
             results.append(_verdict(state, processes, offered))
     offered |= {_key(*link) for link in links}
     return FoundService(directory.path.name, directory.path, links, _boards_of(words), tuple(results))
+
+
+def _processes_of(directory: Path, places: Mapping[int, Path], processes: Processes, root: Path) -> list[Process]:
+    """Return the processes of a service of s6. Any user can start other processes in its directory."""
+    near = [each for each in processes.all if places.get(each.pid) in (directory, directory / "log")]
+    supervisors = {str(each.pid) for each in near if each.name == "s6-supervise" and _is_trusted(each)}
+    return [
+        each
+        for each in near
+        if (_is_trusted(each) and (each.is_proxy or each.name in _HARM))
+        or status_of(root / f"proc/{each.pid}").get("PPid", "").strip() in supervisors
+    ]
 
 
 def _stopped(directory: Path, process: Process, own: Iterable[Process], places: Mapping[int, Path]) -> Result:
