@@ -211,6 +211,23 @@ def test_a_unit_whose_link_another_proxy_serves_is_not_started(
             assert f"; process {proxy.pid} ({own.name}) {how} serves its link" in found.found
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize("state", ["active", "activating"])
+def test_a_unit_is_not_started_next_to_one_that_waits_for_its_link(
+    names: str, state: str, tmp_path: Path, systemctl: Callable[[str], None]
+) -> None:
+    start = "{ path=/bin/inco-trio ; argv[]=/bin/inco-trio run nosuchlink --wait-link ; ignore_errors=no ; }"
+    again = {"SubState": "auto-restart"} if state == "activating" else {}
+    units_of = {
+        "a": unit("a", state, "success", 0, ExecStart=start, **again),
+        "b": unit("b", "inactive", "success", 0, ExecStart=start),
+    }
+    systemctl("\n".join(units_of[name] for name in names))
+    (result,) = (each for each in units(tmp_path) if each.subject == "inco-trio-b.service")
+    assert (result.level.name, result.fix) == ("FAIL", None)
+    assert result.found.endswith("; another service serves the same link: start only one of them")
+
+
 def test_a_service_whose_state_may_not_be_read_is_named(tmp_path: Path) -> None:
     directory = services._Directory(tmp_path, process(3))
     found = services._state_of_s6(directory, (), ())

@@ -94,11 +94,21 @@ class FoundService:
 
 def find_services(processes: Processes, root: Path = Path("/")) -> list[FoundService]:
     """Return the services of s6 and systemd whose names begin with PREFIX."""
-    offered: set[_Key] = set()
-    found = list(_of_s6(processes, root, offered))
+    found = list(_of_s6(processes, root))
     if (root / "run/systemd/system").is_dir():
-        found += _of_systemd(processes, offered)
-    return found
+        found += _of_systemd()
+    # Services that are up can serve a link that does not exist yet.
+    is_up = [down is None or down.again is not None for _, down in found]
+    offered = {_key(*link) for (service, _), up in zip(found, is_up, strict=True) if up for link in service.links}
+    return [_judged(service, down, processes, offered) for service, down in found]
+
+
+def _judged(service: FoundService, down: _Down | None, processes: Processes, offered: set[_Key]) -> FoundService:
+    """Return a service with the result for it if it is down. Add its links to `offered`."""
+    if down is not None:
+        service = attrs.evolve(service, results=(*service.results, _verdict(down, processes, offered)))
+    offered |= {_key(*link) for link in service.links}
+    return service
 
 
 def services_of(link: str, services: Iterable[FoundService], netns: Path | None = None) -> list[FoundService]:
@@ -156,6 +166,10 @@ class _Down:
         return "systemd" if self.start.startswith("systemctl") else "s6"
 
 
+_Found = tuple[FoundService, _Down | None]
+"""A service, and what is known about it if it is down."""
+
+
 @attrs.define
 class _Directory:
     """A service directory of s6."""
@@ -170,7 +184,7 @@ class _Directory:
     """Whether the scan directory contains only a symlink to the service directory, as with s6-rc."""
 
 
-def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[FoundService]:
+def _of_s6(processes: Processes, root: Path) -> Iterator[_Found]:
     places = {each.pid: place for each in processes.all if (place := working_directory(each.pid, root)) is not None}
     found: dict[Path, _Directory] = {}
     # Any user can give a process the name s6-supervise, and choose its working directory.
@@ -183,11 +197,11 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
             continue
         if (place := places.get(process.pid)) is None:
             if (name := process.command[-1]).startswith(PREFIX) and "/" not in name:
-                yield FoundService(name, results=(hidden(f"the state of the service {name}"),))
+                yield FoundService(name, results=(hidden(f"the state of the service {name}"),)), None
         elif place.name.startswith(PREFIX):
             if silence := silent("service", place, partial(_probe, process, place, root)):
                 hanging.add(place)
-                yield FoundService(place.name, place, results=(silence,))
+                yield FoundService(place.name, place, results=(silence,)), None
             elif _probe(process, place, root):
                 found[place] = _Directory(place, process)
     for process in trusted:
@@ -201,7 +215,7 @@ def _of_s6(processes: Processes, root: Path, offered: set[_Key]) -> Iterator[Fou
             directory = found.setdefault(real, _Directory(real, supervisors.get(real)))
             directory.scanner, directory.scandir, directory.is_symlink = process, place, path.is_symlink()
     for path in sorted(found):
-        yield _service_of_s6(found[path], places, processes, offered, root)
+        yield _service_of_s6(found[path], places, processes, root)
 
 
 def _is_trusted(process: Process) -> bool:
@@ -221,9 +235,7 @@ def _services_in(scandir: Path) -> list[Path]:
     return [path for path in sorted(scandir.glob(f"{PREFIX}*")) if (path / "run").is_file()]
 
 
-def _service_of_s6(
-    directory: _Directory, places: Mapping[int, Path], processes: Processes, offered: set[_Key], root: Path
-) -> FoundService:
+def _service_of_s6(directory: _Directory, places: Mapping[int, Path], processes: Processes, root: Path) -> _Found:
     words = _command_of(directory.path / "run")
     links = _links_of(words, directory.supervisor or directory.scanner)
     results: list[Result] = []
@@ -233,14 +245,14 @@ def _service_of_s6(
     for each in own:
         if is_stopped(each.pid, root):
             results += list(stopped(each)) if each.is_proxy else [_stopped(directory.path, each, own, places)]
+    down = None
     if directory.supervisor is None or not is_stopped(directory.supervisor.pid, root):
         state = _state_of_s6(directory, words, links)
         if isinstance(state, Result):
             results.append(state)
-        elif state is not None:
-            results.append(_verdict(state, processes, offered))
-    offered |= {_key(*link) for link in links}
-    return FoundService(directory.path.name, directory.path, links, _boards_of(words), tuple(results))
+        else:
+            down = state
+    return FoundService(directory.path.name, directory.path, links, _boards_of(words), tuple(results)), down
 
 
 def _processes_of(directory: Path, places: Mapping[int, Path], processes: Processes, root: Path) -> list[Process]:
@@ -299,7 +311,7 @@ def _user_of(directory: Path) -> str | None:
     return None
 
 
-def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundService]:
+def _of_systemd() -> Iterator[_Found]:
     properties = "Id,ActiveState,SubState,FreezerState,Result,ExecMainStatus,ExecStart,User"
     answer = _output("systemctl", "show", f"--property={properties}", f"{PREFIX}*.service")
     for block in (answer or "").split("\n\n"):
@@ -309,7 +321,7 @@ def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundServi
         name, state = shlex.quote(unit["Id"]), unit.get("ActiveState")
         # For example: { path=/usr/bin/inco-trio ; argv[]=/usr/bin/inco-trio run rpmsg4000 ; ignore_errors=no ; ... }
         words = _arguments(unit.get("ExecStart", "").partition("argv[]=")[2].partition(" ;")[0].split())
-        links, results = _links_of(words, None), []
+        links, results, down = _links_of(words, None), list[Result](), None
         if unit.get("FreezerState") in ("frozen", "freezing"):
             text = "the unit is frozen: its process neither delivers nor sends notifications"
             results.append(fail("service", unit["Id"], text, f"systemctl thaw {name}"))
@@ -322,9 +334,8 @@ def _of_systemd(processes: Processes, offered: set[_Key]) -> Iterator[FoundServi
             start, remove = f"systemctl start {name}", f"systemctl disable {name}"
             code, user = (code if state == "failed" else ""), unit.get("User") or None
             down = _Down(unit["Id"], text, words, links, start, remove, again, code, user)
-            results.append(_verdict(down, processes, offered))
-        offered |= {_key(*link) for link in links}
-        yield FoundService(unit["Id"].removesuffix(".service"), None, links, _boards_of(words), tuple(results))
+        service = FoundService(unit["Id"].removesuffix(".service"), None, links, _boards_of(words), tuple(results))
+        yield service, down
 
 
 def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
