@@ -18,7 +18,7 @@ import pytest
 
 from inco_trio.cli import main
 from inco_trio.doctor import services
-from inco_trio.doctor.result import Result, warn
+from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.doctor.services import FoundService, find_services, services_of
 from inco_trio.links.address import parse_address
 from inco_trio.linux.processes import Processes, look
@@ -283,6 +283,31 @@ def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     results = json.loads(capsys.readouterr().out)["results"]
     assert [result["fix"] for result in results if result["check"] == "proxy"] == [None]
     assert "service" in [result["check"] for result in results]
+
+
+def test_the_services_of_a_directory_of_boards_are_found_with_their_fd_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boards, scandir = tmp_path / "boards", tmp_path / "scan"
+    boards.mkdir()
+    link = f"unix:{tmp_path}/core0,peer={tmp_path}/core1"
+    (boards / "b1.json").write_text(json.dumps({"link": link, "irq_dir": str(tmp_path)}))
+    (tmp_path / "symlink").symlink_to(boards)
+    (store, other), own = (
+        FoundService(services.FD_STORE, place / services.FD_STORE, results=(fail("service", place, "down", fix),))
+        for place, fix in ((scandir, "s6-svc -u store"), (tmp_path, None))
+    ), FoundService("inco-trio-b", scandir / "inco-trio-b", boards=boards)  # fmt: skip
+    monkeypatch.setattr(services, "find_services", lambda *_: [own, other, store])
+    for directory in (boards, tmp_path / "symlink"):
+        main(["doctor", "--boards", str(directory), "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        fixes = [result["fix"] for result in results if result["check"] in ("service", "proxy")]
+        assert fixes == ["s6-svc -u store"] * 2
+    assert services.services_of_boards(tmp_path, [own, other, store]) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "silent", lambda check, path, _: warn(check, path, "hangs"))
+        assert services.services_of_boards(tmp_path / "symlink", [own]) == []
+        assert services.services_of_boards(boards, [own]) == [own]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
-    from inco_trio.doctor.services import find_services
+    from inco_trio.doctor.services import find_services, services_of_boards
     from inco_trio.doctor.silence import silent
 
     processes = look()
@@ -168,7 +168,7 @@ def _boards(directory: Path) -> Iterator[Result]:
         if (answer := answers.by_pid.get(process.pid)) is not None and answer.name == str(directory):
             yield from board_files(directory, boards, [board.board for board in answer.boards], process)
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
-    services = [each for each in find_services(processes) if each.boards == directory]
+    services = services_of_boards(directory, find_services(processes))
     for service in services:
         yield from service.results
     for name, board in boards.configs.items():

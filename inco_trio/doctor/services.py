@@ -31,7 +31,7 @@ from inco_trio.service.rivals import serving, users_of
 from inco_trio.signals import Signal
 from inco_trio.trust import Trust
 
-__all__ = ["FoundService", "find_services", "network_of", "services_of"]
+__all__ = ["FoundService", "find_services", "network_of", "services_of", "services_of_boards"]
 
 PERMANENT = {str(code) for code in (os.EX_NOPERM, os.EX_CONFIG, 2)}
 """The exit codes after which the `finish` script keeps a service down. Other services that are down were stopped."""
@@ -117,7 +117,25 @@ def services_of(link: str, services: Iterable[FoundService], netns: Path | None 
     `netns` is the network namespace of the interface (default: that of this thread).
     """
     label, services = parse_address(link).label, tuple(services)
-    own = [each for each in services if _serves(each, label, netns)]
+    return _with_stores([each for each in services if _serves(each, label, netns)], services)
+
+
+def services_of_boards(directory: Path, services: Iterable[FoundService]) -> list[FoundService]:
+    """Return the services that serve a directory of boards, after the fd stores that they use."""
+    services = tuple(services)
+    return _with_stores([each for each in services if each.boards and _is_same(each.boards, directory)], services)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Return whether two paths lead to the same directory."""
+    if path == other:
+        return True
+    is_silent = silent("configuration", path, partial(os.path.realpath, path)) is not None
+    return not is_silent and os.path.realpath(path) == os.path.realpath(other)
+
+
+def _with_stores(own: Sequence[FoundService], services: Sequence[FoundService]) -> list[FoundService]:
+    """Return services after the fd stores that they use."""
     places = {each.directory.parent for each in own if each.directory is not None}
     stores = [each for each in services if each.is_fd_store and each.directory and each.directory.parent in places]
     return [*stores, *own]
