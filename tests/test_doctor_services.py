@@ -164,7 +164,7 @@ def test_the_units_of_systemd_are_reported(
     failed, stopped = units(tmp_path)
     assert str(failed) == (
         "inco-trio-a.service: the service is failed (exit-code, exit status 77: a capability or permission is missing, "
-        "which its log names): its log is `journalctl -u inco-trio-a.service`: run: systemctl start inco-trio-a.service"
+        "which its log names): its log is `journalctl -u inco-trio-a.service`"
     )
     assert [failed.level.name, stopped.level.name] == ["FAIL", "WARN"]
     assert stopped.subject == "inco-trio-c.service"
@@ -175,6 +175,20 @@ def test_the_units_of_systemd_are_reported(
     assert units(tmp_path) == []
     monkeypatch.setenv("PATH", "")
     assert units(tmp_path) == []
+
+
+def test_a_unit_that_a_start_does_not_fix_is_not_started(tmp_path: Path, systemctl: Callable[[str], None]) -> None:
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    start = f"{{ path=/bin/inco-trio ; argv[]=/bin/inco-trio run {link} --bogus ; ignore_errors=no ; }}"
+    for code in (2, 77):
+        systemctl(unit("x", "failed", "exit-code", code, ExecStart=start))
+        (result,) = units(tmp_path)
+        assert (result.level.name, result.fix) == ("FAIL", None)
+    with proxy_of(link, tmp_path) as proxy:
+        (own,) = (each for each in look().all if each.pid == proxy.pid)
+        (result,) = units(tmp_path, attrs.evolve(NONE, all=(own,)))
+        assert (result.level.name, result.fix) == ("WARN", None)
+        assert result.found.endswith(" serves its link: end that process only once the service can start")
 
 
 def test_a_frozen_unit_and_one_that_fails_again_and_again_are_problems(

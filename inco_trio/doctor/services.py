@@ -35,6 +35,8 @@ __all__ = ["FoundService", "find_services", "network_of", "services_of", "servic
 
 PERMANENT = {str(code) for code in (os.EX_NOPERM, os.EX_CONFIG, 2)}
 """The exit codes after which the `finish` script keeps a service down. Other services that are down were stopped."""
+_LASTING = {str(os.EX_NOPERM), "2"}
+"""The exit codes after which a start fails again, unless the service or the permissions of its user are changed."""
 PATIENCE = 5.0
 """Maximum time in seconds that a command of a supervisor may take."""
 FD_STORE = f"{PREFIX}fdholder"
@@ -380,7 +382,8 @@ def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
         text = f"{down.text}; another service serves the same link: start only one of them"
         return fail("service", down.subject, text)
     is_needed = bool(down.links) or down.code in PERMANENT or str(down.subject).endswith(f"/{FD_STORE}")
-    return (fail if is_needed else warn)("service", down.subject, down.text, down.start)
+    start = None if down.code in _LASTING else down.start
+    return (fail if is_needed else warn)("service", down.subject, down.text, start)
 
 
 def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence[Process]) -> Result:
@@ -391,6 +394,8 @@ def _superseded(down: _Down, served: dict[str, list[Process]], holders: Sequence
     text = f"{down.text}; {everyone} serves {', '.join(served) if several else 'its link'}"
     kept = f"; the service delivers again what process {named(holders)} keeps" if holders else ""
     if not any(each.supervised or each.serves_boards for each in proxies):
+        if down.code in _LASTING:
+            return warn("service", down.subject, f"{text}: end that process only once the service can start{kept}")
         then = f"{down.supervisor} then starts the service" if down.again is not None else f"then run `{down.start}`"
         text = f"{text}: end that process first, {then}{kept}"
         return warn("service", down.subject, text, f"kill {' '.join(str(each.pid) for each in proxies)}")
