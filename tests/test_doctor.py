@@ -1031,6 +1031,15 @@ def test_a_service_without_a_control_socket_is_restarted(supervised: str, comman
     assert (result.level, result.fix) == (Level.WARN, fix)
 
 
+def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Path) -> None:
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    proxy = process(2**22 + 1, f"sh -c : inco-trio run unix:bad {link}")
+    subjects = [each.subject for each in survey(everyone(proxy), Answers())]
+    assert f"process {proxy.pid} (program)" in subjects
+    assert "unix:bad" not in subjects
+    assert link in subjects
+
+
 @pytest.mark.parametrize(
     ("parent", "cgroup", "stop"),
     [

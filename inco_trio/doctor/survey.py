@@ -18,6 +18,7 @@ from inco_trio.doctor.result import Result, fail, hidden, refused, warn
 from inco_trio.doctor.services import FoundService, find_services, network_of, services_of
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
+from inco_trio.links.address import address_fault
 from inco_trio.links.opening import inside
 from inco_trio.linux.processes import (
     Process,
@@ -90,7 +91,8 @@ def _silent(
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(network_of(process), subject):
         names = interfaces_of(process)
-    names += [word for word in process.command if word.startswith("unix:")]
+    # Any user can start a process with an invalid link in its command line.
+    names += [word for word in process.command if word.startswith("unix:") and address_fault(word) is None]
     signals = _registers(process)
     for link in names:
         yield from _examine(process, link, signals, processes, answers, services)
