@@ -47,6 +47,7 @@ from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interf
 from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust
 from netns.hang import HANG
+from tests.support_acl import add_acl
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
 from tests.support_proxy import write_udrv
@@ -991,6 +992,18 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
         for result in (changed, board):
             assert result.fix == fix
             assert result.found.endswith(text)
+
+
+@pytest.mark.parametrize("place", ["u.json", ""])
+def test_a_reload_is_advised_for_a_file_with_an_acl(place: str, searchable: Path) -> None:
+    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
+    write_udrv(config, searchable / "irq")
+    config.chmod(0o644)
+    (searchable / place).chmod(0o750)
+    assert register_files.unreadable(config, proxy) is not None
+    add_acl(searchable / place, proxy.uid)
+    (searchable / place).chmod(0o750)  # Now, the group bits are the mask of the ACL.
+    assert register_files.unreadable(config, proxy) is None
 
 
 def test_pending_notifications_are_described_by_direction() -> None:

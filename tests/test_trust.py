@@ -14,7 +14,6 @@ import pwd
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -45,6 +44,7 @@ from inco_trio.service.launch import Launched
 from inco_trio.signals import Direction, Signal
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
 from netns.hang import HANG
+from tests.support_acl import add_acl
 from tests.support_registers import Clock, World
 
 pytestmark = pytest.mark.netns  # Changing owners needs root.
@@ -88,14 +88,6 @@ def give(path: Path, uid: int = STRANGER, mode: int = 0o755) -> Path:
     os.chown(path, uid, uid)
     path.chmod(mode)
     return path
-
-
-def add_acl(path: Path) -> None:
-    """Let another user write to a directory, as `setfacl -m u:STRANGER:rwx` does (struct posix_acl_xattr_header)."""
-    unnamed = 0xFFFFFFFF
-    entries = [(0x01, 7, unnamed), (0x02, 7, STRANGER), (0x04, 5, unnamed), (0x10, 7, unnamed), (0x20, 5, unnamed)]
-    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-    os.setxattr(path, "system.posix_acl_access", value)
 
 
 def refusal(path: Path, trust: Trust | None = None) -> str | None:
@@ -175,7 +167,7 @@ def test_a_directory_that_others_may_change_is_refused(world: World, state: Sign
 def test_a_private_group_may_write(home: Path) -> None:
     home.chmod(0o775)  # The group root has no members.
     assert refusal(home) is None
-    add_acl(home)
+    add_acl(home, STRANGER)
     assert refusal(home) == f"the ACL of {home} lets other users write to it"
 
 
@@ -610,7 +602,7 @@ def test_the_configured_group_may_write(home: Path) -> None:
     irq = give(home / "irq", 0, 0o775)
     os.chown(irq, 0, GROUP)
     assert refusal(irq, Trust(group=GROUP)) is None
-    add_acl(irq)
+    add_acl(irq, STRANGER)
     assert refusal(irq, Trust(group=GROUP)) == f"the ACL of {irq} lets other users write to it"
     give(irq.parent, 0, 0o775)
     os.chown(irq.parent, 0, GROUP)
@@ -714,7 +706,7 @@ def attack_mode_above(irq: Path) -> Path:
 
 
 def attack_acl(irq: Path) -> Path:
-    add_acl(irq)
+    add_acl(irq, STRANGER)
     return irq
 
 

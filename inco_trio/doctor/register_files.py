@@ -20,7 +20,7 @@ from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
 from inco_trio.service.descriptions import USER
 from inco_trio.signals import Direction, Signal
-from inco_trio.trust import Trust, UnfitFileError, open_trusted
+from inco_trio.trust import ACL, Trust, UnfitFileError, open_trusted
 
 __all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "unreadable", "watched"]
 
@@ -170,12 +170,25 @@ def _permission(path: Path, mode: str, proxy: Process) -> str | None:
 
 
 def unreadable(path: Path, proxy: Process) -> str | None:
-    """Return why a proxy may not read a file, as far as owners and modes show; otherwise None."""
+    """Return why a proxy may not read a file, as far as owners and modes show; otherwise None.
+
+    Return None if an ACL can grant the access.
+    """
     path = Path(os.path.realpath(path))
+    if any(_has_acl(each) for each in (path, *path.parents)):
+        return None
     denial = _denial(
         path.parent, [(path.parent, stat.S_IXUSR, "search", ""), (path, stat.S_IRUSR, "read", "u+r")], proxy
     )
     return None if denial is None else f"{denial[1].removesuffix(' it')} {denial[0]}: change its owner or mode"
+
+
+def _has_acl(path: Path) -> bool:
+    try:
+        os.getxattr(path, ACL)
+    except OSError:
+        return False
+    return True
 
 
 _Needed = tuple[Path, int, str, str]
