@@ -163,6 +163,23 @@ def test_requests_at_qos_0_do_not_count_as_attempts() -> None:
     assert board.attempts == 2
 
 
+def test_a_response_at_qos_0_does_not_end_the_attempts_of_another_request() -> None:
+    board, gateway = Board("b1"), Gateway(BROKER, GatewayConfig(response_prefix="answers"))
+
+    class Connected:
+        async def publish(self, _messages: object) -> tuple[None]:
+            return (None,)
+
+    async def main(packet: int | None) -> None:
+        received = Received("lab/b1/send/s1", b"", False, "answers/1", None, packet)
+        await gateway._respond(board, Connected(), received, {})  # type: ignore[arg-type]
+
+    board.unanswered = repeated = Received("lab/b1/send/s2", b"", False, "answers/2", None, 1)
+    for packet, unanswered in ((None, repeated), (2, None)):
+        trio.run(main, packet)
+        assert board.unanswered == unanswered
+
+
 def test_a_lack_of_descriptors_does_not_end_the_gateway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

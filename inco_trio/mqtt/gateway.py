@@ -438,7 +438,8 @@ class Gateway:
             board.attempts = board.attempts + 1 if _is_unanswered(board, received) else 1
             board.unanswered = received
         (refusal,) = await connection.publish([message])
-        board.unanswered = None
+        if received.packet is not None:
+            board.unanswered = None
         if refusal is None:
             self._problems.forget(key)
         else:
