@@ -571,6 +571,25 @@ def test_a_service_is_removed_only_if_a_supervisor_runs_each_proxy_of_its_link()
             assert result.found.endswith(f" serves its link, {advice}{end}")
 
 
+@pytest.mark.parametrize(
+    ("words", "link"),
+    [
+        ("l0 --config {}", "l0"),
+        ("--config {} l0", "l0"),
+        ("--config={} l0", "l0"),
+        ("--wait-link --config {}", None),
+        ("--config {}", None),
+        ("", None),
+    ],
+)
+def test_the_link_may_follow_the_options(words: str, link: str | None, tmp_path: Path) -> None:
+    config = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    (tmp_path / "irq").mkdir()
+    command = tuple(words.format(config).split())
+    assert [address.name for address, _ in services._links_of(command, None)] == ([] if link is None else [link])
+    assert services._obstacle(services._Down(tmp_path, "", command, (), "", None)) is None
+
+
 @contextmanager
 def proxy_of(link: str, home: Path) -> Iterator[Proxy]:
     """Run a proxy of a link without a supervisor."""

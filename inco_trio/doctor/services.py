@@ -417,7 +417,8 @@ def _obstacle(down: _Down) -> tuple[str, str | None] | None:
     Return None if the configuration and its registers are fit. A directory of boards is not examined.
     """
     config, owner = value_of("--config", down.words), value_of("--irq-owner", down.words)
-    if config is None:
+    link = _link_of(down.words)
+    if config is None or link is None:
         return None
     from inco_trio.config import read_board
 
@@ -426,7 +427,7 @@ def _obstacle(down: _Down) -> tuple[str, str | None] | None:
         return None
     try:
         signals = read_board(path).signals
-        service = link_service(down.words[0], path)
+        service = link_service(link, path)
     except PermissionDeniedError:
         return None
     except IncoError as error:
@@ -487,10 +488,18 @@ def _links_of(words: Sequence[str], supervisor: Process | None) -> _Links:
             return ()
         with contextlib.suppress(IncoError):
             return tuple((each.address, each.netns or netns) for each in read_boards(boards).configs.values())
-    elif words:
+    elif (link := _link_of(words)) is not None:
         with contextlib.suppress(IncoError):
-            return ((parse_address(words[0]), netns),)
+            return ((parse_address(link), netns),)
     return ()
+
+
+def _link_of(words: Sequence[str]) -> str | None:
+    """Return the link in the arguments of `inco-trio run`, or None. A word after an option may be its value."""
+    for before, word in pairwise(["", *words]):
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before):
+            return word
+    return None
 
 
 def _output(*command: str) -> str | None:
