@@ -118,6 +118,19 @@ def fill(link: UnixLink) -> None:
             link.send("redun_notify_irq")
 
 
+async def send(link: UnixLink, attempts: list[float]) -> None:
+    """Send a frame as the proxy does, and note the time of each attempt."""
+    while True:
+        attempts.append(trio.current_time())
+        try:
+            link.send("redun_notify_irq")
+        except LinkDownError:
+            await link.changed()
+            link.refresh()
+        else:
+            break
+
+
 @contextlib.contextmanager
 def no_descriptor_left() -> Iterator[None]:
     """Let opening a descriptor fail with EMFILE while the block runs."""
@@ -227,6 +240,31 @@ def test_a_peer_under_another_path_is_checked_again_after_a_lack_of_descriptors(
     assert receive(link) == [b"after"]
 
 
+def test_a_known_peer_under_another_path_needs_no_free_descriptor(world: World, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    link = world.bound()
+    path = tmp_path / "alias" / "core1"
+    with world.other(path) as other:
+        world.send(other, b"before", b"during")
+        assert receive(link, 1) == [b"before"]
+        with no_descriptor_left():
+            for _ in range(2):
+                assert link.refresh()
+            assert receive(link) == [b"during"]
+    path.unlink()
+    stranger = world.other(tmp_path / "stranger")
+    (tmp_path / "alias").unlink()
+    (tmp_path / "alias").mkdir()
+    other = world.other(path)
+    link.refresh()
+    world.send(other, b"foreign", b"foreign")
+    world.send(stranger, b"foreign")
+    assert receive(link, 1) == [None]
+    link.refresh()
+    with no_descriptor_left():
+        assert receive(link) == [None, None]
+
+
 def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
     link = world.bound()
     for number in range(200):
@@ -264,6 +302,30 @@ def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> N
     with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket") as caught:
         link.send("redun_notify_irq")
     assert link.down_reason == caught.value.strerror
+
+
+@pytest.mark.parametrize("how", ["shut down", "long name"])
+def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how: str) -> None:
+    attempts: list[float] = []
+
+    async def main() -> None:
+        link = world.bound()
+        if how == "shut down":
+            world.other().shutdown(socket.SHUT_RD)
+        else:
+            world.peer.symlink_to("x" * (files.FILE_NAME_MAX + 1))
+        with pytest.raises(LinkDownError, match=r"core1 accepts no frames .(Broken pipe|File name too long)"):
+            link.send("redun_notify_irq")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, link, attempts)
+            await trio.sleep(60)  # simulated time
+            assert len(attempts) <= 70  # The events of the new socket cause some additional checks.
+            world.peer.unlink()
+            core1 = world.other()
+        assert names_of(core1) == [b"redun_notify_irq"]
+        link.close()
+
+    in_simulated_time(main)
 
 
 def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
@@ -404,31 +466,18 @@ def test_a_frame_reaches_a_peer_whose_start_no_event_reports(
         world.peer.symlink_to(place)
     elif how == "unreadable":
         refuse_watches(world, monkeypatch, home)
-    tries = 0
-
-    async def send(link: UnixLink) -> None:
-        """Send a frame as the proxy does."""
-        nonlocal tries
-        while True:
-            tries += 1
-            try:
-                link.send("redun_notify_irq")
-            except LinkDownError:
-                await link.changed()
-                link.refresh()
-            else:
-                break
+    attempts: list[float] = []
 
     async def main() -> None:
         link = world.bound()
         while how != "unreadable" and await is_woken(link):
             link.refresh()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(send, link)
+            nursery.start_soon(send, link, attempts)
             await trio.sleep(60)  # simulated time
-            before = tries
+            before = len(attempts)
             await trio.sleep(60)  # simulated time
-            assert tries == before  # Checking the peer is not a failure to send.
+            assert len(attempts) == before  # Checking the peer is not a failure to send.
             if how == "ancestor moved":
                 home.parent.rename(tmp_path / "away")
                 home.mkdir(parents=True)
