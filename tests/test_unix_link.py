@@ -514,6 +514,31 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
     in_simulated_time(main)
 
 
+def test_files_in_an_ancestor_do_not_wake_the_link(world: World, tmp_path: Path) -> None:
+    home = tmp_path / "a" / "b"
+    world.local, world.peer = home / "core0", home / "core1"
+
+    async def main() -> None:
+        link = world.link()
+        assert not link.refresh()  # Only `tmp_path` exists, and is watched for the directory "a".
+        world.local, world.peer = tmp_path / "c" / "core0", tmp_path / "c" / "core1"
+        neighbour = world.link()
+        assert not neighbour.refresh()
+        home.mkdir(parents=True)
+        world.other(home / "core1")
+        while await is_woken(link):
+            link.refresh()
+        neighbour.close()
+        while await is_woken(link):
+            link.refresh()
+        for number in range(50):
+            (tmp_path / f"file{number}").touch()
+            (tmp_path / f"file{number}").chmod(0o600)
+        assert not world.names.unread
+
+    in_simulated_time(main)
+
+
 def test_the_socket_file_of_a_crashed_process_is_replaced(world: World) -> None:
     world.other(world.local).close()
     link, other = world.bound(), world.other()
@@ -860,8 +885,77 @@ def test_an_unreadable_directory_is_checked_regularly(
     in_simulated_time(main)
 
 
+def test_a_running_link_in_an_unreadable_directory_is_checked_once_per_second(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_watches(world, monkeypatch, tmp_path)
+
+    async def main() -> None:
+        link = world.bound()
+        world.other()
+        with trio.move_on_after(0.9) as period:  # simulated time
+            await link.changed()
+        assert period.cancelled_caught
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
+@pytest.mark.parametrize("parent", ["file", "file/a"])
+def test_a_file_in_place_of_a_directory_is_watched(world: World, tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").touch()
+    world.peer = tmp_path / parent / "core1"
+
+    async def main() -> None:
+        link = world.bound()
+        assert link._all_watched
+        while await is_woken(link):
+            link.refresh()
+        (tmp_path / "file").unlink()
+        world.peer.parent.mkdir(parents=True)
+        while await is_woken(link):
+            link.refresh()
+        world.other()
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
+@pytest.mark.parametrize("target", ["missing", "existing"])
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_symlink_with_a_new_target_is_noticed(world: World, tmp_path: Path, target: str, is_absolute: bool) -> None:
+    home = tmp_path / "home"
+    (home / "elsewhere" / "second").mkdir(parents=True)
+    if target == "existing":
+        (home / "elsewhere" / "first").mkdir()
+    base = home / "elsewhere" if is_absolute else Path("elsewhere")
+    (home / "current").symlink_to(base / "first")
+    (home / "next").symlink_to(base / "second")
+    world.peer = home / "current" / "core1"
+
+    async def main() -> None:
+        link = world.bound()
+        core1 = world.other(home / "next" / "core1")
+        while await is_woken(link):
+            link.refresh()
+        (home / "next").rename(home / "current")
+        assert await is_woken(link)
+        link.refresh()
+        link.send("redun_notify_irq")
+        assert names_of(core1) == [b"redun_notify_irq"]
+        # The link follows the directory that contains the symlink, too.
+        while await is_woken(link):
+            link.refresh()
+        home.rename(tmp_path / "away")
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
 def test_an_unreadable_ancestor_does_not_matter(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_watches(world, monkeypatch, tmp_path.parent)
+    (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(tmp_path)
+    world.peer = tmp_path.parent / f"{tmp_path.name}-link" / "core1"
     link = world.bound()
     assert link._all_watched
 

@@ -89,7 +89,7 @@ class UnixLink:
         self._ours = False
         self._looks: Iterator[float] = iter(())
         self._failure = ""
-        """Why the last frame could not be sent, until the next `refresh`."""
+        """Why the last frame could not be sent, or why the peer is not trusted, until the next `refresh`."""
         self._pause = trio.CancelScope()
         """The last wait of `changed`."""
         self._room: socket.socket | None = None
@@ -186,6 +186,9 @@ class UnixLink:
         if self._room is not None:
             trio.lowlevel.notify_closing(self._room)  # The peer may have changed.
         self._find_peer()
+        if isinstance(self._not_found, UnfitFileError):
+            # No event reports a new owner or mode of a directory above the peer's directory.
+            self._failure = self._why_not(self._not_found)
         self._ours = self._bound and self._is_ours()
         if not self._ours:
             try:
@@ -491,7 +494,7 @@ class UnixLink:
         # If another process uses the path of our socket, no event reports when that process ends.
         has_events = self._all_watched and self._ours
         look = next(self._looks, None) if has_events else None
-        delay = look or (math.inf if has_events else UNWATCHED)
+        delay = look or (math.inf if has_events else FALLBACK if self.running else UNWATCHED)
         while True:
             with trio.move_on_after(min(delay, FALLBACK) if self._failure else delay) as self._pause:
                 await self._names.wait(self._watched)
