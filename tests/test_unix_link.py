@@ -118,6 +118,19 @@ def fill(link: UnixLink) -> None:
             link.send("redun_notify_irq")
 
 
+async def send(link: UnixLink, attempts: list[float]) -> None:
+    """Send a frame as the proxy does, and note the time of each attempt."""
+    while True:
+        attempts.append(trio.current_time())
+        try:
+            link.send("redun_notify_irq")
+        except LinkDownError:
+            await link.changed()
+            link.refresh()
+        else:
+            break
+
+
 @contextlib.contextmanager
 def no_descriptor_left() -> Iterator[None]:
     """Let opening a descriptor fail with EMFILE while the block runs."""
@@ -227,6 +240,31 @@ def test_a_peer_under_another_path_is_checked_again_after_a_lack_of_descriptors(
     assert receive(link) == [b"after"]
 
 
+def test_a_known_peer_under_another_path_needs_no_free_descriptor(world: World, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    link = world.bound()
+    path = tmp_path / "alias" / "core1"
+    with world.other(path) as other:
+        world.send(other, b"before", b"during")
+        assert receive(link, 1) == [b"before"]
+        with no_descriptor_left():
+            for _ in range(2):
+                assert link.refresh()
+            assert receive(link) == [b"during"]
+    path.unlink()
+    stranger = world.other(tmp_path / "stranger")
+    (tmp_path / "alias").unlink()
+    (tmp_path / "alias").mkdir()
+    other = world.other(path)
+    link.refresh()
+    world.send(other, b"foreign", b"foreign")
+    world.send(stranger, b"foreign")
+    assert receive(link, 1) == [None]
+    link.refresh()
+    with no_descriptor_left():
+        assert receive(link) == [None, None]
+
+
 def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
     link = world.bound()
     for number in range(200):
@@ -264,6 +302,30 @@ def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> N
     with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket") as caught:
         link.send("redun_notify_irq")
     assert link.down_reason == caught.value.strerror
+
+
+@pytest.mark.parametrize("how", ["shut down", "long name"])
+def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how: str) -> None:
+    attempts: list[float] = []
+
+    async def main() -> None:
+        link = world.bound()
+        if how == "shut down":
+            world.other().shutdown(socket.SHUT_RD)
+        else:
+            world.peer.symlink_to("x" * (files.FILE_NAME_MAX + 1))
+        with pytest.raises(LinkDownError, match=r"core1 accepts no frames .(Broken pipe|File name too long)"):
+            link.send("redun_notify_irq")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, link, attempts)
+            await trio.sleep(60)  # simulated time
+            assert len(attempts) <= 70  # The events of the new socket cause some additional checks.
+            world.peer.unlink()
+            core1 = world.other()
+        assert names_of(core1) == [b"redun_notify_irq"]
+        link.close()
+
+    in_simulated_time(main)
 
 
 def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
@@ -404,31 +466,18 @@ def test_a_frame_reaches_a_peer_whose_start_no_event_reports(
         world.peer.symlink_to(place)
     elif how == "unreadable":
         refuse_watches(world, monkeypatch, home)
-    tries = 0
-
-    async def send(link: UnixLink) -> None:
-        """Send a frame as the proxy does."""
-        nonlocal tries
-        while True:
-            tries += 1
-            try:
-                link.send("redun_notify_irq")
-            except LinkDownError:
-                await link.changed()
-                link.refresh()
-            else:
-                break
+    attempts: list[float] = []
 
     async def main() -> None:
         link = world.bound()
         while how != "unreadable" and await is_woken(link):
             link.refresh()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(send, link)
+            nursery.start_soon(send, link, attempts)
             await trio.sleep(60)  # simulated time
-            before = tries
+            before = len(attempts)
             await trio.sleep(60)  # simulated time
-            assert tries == before  # Checking the peer is not a failure to send.
+            assert len(attempts) == before  # Checking the peer is not a failure to send.
             if how == "ancestor moved":
                 home.parent.rename(tmp_path / "away")
                 home.mkdir(parents=True)
@@ -461,6 +510,31 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
         # Another file in the directory must not wake a waiter.
         (tmp_path / "neighbour").touch()
         assert not await is_woken(link)
+
+    in_simulated_time(main)
+
+
+def test_files_in_an_ancestor_do_not_wake_the_link(world: World, tmp_path: Path) -> None:
+    home = tmp_path / "a" / "b"
+    world.local, world.peer = home / "core0", home / "core1"
+
+    async def main() -> None:
+        link = world.link()
+        assert not link.refresh()  # Only `tmp_path` exists, and is watched for the directory "a".
+        world.local, world.peer = tmp_path / "c" / "core0", tmp_path / "c" / "core1"
+        neighbour = world.link()
+        assert not neighbour.refresh()
+        home.mkdir(parents=True)
+        world.other(home / "core1")
+        while await is_woken(link):
+            link.refresh()
+        neighbour.close()
+        while await is_woken(link):
+            link.refresh()
+        for number in range(50):
+            (tmp_path / f"file{number}").touch()
+            (tmp_path / f"file{number}").chmod(0o600)
+        assert not world.names.unread
 
     in_simulated_time(main)
 
@@ -811,8 +885,77 @@ def test_an_unreadable_directory_is_checked_regularly(
     in_simulated_time(main)
 
 
+def test_a_running_link_in_an_unreadable_directory_is_checked_once_per_second(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_watches(world, monkeypatch, tmp_path)
+
+    async def main() -> None:
+        link = world.bound()
+        world.other()
+        with trio.move_on_after(0.9) as period:  # simulated time
+            await link.changed()
+        assert period.cancelled_caught
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
+@pytest.mark.parametrize("parent", ["file", "file/a"])
+def test_a_file_in_place_of_a_directory_is_watched(world: World, tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").touch()
+    world.peer = tmp_path / parent / "core1"
+
+    async def main() -> None:
+        link = world.bound()
+        assert link._all_watched
+        while await is_woken(link):
+            link.refresh()
+        (tmp_path / "file").unlink()
+        world.peer.parent.mkdir(parents=True)
+        while await is_woken(link):
+            link.refresh()
+        world.other()
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
+@pytest.mark.parametrize("target", ["missing", "existing"])
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_symlink_with_a_new_target_is_noticed(world: World, tmp_path: Path, target: str, is_absolute: bool) -> None:
+    home = tmp_path / "home"
+    (home / "elsewhere" / "second").mkdir(parents=True)
+    if target == "existing":
+        (home / "elsewhere" / "first").mkdir()
+    base = home / "elsewhere" if is_absolute else Path("elsewhere")
+    (home / "current").symlink_to(base / "first")
+    (home / "next").symlink_to(base / "second")
+    world.peer = home / "current" / "core1"
+
+    async def main() -> None:
+        link = world.bound()
+        core1 = world.other(home / "next" / "core1")
+        while await is_woken(link):
+            link.refresh()
+        (home / "next").rename(home / "current")
+        assert await is_woken(link)
+        link.refresh()
+        link.send("redun_notify_irq")
+        assert names_of(core1) == [b"redun_notify_irq"]
+        # The link follows the directory that contains the symlink, too.
+        while await is_woken(link):
+            link.refresh()
+        home.rename(tmp_path / "away")
+        assert await is_woken(link)
+
+    in_simulated_time(main)
+
+
 def test_an_unreadable_ancestor_does_not_matter(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_watches(world, monkeypatch, tmp_path.parent)
+    (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(tmp_path)
+    world.peer = tmp_path.parent / f"{tmp_path.name}-link" / "core1"
     link = world.bound()
     assert link._all_watched
 

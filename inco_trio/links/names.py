@@ -17,7 +17,9 @@ from inco_trio.linux.inotify import Inotify, parse_events
 __all__ = ["Names", "Watched"]
 
 NAMES_CHANGED = ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE | ino.IN_MOVED_FROM | ino.IN_ATTRIB
-ABOVE_MASK = ino.IN_ATTRIB | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
+SELF_CHANGED = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
+ABOVE_MASK = SELF_CHANGED | ino.IN_MASK_ADD
+"""Without IN_ATTRIB, which would also report changes of all files in the directory."""
 MASK = NAMES_CHANGED | ABOVE_MASK
 BUFFER = 4096
 TRIES = 3
@@ -50,6 +52,8 @@ class Names:
     def __init__(self) -> None:
         self._inotify = Inotify()
         self._at: dict[int, dict[bytes, set[Watched]]] = {}
+        self._wide: set[int] = set()
+        """The watch descriptors for which the kernel reports all names in the directory."""
         self._buffer = memoryview(bytearray(BUFFER))
         self._reading = False
         self._waiting: set[Watched] = set()
@@ -90,26 +94,51 @@ class Names:
             if not names.get(name, True):
                 del names[name]
             if not names and self._at.pop(wd, None) is not None:
+                self._wide.discard(wd)
                 self._inotify.unwatch(wd)
+            elif name and names.keys() == {b""} and wd in self._wide:
+                _wake(names.values(), None)  # Let `_watch_above` narrow the watch.
 
     def _way_to(self, directory: Path, resolver: Resolver, places: set[tuple[int, bytes]]) -> tuple[int, str]:
-        """Watch a directory or its nearest existing ancestor, and the directories above it. Add them to `places`.
+        """Watch a directory or its nearest existing ancestor, the directories above it, and the symlinks on the way.
 
-        Return the watch descriptor, and the next component of the path if it is missing. Raises OSError.
+        Add them to `places`. Return the watch descriptor, and the next component of the path if it is missing. Raises
+        OSError.
 
         The watches are added by descriptor. By path, inotify_add_watch(2) could wait for a FUSE filesystem that another
         user has mounted.
         """
+
+        def followed(directories: list[str], name: str) -> None:
+            with suppress(OSError):  # The directory is unreadable.
+                places.add((self._watch_all(directories, places), os.fsencode(name)))
+
         for _ in range(TRIES):
-            (*above, nearest), left = resolver.approach(directory)
-            for each in above[1:]:  # The root directory cannot be moved.
-                with suppress(OSError):  # The directory is unreadable.
-                    places.add((self._inotify.watch(each, ABOVE_MASK), b""))
-            wd = self._inotify.watch(nearest, MASK)
-            places.add((wd, b""))
+            directories, left = resolver.approach(directory, followed)
+            wd = self._watch_all(directories, places)
             if resolver.is_current() and (not left or resolver.approach(directory)[1] == left):
                 break
         return wd, left[0] if left else ""
+
+    def _watch_all(self, directories: list[str], places: set[tuple[int, bytes]]) -> int:
+        """Watch the last directory and those above it. Return the watch descriptor of the last one. Raises OSError."""
+        *above, nearest = directories
+        for each in above[1:]:  # The root directory cannot be moved.
+            with suppress(OSError):  # The directory is unreadable.
+                places.add((self._watch_above(each, places), b""))
+        wd = self._inotify.watch(nearest, MASK)
+        self._wide.add(wd)
+        places.add((wd, b""))
+        return wd
+
+    def _watch_above(self, directory: str, places: set[tuple[int, bytes]]) -> int:
+        """Watch a directory for its own removal or move only, unless a task waits for names in it. Raises OSError."""
+        wd = self._inotify.watch(directory, ABOVE_MASK)
+        in_use = any(self._at.get(wd, ())) or any(name for at, name in places if at == wd)
+        if wd in self._wide and not in_use:
+            self._inotify.watch(directory, SELF_CHANGED)
+            self._wide.discard(wd)
+        return wd
 
     async def wait(self, watched: Watched) -> None:
         """Wait until one of the paths may refer to a different file."""
@@ -151,6 +180,7 @@ class Names:
                 _wake(names.values(), None)
             if mask & ino.IN_IGNORED:
                 self._at.pop(wd, None)
+                self._wide.discard(wd)
                 self._inotify.forget(wd)
 
     def close(self) -> None:

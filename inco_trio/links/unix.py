@@ -39,16 +39,19 @@ logger = logging.getLogger(__name__)
 ETHERTYPE_PLACE = slice(12, 14)
 NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
-    errno.ECONNRESET, errno.ENXIO,
+    errno.ECONNRESET, errno.ENXIO, errno.EPIPE, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE,
 })  # fmt: skip
-"""Error numbers that sendto(2) reports when no process can receive at the peer's path."""
+"""Error numbers that sendto(2) reports when no process can receive at the peer's path.
+
+EPIPE: the peer has called shutdown(2). ENOTCONN, ECONNABORTED and ESTALE: the filesystem's server (FUSE, NFS) is gone.
+"""
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
 """Seconds between checks when no event reports changes, such as in an unreadable directory or when a process ends."""
 FALLBACK = 1.0
-"""Seconds between checks of a peer that could not receive a frame. No event reports some changes, such as a free
-descriptor, or a peer that binds the target of a symlink."""
+"""Seconds between checks of a peer that could not receive a frame, and of a running link in an unreadable directory. No
+event reports some changes, such as a free descriptor, or a peer that binds the target of a symlink."""
 PEEKED_MAX = 64
 """Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 64
@@ -86,12 +89,14 @@ class UnixLink:
         self._ours = False
         self._looks: Iterator[float] = iter(())
         self._failure = ""
-        """Why the last frame could not be sent, until the next `refresh`."""
+        """Why the last frame could not be sent, or why the peer is not trusted, until the next `refresh`."""
         self._pause = trio.CancelScope()
         """The last wait of `changed`."""
         self._room: socket.socket | None = None
         self._refusal: IncoError = LinkNotFoundError(self.name, "not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
+        self._alias: object = None
+        """The other path under which the peer has sent its last frame. If no descriptor is left, it is not checked."""
         self._closed = False
         self._target = address.peer
         """The path to which frames are sent: the peer's path, a path of `_peer`, or empty if the peer has no socket."""
@@ -181,6 +186,9 @@ class UnixLink:
         if self._room is not None:
             trio.lowlevel.notify_closing(self._room)  # The peer may have changed.
         self._find_peer()
+        if isinstance(self._not_found, UnfitFileError):
+            # No event reports a new owner or mode of a directory above the peer's directory.
+            self._failure = self._why_not(self._not_found)
         self._ours = self._bound and self._is_ours()
         if not self._ours:
             try:
@@ -396,6 +404,11 @@ class UnixLink:
                 known = os.path.samestat(theirs, peer)
             except OSError as error:
                 is_final = error.errno not in EXHAUSTED
+                known = not is_final and sender == self._alias
+        if known:
+            self._alias = sender
+        elif sender == self._alias:
+            self._alias = None
         if not known and not self.foreign:
             logger.warning(
                 "%s: ignoring datagrams from %s, because the peer is %s (they are counted as `foreign`)",
@@ -481,7 +494,7 @@ class UnixLink:
         # If another process uses the path of our socket, no event reports when that process ends.
         has_events = self._all_watched and self._ours
         look = next(self._looks, None) if has_events else None
-        delay = look or (math.inf if has_events else UNWATCHED)
+        delay = look or (math.inf if has_events else FALLBACK if self.running else UNWATCHED)
         while True:
             with trio.move_on_after(min(delay, FALLBACK) if self._failure else delay) as self._pause:
                 await self._names.wait(self._watched)

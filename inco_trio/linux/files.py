@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = [
@@ -130,16 +130,27 @@ class Resolver:
             raise error
         return self._fds[-1]
 
-    def approach(self, path: Path | str) -> tuple[list[str], list[str]]:
+    def approach(
+        self, path: Path | str, followed: Callable[[list[str], str], object] | None = None
+    ) -> tuple[list[str], list[str]]:
         """Open the components of a path that exist. Return the directories, and the components that are left.
 
         Each directory, from the root directory on, is a path of its descriptor, which is valid until the next call.
         Without /proc, it is the path without symlinks. Raises OSError if no descriptors or memory are left.
+
+        For each symlink, call `followed` with the directories that lead to the symlink, and its name. The symlink is
+        read again after that.
         """
-        left = self._open_existing(path)
+        left = self._open_existing(path, followed)
+        if not stat.S_ISDIR(os.fstat(self._fds[-1]).st_mode):
+            left = [self._names[-1], *left]
+            self._go_up(len(self._names) - 1)
+        return self._directories(), left
+
+    def _directories(self) -> list[str]:
         if os.path.exists(_DESCRIPTORS):  # noqa: PTH110 - faster
-            return [f"{_DESCRIPTORS}/{fd}/." for fd in self._fds], left
-        return ["/" + "/".join(self._names[:depth]) for depth in range(len(self._fds))], left
+            return [f"{_DESCRIPTORS}/{fd}/." for fd in self._fds]
+        return ["/" + "/".join(self._names[:depth]) for depth in range(len(self._fds))]
 
     def is_current(self) -> bool:
         """Return whether the last path still leads to the same file. Forget the path if the file was moved or removed.
@@ -155,17 +166,19 @@ class Resolver:
             self._go_up(0)
         return current
 
-    def _open_existing(self, path: Path | str) -> list[str]:
+    def _open_existing(self, path: Path | str, followed: Callable[[list[str], str], object] | None = None) -> list[str]:
         """Open the components of a path that exist. Return those that are left.
 
         Raises OSError if no descriptors or memory are left.
         """
-        left, error = self._reach(path, follow=True)
+        left, error = self._reach(path, follow=True, followed=followed)
         if error is not None and error.errno in EXHAUSTED:
             raise error
         return left
 
-    def _reach(self, path: Path | str, *, follow: bool) -> tuple[list[str], OSError | None]:
+    def _reach(
+        self, path: Path | str, *, follow: bool, followed: Callable[[list[str], str], object] | None = None
+    ) -> tuple[list[str], OSError | None]:
         """Open the components of a path. At the first error, return the components that are left, and the error."""
         text = os.fspath(path)
         left = deque(_components(text if text.startswith("/") else f"{os.getcwd()}/{text}"))  # noqa: PTH109 - as fast
@@ -183,6 +196,9 @@ class Resolver:
                 continue
             try:
                 target = self._enter(name, follow=follow or bool(left))
+                if target is not None and followed is not None:
+                    followed(self._directories(), name)
+                    target = self._enter(name, follow=True)
             except OSError as error:
                 return [name, *left], error
             if target is None:
