@@ -159,10 +159,10 @@ def test_a_proxy_is_recognized_by_its_command_line(command: str, proxy: bool) ->
 
 def test_a_program_that_runs_a_proxy_as_its_child_is_no_proxy(tree: Tree) -> None:
     run = "inco-trio run l0"
-    tree.process(2, f"sudo timeout 9 {run}")
+    tree.process(2, f"sudo timeout 9 {run}", fds={3: "socket:[6]"})
     tree.process(3, f"timeout 9 {run}", parent=2)
     tree.process(4, f"python3 /usr/bin/{run}", parent=3, fds={3: "socket:[7]"})
-    tree.process(5, f"python3 /usr/bin/{run}", fds={3: "socket:[8]"})  # This one started another proxy.
+    tree.process(5, f"python3 /usr/bin/{run}", watches={3: ""})  # This one started another proxy.
     tree.process(6, f"python3 /usr/bin/{run}", parent=5)
     tree.process(7, f"python3 /usr/bin/{run}")
     assert [each.pid for each in look(tree.root, BOOTED).all if each.is_proxy] == [4, 5, 6, 7]

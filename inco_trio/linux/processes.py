@@ -228,10 +228,8 @@ def look(
                 groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
         )
-    # A process with sockets or watches is a proxy, even if it has started another one.
-    marked = (
-        attrs.evolve(each, is_wrapper=each.pid in parents and not (each.sockets or each.watches)) for each in found
-    )
+    # Each proxy has an inotify instance, even if it has started another one. A wrapper, such as uv, can have sockets.
+    marked = (attrs.evolve(each, is_wrapper=each.pid in parents and each.instances == 0) for each in found)
     return Processes(tuple(marked), unseen, bool(numbers))
 
 
