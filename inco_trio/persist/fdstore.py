@@ -56,7 +56,7 @@ _Found = tuple[str, int, int]
 
 
 class OverfullError(ResourceError):
-    """A limit prevents that descriptors are stored. What the fd store contains is unchanged."""
+    """A limit prevents storing more descriptors. The contents of the fd store are unchanged."""
 
 
 class FdStore(Protocol):
