@@ -208,17 +208,24 @@ class _Walk:
         mode = self.found.st_mode
         if not mode & _WRITERS or (not final and mode & stat.S_ISVTX):
             return
-        allowed = final and self.found.st_gid == self._trust.group
-        if mode & stat.S_IWOTH or not (allowed or is_private_group(self.found.st_gid, self.found.st_uid)):
-            what = f"other users may write to {self._place} (mode {stat.S_IMODE(mode):04o})"
-            raise self._untrusted(what, f"chmod go-w {self._place}, or use a directory below /run")
-        # With an ACL, the group bits are the mask for all users and groups in it (acl(5)).
+        if not mode & stat.S_IWOTH:
+            if self._has_acl():
+                what = f"the ACL of {self._place} lets other users write to it"
+                raise self._untrusted(what, f"setfacl -b {self._place}, or use a directory below /run")
+            allowed = final and self.found.st_gid == self._trust.group
+            # Search the users last, because that can block.
+            if allowed or is_private_group(self.found.st_gid, self.found.st_uid):
+                return
+        what = f"other users may write to {self._place} (mode {stat.S_IMODE(mode):04o})"
+        raise self._untrusted(what, f"chmod go-w {self._place}, or use a directory below /run")
+
+    def _has_acl(self) -> bool:
+        """Return whether the directory has an ACL. Its group bits are then the mask for all entries (acl(5))."""
         try:
             os.getxattr(f"/proc/self/fd/{self.fd}", ACL)
         except OSError:
-            return  # The directory has no ACL.
-        what = f"the ACL of {self._place} lets other users write to it"
-        raise self._untrusted(what, f"setfacl -b {self._place}, or use a directory below /run")
+            return False
+        return True
 
     def _untrusted(self, what: str, remedy: str) -> UnfitFileError:
         return UnfitFileError(self._path, f"not trusted: {what}", remedy)

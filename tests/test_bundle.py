@@ -213,9 +213,9 @@ def many(stack: ExitStack) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def fill(bundle: Bundle, number: int, fd: int) -> None:
-    for each in range(number):
-        bundle.store(f"{each:064}/inflight", fd)
+def fill(bundle: Bundle, number: int, fd: int, times: int = 1) -> None:
+    for each in range(times * number):
+        bundle.store(f"{each % number:064}/inflight", fd)
 
 
 @pytest.mark.usefixtures("many")
@@ -239,14 +239,17 @@ def test_descriptors_that_do_not_fit_are_refused(
 ) -> None:
     """The smaller send buffer, the kernel's minimum, holds only part of a message, and the other one holds only one."""
     store, number = Cupboard(), 2 * MESSAGE_FDS
+    monkeypatch.setattr("inco_trio.persist.bundle.SEND_BUFFER", 1 << 17)
     bundle = Bundle(store)
     content = memfd("content")
     fill(bundle, number, content)
     before = open_descriptors()
     monkeypatch.setattr("inco_trio.persist.bundle.SEND_BUFFER", size)
-    # The first change that follows as many changes as descriptors replaces the queue.
+    stored = len(store.stored)
+    # The changes do not fail while the current queue has room, although a new queue has none.
     with pytest.raises(ResourceError, match=rf"^cannot store descriptors: {number} descriptors exceed "):
-        fill(bundle, number, content)
+        fill(bundle, number, content, times=10)
+    assert len(store.stored) == stored
     assert open_descriptors() == before
     monkeypatch.undo()
     heir = Bundle(store.heir())  # The stored queue is unchanged.
@@ -267,6 +270,54 @@ def test_changes_do_not_fill_the_queue(memfd: Callable[[str], int]) -> None:
     assert bundle._changes <= MESSAGE_FDS
     bundle.close()
     store.close()
+
+
+IN_TRANSIT_MAX = 1000
+STRANGER = 54321
+CHANGED = """
+import os, resource, sys
+from inco_trio.persist.bundle import Bundle
+from inco_trio.persist.fdstore import OverfullError
+from tests.support_proxy import Cupboard
+
+class Store(Cupboard):
+    def store(self, name, fd):
+        if refuses:
+            raise OverfullError("full")
+        super().store(name, fd)
+
+user, limit, number, changes = map(int, sys.argv[1:5])
+refuses = False
+os.setresuid(user, user, user)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+store = Store()
+bundle = Bundle(store)
+for each in range(number):
+    bundle.store(f"b{each}/inflight", 0)
+refuses = len(sys.argv) > 5
+for each in range(changes):
+    bundle.store(f"b{each % number}/inflight", 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+heir = Bundle(store.heir())
+print(len(heir.kept))
+"""
+"""A program that stores descriptors and replaces some of them, with a limit for the descriptors in transit."""
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "refuses"), [(400, 2000, ()), (600, 350, ()), (300, 400, ("refuses",))], ids=str
+)
+def test_changes_are_stored_while_a_second_queue_exceeds_the_limit(
+    number: int, changes: int, refuses: tuple[str, ...]
+) -> None:
+    """Descriptors in transit count for all processes of a user, so the program runs as a user without processes."""
+    words = [str(STRANGER), str(IN_TRANSIT_MAX), str(number), str(changes), *refuses]
+    project = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED, *words], capture_output=True, text=True, check=False, cwd=project
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{number}\n", "")
 
 
 def test_too_low_a_limit_of_descriptors_is_an_error_that_keeps_the_bundle(memfd: Callable[[str], int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import pty
@@ -28,7 +29,10 @@ from inco_trio.capture.gaps import TIMES, Gaps, separated
 from inco_trio.capture.pcapng import Packet
 from inco_trio.capture.recording import Entry, Mark, open_recording
 from inco_trio.capture.recording import Recorder as CaptureRecorder
-from inco_trio.cli.record import HELD_MAX, _write
+from inco_trio.cli.parser import parse
+from inco_trio.cli.record import HELD_MAX, _Stop, _write
+from inco_trio.cli.record import _Proxy as RecordedProxy
+from inco_trio.control.client import Client
 from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import Monitor
 from inco_trio.control.past import past_events
@@ -526,7 +530,7 @@ FLUSHED = line(flush=True) + line(event="flushed")
 def scripted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Yield a function that starts a stand-in for a proxy and returns the path of its control socket.
 
-    Each argument has the replies for one connection. A request without a reply ends the connection.
+    Each argument has the replies for one connection. A request with an empty reply or none ends the connection.
     """
     path, threads = tmp_path / "scripted.sock", []
 
@@ -539,9 +543,10 @@ def scripted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             with accepted, accepted.makefile("rb") as lines:
                 accepted.sendall(line(**greeting))
                 for each in lines:
-                    if not (some := replies.get(json.loads(each)["request"])):
+                    some = replies.get(json.loads(each)["request"], [b""])
+                    if not (reply := some.pop(0) if len(some) > 1 else some[0]):
                         break
-                    accepted.sendall(some.pop(0) if len(some) > 1 else some[0])
+                    accepted.sendall(reply)
 
     def start(*connections: Replies) -> Path:
         listener = socket.socket(socket.AF_UNIX)
@@ -651,6 +656,79 @@ def test_a_board_that_opens_after_the_restart_is_filled_in(
     assert ("5 events were lost here: they arrived too fast" in marks) is (expected == 2)
     assert ("b: not open: earlier events may be missing here" in marks) is (opens == "never")
     times = [entry.time_ns for entry in found if isinstance(entry, Entry)]
+    assert times == sorted(times)
+
+
+def test_a_board_whose_opening_no_event_reports_is_filled_in(
+    scripted: Callable[..., Path], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    """The event of a fleet that has opened its boards has the name of the directory, so `--board` excludes it."""
+    first = {"status": [statuses("b")], "monitor": [MONITOR + LOST]}
+    closed = statuses(closed="b")
+    second = {"status": [closed, closed, statuses("b")], "monitor": [MONITOR], "history": [history("b", 1, 2, 3)]}
+    recording = start(tmp_path / "f", "--control", scripted(first, second), "--board", "b", "--count", "3")
+    assert recording.end() == 0
+    assert counts(tmp_path / "f") == {IN: 3}
+
+
+class _Restarting(_Stop):
+    """A condition that never ends the recording and never waits, so that `record` connects again at once."""
+
+    def wait(self, seconds: float, *others: object) -> bool:  # noqa: ARG002 - the same arguments as in the base class
+        return False
+
+
+@pytest.fixture
+def recorded() -> Iterator[Callable[[Path], RecordedProxy]]:
+    """Yield a function that begins to record the proxy with this control socket, in this process."""
+    with ExitStack() as stack:
+
+        def begin(path: Path) -> RecordedProxy:
+            stop = _Restarting(stack.enter_context(socket.socket()), None)
+            found = RecordedProxy(Client(path), parse(["record", "FILE", "--control", str(path)]), stop)
+            stack.callback(found.close)
+            return found
+
+        yield begin
+
+
+@pytest.mark.parametrize(("board", "asks"), [("a", False), ("c", True), ("b", True), ("", True)])
+def test_only_events_of_closed_boards_and_of_the_process_cause_requests(
+    scripted: Callable[..., Path], recorded: Callable[[Path], RecordedProxy], monkeypatch: pytest.MonkeyPatch,
+    board: str, asks: bool,
+) -> None:  # fmt: skip
+    """The name of the process is b. Without such an event, the next request follows after a pause."""
+    monkeypatch.setattr("inco_trio.cli.record.OPENS_MIN", math.inf)
+    event = line(event="reloaded", board=board, time=time.time(), monotonic_ns=time.monotonic_ns())
+    first = {"status": [statuses("a", "c")], "monitor": [MONITOR + LOST]}
+    second = {
+        "status": [statuses("a", closed="c"), statuses("a", "c"), b""],
+        "monitor": [MONITOR + event],
+        "history": [history("a"), history("c", 1)],
+    }
+    proxy = recorded(scripted(first, second))
+    while len(second["status"]) == 3:
+        proxy.arrived()
+    assert ("notification" in [event.event for event in proxy.arrived()]) is asks
+    assert len(second["status"]) == (1 if asks else 2)
+
+
+def test_events_are_in_order_after_two_restarts(
+    scripted: Callable[..., Path], recorded: Callable[[Path], RecordedProxy]
+) -> None:
+    first = {"status": [statuses("b")], "monitor": [MONITOR + LOST]}
+    second = {
+        "status": [statuses(closed="b"), b""],
+        "monitor": [MONITOR + line(**notification("b", 1)) + LOST],
+    }
+    third = {"status": [statuses(closed="b")], "monitor": [MONITOR], "flush": [FLUSHED]}
+    proxy = recorded(scripted(first, second, third))
+    events: list[Event] = []
+    while len(second["status"]) > 1:
+        events += proxy.arrived()
+    events += [*proxy.arrived(), *proxy.arrived(), *proxy.rest()]
+    assert Counter(event.message for event in events)["the proxy was started again"] == 2
+    times = [event.monotonic_ns for event in events]
     assert times == sorted(times)
 
 

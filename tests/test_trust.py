@@ -9,6 +9,7 @@ import grp
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import re
@@ -186,9 +187,34 @@ def test_the_primary_group_of_two_users_is_not_private(monkeypatch: pytest.Monke
     monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group(("app", "x", gid, [])))
     monkeypatch.setattr(pwd, "getpwuid", lambda _: accounts["app"])
     monkeypatch.setattr(pwd, "getpwall", lambda: [*accounts.values()])
+    monkeypatch.setattr(users, "_found", {})
     assert not users.is_private_group(OWNER, OWNER)
     del accounts["other"]
+    # The databases are not searched again for each frame: they may be on the network.
+    monkeypatch.setattr(users, "FRESH", math.inf)
+    assert not users.is_private_group(OWNER, OWNER)
+    monkeypatch.setattr(users, "FRESH", -1.0)
     assert users.is_private_group(OWNER, OWNER)
+
+
+def test_the_users_are_not_searched_if_another_check_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "_found", {})
+    searched: list[str] = []
+
+    def search() -> list[pwd.struct_passwd]:
+        searched.append("all")
+        return []
+
+    monkeypatch.setattr(pwd, "getpwall", search)
+    home.chmod(0o775)
+    assert refusal(home) is None
+    assert searched == ["all"]
+    monkeypatch.setattr(users, "_found", {})
+    add_acl(home)
+    assert refusal(home) == f"the ACL of {home} lets other users write to it"
+    home.chmod(0o777)
+    assert refusal(home)
+    assert searched == ["all"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ OF_SIGNALS = ("notification", "pending", "ignored")
 """The kinds of events that may arrive at any rate."""
 AGAIN = 0.2
 """Seconds between two attempts to reconnect after the proxy has exited."""
+OPENS_MIN, OPENS_MAX = 0.2, 5.0
+"""Seconds between two requests that find out whether a board is open. The pause grows while the board stays closed."""
 SHOWN = 0.5
 """Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0
@@ -175,6 +177,8 @@ class _Proxy:
         """The `lost` events that histories may still replace."""
         self._unfilled: set[str] = set()
         """The boards that were open before, and whose histories the recording lacks because they are not open yet."""
+        self._pause, self._asked = OPENS_MIN, 0.0
+        """The pause before the next request about the boards in `_unfilled`, and the time of the last request."""
         self._held: list[Event] = []
         """The events that have arrived since the restart and must follow the histories of the boards in `_unfilled`."""
         self._is_incomplete = False
@@ -200,6 +204,12 @@ class _Proxy:
         """Whether `arrived` returns events even if the socket is not readable."""
         return self._client.has_received
 
+    @property
+    def patience(self) -> float:
+        """The seconds until `arrived` must be called even if no event arrives."""
+        # With a filter for a board, no event may report that the fleet has opened the board.
+        return max(0.0, self._asked + self._pause - time.monotonic()) if self._unfilled else math.inf
+
     def arrived(self) -> list[Event]:
         """Return the events that have arrived. If the proxy has exited, first wait until a new proxy is running."""
         try:
@@ -222,8 +232,11 @@ class _Proxy:
             self._gone = True
             return [*self._given_up(), ended]
         new = self._new(arrived)
-        if self._unfilled and any(event.event not in OF_SIGNALS for event in arrived):
-            # The board may be open now: that causes a `link` event.
+        # A board that opens causes a `link` event. Events of the process have its name, or no name.
+        causes = {*self._unfilled, self.name, ""}
+        if any(event.event not in OF_SIGNALS and event.board in causes for event in arrived):
+            self._pause = 0.0
+        if self.patience == 0:
             new = sorted([*new, *self._filled(everything=False)], key=operator.attrgetter("monotonic_ns"))
         return new
 
@@ -266,8 +279,13 @@ class _Proxy:
         some histories are missing. Raises ProxyNotFoundError.
         """
         is_open: dict[str, bool] = {}
+        asked = self._wanted.board
+        if len(self._unfilled) == 1 and not everything:
+            (asked,) = self._unfilled
+        self._pause = OPENS_MIN if everything else min(max(OPENS_MIN, 2 * self._pause), OPENS_MAX)
+        self._asked = time.monotonic()
         with contextlib.suppress(InvalidArgumentError):  # A reload has removed the only recorded board.
-            is_open = {each.board: each.status is not None for each in self._client.status(self._wanted.board)}
+            is_open = {each.board: each.status is not None for each in self._client.status(asked)}
         opened = {board for board in is_open if is_open[board]}
         unfilled = self._unfilled | self._open | opened if everything else self._unfilled
         pasts: dict[str, Past | None] = {}
@@ -298,7 +316,7 @@ class _Proxy:
         held, self._held, self._lost = self._held, [], []
         self._unfilled.clear()
         self._is_incomplete = False
-        return events + self._new(held)
+        return sorted([*events, *self._new(held)], key=operator.attrgetter("monotonic_ns"))
 
     def rest(self) -> Iterator[Event]:
         """Yield the events that the proxy has not sent yet."""
@@ -341,7 +359,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
 def _events(source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> Iterator[Event]:
     """Yield the events of `source` until the recording stops, and show the progress."""
     shows, shown = sys.stderr.isatty(), time.monotonic()
-    while not stop.wait(0 if source.has_received else SHOWN if shows else math.inf, source):
+    while not stop.wait(0 if source.has_received else min(source.patience, SHOWN if shows else math.inf), source):
         yield from source.arrived()
         if shows and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()

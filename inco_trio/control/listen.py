@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 from collections.abc import Collection, Iterator
 
@@ -28,6 +29,8 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
 
     has_received = False
     """Whether `arrived` returns events even if the socket is not readable."""
+    patience = math.inf
+    """The seconds until `arrived` must be called even if no frame arrives."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface

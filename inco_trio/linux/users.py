@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 __all__ = ["find_owner", "is_private_group", "user_name"]
 
+FRESH = 10.0
+"""Seconds for which `is_private_group` keeps an answer."""
+_found: dict[tuple[int, int], tuple[float, bool]] = {}
+"""The answers of `is_private_group` with their times, by the IDs of the group and of the user."""
 # The modules pwd and grp are imported where they are used, because most starts do not need them.
 
 
@@ -37,7 +43,16 @@ def is_private_group(gid: int, uid: int) -> bool:
     """Return whether a group has the name of the user and no other members (useradd(8), USERGROUPS_ENAB).
 
     A user whose primary group it is counts as a member. The file group(5) does not list these users.
+    The answer may be as old as FRESH: the databases may be on the network (nsswitch.conf(5)), so each search can block.
     """
+    now = time.monotonic()
+    found = _found.get((gid, uid))
+    if found is None or now - found[0] > FRESH:
+        found = _found[gid, uid] = (now, _search(gid, uid))
+    return found[1]
+
+
+def _search(gid: int, uid: int) -> bool:
     import grp
     import pwd
 

@@ -2,8 +2,8 @@
 
 The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages (unix(7)), and the fd store keeps the socket.
 The next process peeks at the messages (MSG_PEEK), which opens copies of the descriptors and leaves the queue unchanged.
-Each later change adds a message. When the queue is full or most of its messages are changes, a new socket with all
-descriptors replaces the old socket.
+Each later change adds a message. When the queue is full or contains many changes, a new socket with all descriptors
+replaces the old socket. Until then, the descriptors of both sockets are in transit, which the kernel limits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
-from inco_trio.errors import STRERROR, ResourceError, from_os_error
+from inco_trio.errors import STRERROR, IncoError, from_os_error
 from inco_trio.linux.sockets import SO_PEEK_OFF, set_send_buffer
-from inco_trio.persist.fdstore import IN_TRANSIT, FdStore, inherited_fd
+from inco_trio.persist.fdstore import IN_TRANSIT, FdStore, OverfullError, inherited_fd
 
 __all__ = ["Bundle"]
 
@@ -36,7 +36,7 @@ FULL = f"{STRERROR}: raise ulimit -n"
 OVERFULL = "%d descriptors exceed a send buffer: raise net.core.wmem_max, or run fewer boards in a process"
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 """Errors that occur if the process cannot receive the descriptors at the moment, although the bundle may be valid."""
-_REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
+_REFUSED = ((errno.ETOOMANYREFS,), OverfullError, IN_TRANSIT)
 STORED, REMOVED = b"+", b"-"
 INVALID = "fd store: the stored bundle of descriptors is invalid: starting without it; the notifications in it are lost"
 _LINES = re.compile(rb"(?:[+-][^\0\n]+\n)*")
@@ -55,7 +55,10 @@ class Bundle:
                 self._look(former)
         self._entry: socket.socket | None = None
         self._changes = 0
-        """The number of changes in the queue. Descriptors that they replace stay open until the queue is replaced."""
+        """The number of changes since the last attempt to replace the queue.
+
+        Descriptors that have been replaced or removed stay open until the queue is replaced.
+        """
         self._renew()
 
     def _look(self, former: socket.socket) -> None:
@@ -105,31 +108,37 @@ class Bundle:
 
     def _append(self, text: bytes, fds: Sequence[int]) -> None:
         assert self._entry is not None  # noqa: S101 - set by `__init__`
-        self._changes += 1
-        if self._changes > max(MESSAGE_FDS, len(self.kept)):
-            self._renew()
-            return
         try:
             _send(self._entry, text, fds)
         except BlockingIOError:
             self._renew()
+            return
         except OSError as error:
             raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
+        self._changes += 1
+        if self._changes > max(MESSAGE_FDS, len(self.kept) // 4):
+            # The queue contains the change. If a second queue exceeds a limit, keep this one, and try again later.
+            self._changes = 0
+            with suppress(OverfullError):
+                self._renew()
 
     def _renew(self) -> None:
-        """Queue all descriptors in a new socket, and store that socket. Raises ResourceError."""
+        """Queue all descriptors in a new socket, and store that socket.
+
+        Raises OverfullError if a limit prevents this, and ResourceError if the fd store does not answer.
+        """
         try:
             entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
-            raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
+            raise _overfull(error) from error
         with ExitStack() as failed, queue:
             failed.callback(entry.close)
             try:
                 self._fill(entry)
             except BlockingIOError as error:  # No process reads the queue, so waiting for room would never end.
-                raise ResourceError("cannot store descriptors", OVERFULL % len(self.kept)) from error
+                raise OverfullError("cannot store descriptors", OVERFULL % len(self.kept)) from error
             except OSError as error:
-                raise from_os_error(error, "cannot store descriptors", FULL, _REFUSED) from error
+                raise _overfull(error) from error
             self._outer.store(NAME, queue.fileno())
             failed.pop_all()
         if self._entry is not None:
@@ -152,6 +161,10 @@ class Bundle:
             self._forget(name)
         if self._entry is not None:
             self._entry.close()
+
+
+def _overfull(error: OSError) -> IncoError:
+    return from_os_error(error, "cannot store descriptors", FULL, _REFUSED, otherwise=OverfullError)
 
 
 def _send(entry: socket.socket, text: bytes, fds: Sequence[int]) -> None:

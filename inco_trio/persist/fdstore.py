@@ -27,6 +27,7 @@ __all__ = [
     "IN_TRANSIT",
     "FdStore",
     "NoFdStore",
+    "OverfullError",
     "S6FdStore",
     "SystemdFdStore",
     "fd_store_from_environment",
@@ -52,6 +53,10 @@ _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_
 _SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
 _Found = tuple[str, int, int]
 """The name, the number and the descriptor of an entry of the fd store."""
+
+
+class OverfullError(ResourceError):
+    """A limit prevents storing more descriptors. The contents of the fd store are unchanged."""
 
 
 class FdStore(Protocol):
@@ -176,7 +181,7 @@ class S6FdStore(_NumberedFdStore):
     def _put(self, identifier: str, fd: int) -> None:
         code, reason = self._run("s6-fdholder-store", identifier, fd)
         if os.strerror(errno.ETOOMANYREFS) in reason:
-            raise ResourceError(f"cannot store {self._prefix}{identifier} in {self._socket}: {IN_TRANSIT}")
+            raise OverfullError(f"cannot store {self._prefix}{identifier} in {self._socket}: {IN_TRANSIT}")
         if code:
             hint = "is s6-fdholder-daemon running on this socket?"
             if code == 1:
@@ -223,7 +228,7 @@ class SystemdFdStore(_NumberedFdStore):
             sd_notify(state, fds)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                raise ResourceError(f"cannot store a descriptor in systemd's fd store: {IN_TRANSIT}") from error
+                raise OverfullError(f"cannot store a descriptor in systemd's fd store: {IN_TRANSIT}") from error
             address = os.environ["NOTIFY_SOCKET"]
             raise ResourceError(f"cannot reach systemd's fd store at $NOTIFY_SOCKET ({address}): {error}") from error
 
