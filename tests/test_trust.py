@@ -210,7 +210,7 @@ def test_the_users_are_not_searched_if_another_check_fails(home: Path, monkeypat
     assert refusal(home) is None
     assert searched == ["all"]
     monkeypatch.setattr(users, "_found", {})
-    add_acl(home)
+    add_acl(home, STRANGER)
     assert refusal(home) == f"the ACL of {home} lets other users write to it"
     home.chmod(0o777)
     assert refusal(home)
