@@ -237,7 +237,7 @@ def test_more_descriptors_than_a_usual_send_buffer_holds_are_stored(memfd: Calla
 def test_descriptors_that_do_not_fit_are_refused(
     memfd: Callable[[str], int], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The smaller send buffer, the kernel's minimum, holds only part of a message, and the other one holds only one."""
+    """The kernel's minimum holds only part of a message, and the larger size holds only one message."""
     store, number = Cupboard(), 2 * MESSAGE_FDS
     monkeypatch.setattr("inco_trio.persist.bundle.SEND_BUFFER", 1 << 17)
     bundle = Bundle(store)
