@@ -239,35 +239,64 @@ async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
         assert proxy.stats.sent == cancelled + 1
 
 
-@scenario
-async def test_the_event_of_a_cancelled_reader_reaches_another_reader(world: World) -> None:
+class CancelAtFetch(trio.abc.Instrument):
+    """Cancels the first of two readers before or after the step in which its fetch takes the next notification."""
+
+    def __init__(self, readers: list[asyncio.Future[Notification]], *, before: bool) -> None:
+        self._readers, self._before = readers, before
+
+    def _cancel(self, task: trio.lowlevel.Task) -> None:
+        # The fetch of the second reader waits for the lock, so the first reader's fetch takes the next step.
+        if task.name.endswith("._fetch"):
+            self._readers[0].cancel()
+            trio.lowlevel.remove_instrument(self)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self._before:
+            self._cancel(task)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if not self._before:
+            self._cancel(task)
+
+
+async def cancel_at_fetch(world: World, *, before: bool) -> None:
+    """Cancel the first of two readers when its fetch takes the only notification: the second reader must receive it."""
+    import trio_asyncio
+
     from inco_trio import aio
 
     readers: list[asyncio.Future[Notification]] = []
 
     async def main(asyncio_proxy: aio.AsyncioProxy) -> None:
+        blocked = trio_asyncio.trio_as_aio(trio.testing.wait_all_tasks_blocked)
         with asyncio_proxy.events() as events:
-            readers.extend(asyncio.ensure_future(anext(events)) for _ in range(2))
-            assert (await readers[1]).sequence == 1
+            for _ in range(2):
+                readers.append(asyncio.ensure_future(anext(events)))
+                await blocked()
+            trio.lowlevel.add_instrument(CancelAtFetch(readers, before=before))
+            world.core1.send(RESET)
+            await asyncio.wait(readers)
             assert readers[0].cancelled()
+            assert readers[1].result().sequence == 1
             left = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            await blocked()
         with pytest.raises(ClosedError, match="the event stream is closed"):
             await left
 
-    async def cancel_the_first_reader(*, task_status: trio.TaskStatus[None]) -> None:
-        with proxy.events() as events:
-            task_status.started()
-            await events.receive()
-            # In this turn of Trio, the first reader's fetch also has the event, but asyncio has not resumed the reader.
-            readers[0].cancel()
-
     with trio.fail_after(HANG):
-        async with open_proxy(world.config) as proxy, trio.open_nursery() as nursery:
-            await nursery.start(cancel_the_first_reader)
-            nursery.start_soon(aio.run, proxy, main)
-            await trio.testing.wait_all_tasks_blocked()
-            world.core1.send(RESET)
+        async with open_proxy(world.config) as proxy:
+            await aio.run(proxy, main)
+
+
+@scenario
+async def test_the_event_of_a_reader_cancelled_before_its_fetch_reaches_another_reader(world: World) -> None:
+    await cancel_at_fetch(world, before=True)
+
+
+@scenario
+async def test_the_event_of_a_reader_cancelled_after_its_fetch_reaches_another_reader(world: World) -> None:
+    await cancel_at_fetch(world, before=False)
 
 
 @scenario

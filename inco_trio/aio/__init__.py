@@ -209,7 +209,7 @@ class AsyncioProxy:
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal, like `Proxy.send`. Raises the same errors."""
-        await _import_trio_asyncio().trio_as_aio(self._proxy.send)(name)
+        await _await_trio(self._proxy.send, name)
 
     @contextmanager
     def events(
@@ -231,7 +231,7 @@ class _AsyncioEvents(AsyncIterator[Notification]):
     async def __anext__(self) -> Notification:
         while not self._fetched:
             try:
-                await _import_trio_asyncio().trio_as_aio(self._fetch)()
+                await _await_trio(self._fetch)
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
             except trio.ClosedResourceError:
@@ -243,6 +243,21 @@ class _AsyncioEvents(AsyncIterator[Notification]):
         async with self._fetching:
             if not self._fetched:
                 self._fetched.append(await self._stream.receive())
+
+
+async def _await_trio(function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    """Await a Trio function. If the task is cancelled, raise CancelledError once the function has ended.
+
+    trio-asyncio drops a cancellation that arrives when the function can only end normally.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - only a task can await this function
+    requests = task.cancelling()
+    try:
+        await _import_trio_asyncio().trio_as_aio(function)(*arguments)
+    finally:
+        if task.cancelling() > requests:
+            raise asyncio.CancelledError
 
 
 async def on_notification(
