@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import ssl
@@ -32,10 +34,17 @@ PROGRAM = os.environ.get("INCO_TRIO_MOSQUITTO", "mosquitto")
 
 
 def free_port() -> int:
-    """Return an unused TCP port on loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Return an unused TCP port on loopback, outside the kernel's range for outgoing connections.
+
+    Inside that range, another connection can take the port while no server uses it, and a client that connects to the
+    port can even be connected to itself.
+    """
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port for port in range(10_000, 65_536) if not first <= port <= last]
+    for port in random.sample(ports, len(ports)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no TCP port is free")
 
 
 class Certificates:
@@ -97,7 +106,10 @@ class Mosquitto:
         return self._log.read_text()
 
     def start(self) -> Mosquitto:
-        """Start or restart the broker, and return once it accepts connections."""
+        """Start or restart the broker, and return once it answers clients.
+
+        While mosquitto 2.0.11 starts, it already accepts connections, but ignores SIGTERM.
+        """
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [PROGRAM, *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
@@ -106,13 +118,16 @@ class Mosquitto:
         deadline = time.monotonic() + HANG
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
+                client = socket.create_connection(("127.0.0.1", self.port), HANG)
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
                 time.sleep(0.01)  # Poll, because mosquitto does not report when it starts to listen.
-            else:
-                return self
+                continue
+            with client, contextlib.suppress(ConnectionResetError):
+                client.sendall(b"no MQTT")
+                client.recv(1)  # The broker refuses the text and closes the connection.
+            return self
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """End the broker with a signal, even if it is suspended by SIGSTOP."""
