@@ -146,9 +146,9 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         program.chmod(0o755)
     script = re.sub(r"--timeout \d+", f"--timeout {HANG}", script).replace("/etc/", "/run/etc/")
-    # Hide the control sockets of other proxies in /run: they might serve a link with the same name.
+    # Hide the control sockets, services and processes of other tests: a proxy may serve a link with the same name.
     enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
-    hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
+    hidden = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", enter, "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
     # Do not use pipes: background processes can outlive the script and keep a pipe open.
     outputs = home / "output", home / "errors"
