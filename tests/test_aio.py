@@ -33,6 +33,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignalError, builtin_signals, open_proxy
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.hang import HANG
+from tests.support_pages import comparable, parts
 
 PROJECT = Path(__file__).parents[1]
 RESET = b"ihub_reset_irq"
@@ -395,6 +396,11 @@ def documented(word: str, directory: Path) -> Path:
     return path
 
 
+def commands_of_the_page(test: str) -> list[str]:
+    """Return the blocks of docs/asyncio.md that are marked as run by `test`."""
+    return [block.text for block in parts("asyncio") if block.value == f"test_aio.py::{test}"]
+
+
 def received(core1: Peer) -> bytes:
     """Wait for the next frame and return its payload."""
     select.select([core1.fileno()], [], [])
@@ -470,24 +476,63 @@ def test_documented_callback(
     show.wait_said(b"inbound ihub_reset_irq\n")
     (irq_dir / "message_6_trig").write_text("1")
     show.wait_said(b"outbound redun_notify_irq\n")
+    (printed,) = commands_of_the_page("test_documented_callback")
+    assert show.said.decode() == printed
+    show.process.terminate()
+    assert show.process.wait() == 0
 
 
 @pytest.mark.netns
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_documented_asyncio_program(
-    pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
+    pytestconfig: pytest.Config,
+    start: Callable[..., Program],
+    cores: Cores,
+    core1: Peer,
+    irq_dir: Path,
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     command = python(pytestconfig.getini("filterwarnings"))
     answer = start(*command, documented("answer.py", tmp_path), cores.link, irq_dir)
     answer.wait_said(b"ready\n")
     core1.send(RESET)
     assert received(core1) == NOTIFY.encode()
-    answer.wait_said(b"answered 1\n")
-    answer.process.send_signal(signal.SIGINT)
-    assert answer.process.wait() == -signal.SIGINT
+    answer.wait_said(b"answered ihub_reset_irq\n")
+    answer.process.send_signal(number)
+    assert answer.process.wait() == 0
+
+
+def test_documented_asyncio_program_runs_without_a_board(tmp_path: Path) -> None:
+    run, play_core1, *shown = commands_of_the_page("test_documented_asyncio_program_runs_without_a_board")
+    documented("answer.py", tmp_path)
+
+    def shell(command: str) -> subprocess.Popen[str]:
+        # `exec` replaces the shell, so that a signal to this process reaches the program.
+        programs = "".join(
+            f'{name}() {{ exec {sys.executable} {arguments} "$@"; }}\n'
+            for name, arguments in (("python", ""), ("inco-trio", "-m inco_trio"))
+        )
+        return subprocess.Popen(["bash", "-c", programs + command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    with shell(run) as program:
+        assert program.stdout is not None
+        try:
+            printed = program.stdout.readline()
+            with shell(play_core1) as core1:
+                answered, _ = core1.communicate(timeout=HANG)
+            assert core1.returncode == 0
+            printed += program.stdout.readline()
+            program.terminate()
+            printed += program.communicate(timeout=HANG)[0]
+        finally:
+            program.kill()
+    assert program.returncode == 0
+    assert (comparable(answered), printed) == (comparable(shown[0]), shown[1])
 
 
 @pytest.mark.netns
-def test_documented_bridge_to_mqtt(
+def test_documented_connection_to_mqtt(
     pytestconfig: pytest.Config,
     start: Callable[..., Program],
     mqtt: Client,
@@ -498,10 +543,10 @@ def test_documented_bridge_to_mqtt(
 ) -> None:
     messages: queue.Queue[MQTTMessage] = mqtt.user_data_get()
     mqtt.subscribe("board/inbound/+", qos=1)
-    # The broker retains this message, so the test does not have to wait until the bridge has connected.
+    # The broker retains this message, so the test does not have to wait until the program has connected.
     mqtt.publish(f"board/outbound/{NOTIFY}", "now", qos=1, retain=True)
     command = python(pytestconfig.getini("filterwarnings"))
-    bridge = start(*command, documented("bridge.py", tmp_path), cores.link, irq_dir, "127.0.0.1")
+    program = start(*command, documented("mqtt_board.py", tmp_path), cores.link, irq_dir, "127.0.0.1")
 
     assert received(core1) == NOTIFY.encode()
     for name in ("ihub_reset_irq", "ihub_hwwd_irq"):
@@ -511,13 +556,13 @@ def test_documented_bridge_to_mqtt(
         assert message.topic == f"board/inbound/{name}"
         assert before < int(message.payload) < time.monotonic_ns()
     mqtt.publish("board/outbound/nothing", qos=1)
-    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000 (expected one of: redun_notify_irq)\n")
+    program.wait_said(b"nothing: not an outbound signal of rpmsg4000 (expected one of: redun_notify_irq)\n")
     mqtt.publish(f"board/outbound/{NOTIFY}", qos=1)
     assert received(core1) == NOTIFY.encode()
     assert messages.empty(), "an outbound signal came back as a message"
 
-    bridge.process.terminate()
-    assert bridge.process.wait() == 0
+    program.process.terminate()
+    assert program.process.wait() == 0
 
 
 def test_trio_asyncio_is_only_imported_where_it_is_needed(pytestconfig: pytest.Config) -> None:

@@ -166,7 +166,7 @@ def test_notifications_pass_in_both_directions(world: World) -> None:
     run(main)
 
 
-def test_a_busy_loop_does_not_delay_the_proxy(world: World) -> None:
+def test_the_proxy_continues_while_the_loop_is_blocked_in_a_system_call(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             for _ in range(100):

@@ -183,6 +183,16 @@ def c_trigger(home: Path, text: str) -> list[str]:
     return [str(home / "trigger")]
 
 
+def test_the_c_program_answers_with_the_example_of_a_trigger(board: Board, tmp_path: Path) -> None:
+    program, answer, call = block("c", "/* Print"), block("c", "int fd"), 'puts("notification");'
+    assert program.count(call) == 1
+    answer = answer.replace("/run/irq", str(board.core0.directory))
+    command = c_program(tmp_path, f"#include <fcntl.h>\n{program.replace(call, answer)}")
+    with contextlib.closing(Running(command, board)):
+        board.core1.send(HWWD)
+        board.core1.expect(NOTIFY)
+
+
 def shell_trigger(_: Path, text: str) -> list[str]:
     return ["sh", "-ec", text]
 

@@ -64,7 +64,7 @@ RUN_BY = {
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
     ("asyncio", '"""Print each'): "test_aio.py::test_documented_callback",
-    ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
+    ("asyncio", '"""Connect a board'): "test_aio.py::test_documented_connection_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     (

@@ -56,10 +56,11 @@ def test_ci_runs_the_second_command_and_nothing_else() -> None:
 @pytest.mark.netns
 def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     (program,) = (block.text for block in parts("README") if block.text.startswith("import inco_trio"))
-    (tmp_path / "udrv.json").write_text(UDRV % (tmp_path / "irq"))
+    board = tmp_path / "udrv.json"
+    board.write_text(UDRV % (tmp_path / "irq"))
+    assert "/etc/udrv.json" in program
     with subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
+        [sys.executable, "-c", program.replace("/etc/udrv.json", str(board))],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         preexec_fn=cores.core0.enter,
     ) as process:

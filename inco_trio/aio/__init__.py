@@ -37,7 +37,9 @@ BATCH = 64
 def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
     """Run a proxy in a separate thread while the block runs, and stop the proxy cleanly when the block ends.
 
-    A busy asyncio loop therefore never delays a notification. Raises the errors of `inco_trio.open_proxy`.
+    The proxy continues while the asyncio loop sleeps or waits in a system call. While the loop runs Python code, the
+    threads take turns (GIL): a notification can take longer by about `sys.getswitchinterval()` (5 ms). A C function
+    that does not release the GIL stops the proxy until it returns. Raises the errors of `inco_trio.open_proxy`.
     """
     return _Opening(config)
 
