@@ -6,6 +6,7 @@ import argparse
 import grp
 import itertools
 import json
+import os
 import pwd
 import re
 import shlex
@@ -26,8 +27,6 @@ from docs.terminals import TERMINALS, draw, visible
 from inco_trio.board_files import BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parse, parser
 from inco_trio.simulation.world import Cores, Peer
-from inco_trio.testing.happenings import History
-from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
 from tests.support_control import Board
 from tests.support_pages import DOCS, ROOT, Block, Script, comparable, parts, run, scripts, signalling
@@ -131,9 +130,24 @@ def test_the_programs_on_the_pages_run(cores: Cores, tmp_path: Path, page: str, 
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
+def run_pytest(directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the tests in a directory, with no other plugin than ours."""
+    plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", *plugins],
+        cwd=directory,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+
 @pytest.mark.qemu
 def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
-    *tests, program = [text for _, text in blocks("python", "testing")]
+    page = [block for block in parts("testing") if block.mark != "not run:"]
+    *tests, program = [block.text for block in page if block.language == "python"]
     (watch,) = (text for _, text in blocks("c", "application") if "int main" in text)
     (tmp_path / "watch.c").write_text(watch)
     subprocess.run(["gcc", "-o", "watch", "watch.c"], cwd=tmp_path, check=True)
@@ -143,25 +157,31 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     # The README's test uses this page's fixture, so write both to one file.
     fixture = tests[0].partition("\n\ndef test_")[0]
     (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
-    plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", *plugins],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+    done = run_pytest(tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout
+    assert "8 passed" in done.stdout
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (0, "ihub_hwwd_irq\n")
-    (shown,) = [text for _, text in blocks("text", "testing")]
-    history = History()
-    history.add(1, "sends", "ihub_hwwd_irq")
-    history.add(0, "gets", "ihub_hwwd_irq")
-    lines = side_by_side(history.all()).splitlines()
-    assert [line[10:] for line in lines] == [line[10:] for line in shown.splitlines()[:3]]
+
+
+@pytest.mark.tools
+def test_a_failed_test_prints_what_the_testing_page_shows(tmp_path: Path) -> None:
+    """The page shows the first test with a program that does not answer."""
+    test = next(block.text for block in parts("testing") if block.language == "python")
+    for before, after in (
+        ('await core0.send("redun_notify_irq")', "pass"),
+        # Fail soon, but not before the notification has arrived at core 0.
+        ("    inco_board.core1.expect", '    inco_board.core0.expect("ihub_hwwd_irq")\n    inco_board.core1.expect'),
+        ('expect("redun_notify_irq")', 'expect("redun_notify_irq", timeout=0.01)'),
+    ):
+        assert test.count(before) == 1
+        test = test.replace(before, after)
+    (tmp_path / "test_watchdog.py").write_text(test)
+    done = run_pytest(tmp_path)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    (shown,) = (block.text for block in parts("testing") if block.language == "text")
+    said = re.sub(r"\S+/(?=test_watchdog_is_answered0/)", "/tmp/pytest-of-you/pytest-0/", done.stdout)  # noqa: S108 - a text
+    assert comparable(shown) - {"..."} <= comparable(said.replace(", timeout=0.01)", ")")), done.stdout
 
 
 def commands() -> list[list[str]]:

@@ -210,7 +210,7 @@ def test_a_missing_qemu_is_an_error(pytester: pytest.Pytester, monkeypatch: pyte
         """
     result = run(pytester, test)
     result.assert_outcomes(failed=1, errors=1)
-    hint = r"qemu-system-riscv64 is not installed .* \(or set inco_trio_missing = skip in pytest's configuration\)"
+    hint = r"qemu-system-riscv64 is not installed .* \(or skip such tests: pytest -o inco_trio_missing=skip\)"
     result.stdout.re_match_lines([hint, hint])
     assert "another exception" not in result.stdout.str()
     result = run(pytester, test, "-o", "inco_trio_missing=skip", "-rs")

@@ -224,9 +224,10 @@ class BoardFaults:
 class Board:
     """A running proxy for a test that acts as both cores. `open_board` opens a board.
 
-    In an event loop, use `expect_async` instead of `expect`, and start and stop proxies in a thread:
-    `trio.to_thread.run_sync(board.proxy.restart)`. Other calls take a few milliseconds at most. After the
-    board has been closed, all calls raise ClosedError.
+    In an event loop, use `expect_async` instead of `expect`. Start and stop proxies, and wait for the output of guests,
+    in a thread: `trio.to_thread.run_sync(board.proxy.restart)`. Do not start a guest in such a thread, because QEMU
+    ends with it. Other calls take a few milliseconds at most. After the board has been closed, all calls raise
+    ClosedError.
     """
 
     def __init__(self, of: Engine, plan: Plan, rig: Rig, resources: contextlib.ExitStack) -> None:

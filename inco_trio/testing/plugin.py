@@ -111,7 +111,7 @@ def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
         pytest.fail(str(error), pytrace=False)
     if config.getini(MISSING) == "skip":
         pytest.skip(str(error))
-    pytest.fail(f"{error} (or set {MISSING} = skip in pytest's configuration)", pytrace=False)
+    pytest.fail(f"{error} (or skip such tests: pytest -o {MISSING}=skip)", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
