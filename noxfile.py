@@ -40,6 +40,7 @@ DEBIAN_PACKAGES = {
     "make": ("make",),
     "mandoc": ("mandoc",),
     "mosquitto": ("mosquitto",),
+    "mosquitto_sub": ("mosquitto-clients",),
     "openssl": ("openssl",),
     "promtool": ("prometheus",),
     "qemu-system-riscv64": ("qemu-system-misc",),

@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,12 +268,18 @@ class Reader:
 class Gateway:
     """A process that runs `inco-trio mqtt` or another service of inco-trio."""
 
-    def __init__(self, log: Path, *words: str | Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *words: str | Path,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "inco_trio"),
+    ) -> None:
         self._log = log
         read_ready, write_ready = os.pipe()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "inco_trio", *map(str, words), "--notification-fd", str(write_ready)],
+                [sys.executable, *program, *map(str, words), "--notification-fd", str(write_ready)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write_ready],
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip

@@ -37,6 +37,15 @@ PAGE = (ROOT / "docs/metrics.md").read_text()
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
+PATIENT = f"""
+from inco_trio.cli import main
+from inco_trio.metrics import http_server
+http_server.PATIENCE = http_server.BUSY = http_server.ALL = {HANG}
+main()
+"""
+"""A program that runs inco-trio, but waits for slow proxies."""
+
+
 class Bench:
     """A directory of control sockets, and an exporter for all sockets in it."""
 
@@ -44,10 +53,11 @@ class Bench:
         self.home, self.stack = home, stack
         self.port = free_port()
 
-    def exporter(self, *controls: Path) -> Gateway:
+    def exporter(self, *controls: Path, patient: bool = True) -> Gateway:
         words = [word for path in controls for word in ("--control", str(path))]
         log = self.home / "exporter.log"
-        exporter = Gateway(log, "exporter", "--listen", f"127.0.0.1:{self.port}", *words)
+        program = ("-c", PATIENT) if patient else ("-m", "inco_trio")
+        exporter = Gateway(log, "exporter", "--listen", f"127.0.0.1:{self.port}", *words, program=program)
         self.stack.callback(exporter.close)
         exporter.wait_ready()
         return exporter
@@ -127,7 +137,7 @@ def test_the_counters_of_a_board_are_exported(bench: Bench) -> None:
 def test_a_stopped_or_dead_proxy_does_not_delay_others(bench: Bench) -> None:
     one, two = board(bench, "one"), board(bench, "two")
     proxies = [one.running(), two.running()]
-    exporter = bench.exporter(one.path, two.path)
+    exporter = bench.exporter(one.path, two.path, patient=False)
     names = [f"{each.home}/core0" for each in (one, two)]
 
     def up() -> dict[str, float]:
