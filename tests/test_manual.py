@@ -265,6 +265,30 @@ def test_the_commands_of_the_page_enable_completion(
 
 
 @pytest.mark.parametrize(
+    "shell",
+    [
+        ("bash", "--norc"),
+        pytest.param(("zsh", "-f"), marks=pytest.mark.tools),
+        pytest.param(("fish", "--no-config"), marks=pytest.mark.tools),
+    ],
+    ids=["bash", "zsh", "fish"],
+)
+def test_the_commands_of_the_page_print_nothing_without_inco_trio(shell: tuple[str, ...], tmp_path: Path) -> None:
+    (lines,) = (block.text for block in parts("installation") if block.language == shell[0])
+    for program in ("dirname", "readlink", shell[0]):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    done = subprocess.run(
+        [*shell, "-c", lines],
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize(
     "complete",
     [in_bash, pytest.param(in_zsh, marks=pytest.mark.tools), pytest.param(in_fish, marks=pytest.mark.tools)],
 )
