@@ -57,7 +57,9 @@ hide_constructors()
 
 
 class Help(Directive):
-    """A directive that documents every command with its `--help` text."""
+    """A directive that documents every command with its `--help` text. Only GitHub shows the content of its block."""
+
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
         sections: list[nodes.Node] = []

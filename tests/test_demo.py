@@ -100,6 +100,8 @@ def test_all_notifications_arrive() -> None:
     (shown,) = (block.text for block in parts("README") if block.value.endswith("test_all_notifications_arrive"))
     assert comparable(shown) <= comparable(said)
     assert len(table(shown)) == len(table(said))
+    (line,) = (block.text for block in parts("installation") if block.value.endswith("test_all_notifications_arrive"))
+    assert ALL_ARRIVED.fullmatch(line.rstrip("\n").replace("120", "30"))
 
 
 @pytest.mark.netns

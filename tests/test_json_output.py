@@ -18,10 +18,13 @@ from tests.support_proxy import write_udrv
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEY = re.compile("`([a-z_0-9]+)`")
-TABLE = (DOCS / "commands.md").read_text().partition("## JSON output")[2]
+SECTION = (DOCS / "commands.md").read_text().partition("\n## JSON output\n")[2].partition("\n## ")[0]
+TABLE, *SUBSECTIONS = SECTION.split("\n### Keys of `")
 ROWS = re.findall(r"^\| (`.*?) \| (.*) \|$", TABLE, re.MULTILINE)
 EXPLAINED = {name: set(KEY.findall(text)) for names, text in ROWS for name in re.findall("`(.*?)`", names)}
-"""The JSON keys of each command in the table on the page."""
+"""The JSON keys of each command on the page, in the table of all commands or in the command's own section."""
+for name, _, text in (section.partition("`") for section in SUBSECTIONS):
+    EXPLAINED[name] |= set(KEY.findall(text))
 OF_CONTROL = set(KEY.findall((DOCS / "control.md").read_text()))
 OF_DATA = "sent expected came missing surplus unknown left_out notes refused send broker counters"
 BY_NAME = set(OF_DATA.split())

@@ -96,7 +96,8 @@ def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
         ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
         ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
         ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
-        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments\n.TP\n.B 9\nboth\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments; also if LINK is missing and several proxies run\n",
+        ".TP\n.B 9\nboth\n",
         ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
     ):
         assert part in page
@@ -262,6 +263,30 @@ def test_the_commands_of_the_page_enable_completion(
     (lines,) = (block.text for block in parts("installation") if block.language == shell[0])
     path = f"set -gx PATH {installed} $PATH" if shell[0] == "fish" else f"PATH={installed}:$PATH"
     assert run(tmp_path, *shell, "-c", "\n".join([path, lines, ask])) == {said}
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        ("bash", "--norc"),
+        pytest.param(("zsh", "-f"), marks=pytest.mark.tools),
+        pytest.param(("fish", "--no-config"), marks=pytest.mark.tools),
+    ],
+    ids=["bash", "zsh", "fish"],
+)
+def test_the_commands_of_the_page_print_nothing_without_inco_trio(shell: tuple[str, ...], tmp_path: Path) -> None:
+    (lines,) = (block.text for block in parts("installation") if block.language == shell[0])
+    for program in ("dirname", "readlink", shell[0]):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    done = subprocess.run(
+        [*shell, "-c", lines],
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize(

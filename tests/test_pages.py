@@ -25,7 +25,7 @@ from docs.diagrams import DIAGRAMS, IMAGES
 from docs.fields import described, figures, table
 from docs.terminals import TERMINALS, draw, visible
 from inco_trio.board_files import BoardFile, read_boards
-from inco_trio.cli.parser import COMMANDS, parse, parser
+from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS, parse, parser
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
 from tests.support_control import Board
@@ -333,6 +333,18 @@ def test_the_client_on_the_control_page_prints_a_notification(tmp_path: Path) ->
         assert client.stdout.readline() == first.replace("rpmsg4000", f"{tmp_path}/core0")
         board.inbound(peer)
         assert client.stdout.readline() == second
+
+
+def test_the_commands_page_lists_each_command_and_exit_code() -> None:
+    text = (DOCS / "commands.md").read_text()
+    rows = re.findall(r"^\| (?:(\w+) )?\| `([\w-]+)` \| (.*) \|$", text, re.MULTILINE)
+    assert rows == [
+        ("" if number else purpose, command, COMMANDS[command])
+        for purpose, commands in GROUPS.items()
+        for number, command in enumerate(commands)
+    ]
+    codes = re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert codes == [(str(code), meaning) for code, meaning in EXIT_CODES.items()]
 
 
 def test_the_configuration_page_lists_each_key() -> None:

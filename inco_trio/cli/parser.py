@@ -59,15 +59,15 @@ GROUPS = {
 EXIT_CODES = {
     0: "success",
     1: "notifications are missing (`send`, `wait`, `replay`, `demo`), or `doctor` found a problem",
-    2: "invalid arguments",
+    2: "invalid arguments; also if LINK is missing and several proxies run",
     3: "`doctor` found only warnings",
     4: "the command of `wait --after` failed",
-    65: "the file is not a recording, or it contains no usable notifications",
-    69: "a required program, device, interface or proxy is missing, or a board is not open",
+    65: "a recording does not exist, is invalid, or contains no usable notifications",
+    69: "a required program, device, interface or proxy is missing, or the proxy could not open the board",
     70: "internal error",
     71: "a resource limit is reached: descriptors, inotify limits, memory, disk",
     77: "no permission",
-    78: "invalid configuration, or a register or directory that cannot be used",
+    78: "the configuration cannot be read or is invalid, or a register or directory cannot be used",
     130: "interrupted by Ctrl-C (SIGINT)",
 }
 """The meaning of each exit code. `docs/commands.md` contains the same table."""

@@ -37,7 +37,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "The plot shows a timeline, the rate and the longest gap of each signal, and marks where the link went down\n"
         "or frames were dropped. --json works without matplotlib.\n"
         "example: inco-trio plot night.pcapng --pair redun_notify_irq ihub_hwwd_irq\n"
-        "exit codes: 0 success, 65 not a recording, 69 matplotlib not installed, 71 disk full, 77 no permission"
+        "exit codes: 0 success, 65 no recording, 69 matplotlib not installed, 71 disk full, 77 no permission"
     )
     sub.add_argument(
         "file", nargs="?", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames"

@@ -35,7 +35,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "The direction of a frame comes from the flags of an inco-trio recording, the signal table, or other\n"
         "frames of the same sender.\n"
         "example: inco-trio replay night.pcapng rpmsg4000 --speed 10\n"
-        "exit codes: 0 all expected notifications came back, 1 some are missing, 65 not a recording, 69 no link or\n"
+        "exit codes: 0 all expected notifications came back, 1 some are missing, 65 no recording, 69 no link or\n"
         "registers, 77 no permission"
     )
     sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
