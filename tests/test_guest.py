@@ -443,6 +443,9 @@ def test_missing_qemu_is_one_error_line(host: Host, tmp_path: Path, monkeypatch:
     with pytest.raises(GuestError) as caught:
         Guest(host.netdev, log=tmp_path / "guest.log").start()
     assert str(caught.value) == ("qemu-system-riscv64 is not installed (Debian: install qemu-system-misc)")
+    with pytest.raises(GuestError) as caught:
+        Guest(host.netdev, log=tmp_path / "guest.log", program="qemu-system-arm").start()
+    assert str(caught.value) == "qemu-system-arm is not installed (install it, or correct `program`)"
 
 
 @pytest.mark.parametrize("name", ["n" * 200, "missing/guest"], ids=["too long", "no directory"])

@@ -165,7 +165,8 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             raise GuestError(f"the guest is already running (PID {self._process.pid})")
         program = shutil.which(self._program)
         if program is None:
-            raise QemuNotFoundError(f"{self._program} is not installed (Debian: install qemu-system-misc)")
+            hint = "Debian: install qemu-system-misc" if self._program == QEMU else "install it, or correct `program`"
+            raise QemuNotFoundError(f"{self._program} is not installed ({hint})")
         try:
             self._open(program)
             self._execute("qmp_capabilities")
