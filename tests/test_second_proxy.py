@@ -27,6 +27,7 @@ from inco_trio.service.rivals import Rival
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.test_privileges import restrictions
 
 pytestmark = pytest.mark.netns
@@ -108,6 +109,31 @@ def test_the_second_proxy_records_the_end_of_the_first(cores: Cores, proxy: Star
     again = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
     two.wait_log(OF_TRIGGERS, after=logged)
     assert rivals_of(tmp_path / "two") == {again.pid: (cores.link, str(tmp_path / "irq"))}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stopped_proxy_records_a_second_proxy_once_it_continues(
+    cores: Cores, proxy: StartProxy, tmp_path: Path, ends: bool
+) -> None:
+    one = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
+    wait_stopped(one.pid)
+    try:
+        two = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
+        two.wait_log(f"process {one.pid} does not answer: it records")
+        if ends:
+            two.stop(signal.SIGKILL)
+    finally:
+        os.kill(one.pid, signal.SIGCONT)
+    one.wait_log(OF_TRIGGERS)
+    if not ends:
+        assert rivals_of(tmp_path / "one") == {two.pid: (cores.link, str(tmp_path / "irq"))}
+        two.stop(signal.SIGKILL)
+    one.wait_log(ENDED)
+    appeared, also, ended = events_of(tmp_path / "one")
+    assert appeared.message.startswith(f"{cores.link}: process {two.pid} {OF_LINK}: ")
+    assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
+    assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
+    assert status_of(tmp_path / "one").counters.rivals == 1
 
 
 def test_a_restart_is_no_second_proxy(proxy: StartProxy, tmp_path: Path) -> None:
