@@ -110,7 +110,7 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
     from inco_trio.doctor.examination import examine
     from inco_trio.doctor.services import find_services, services_of
     from inco_trio.doctor.silence import silent
-    from inco_trio.doctor.survey import survey
+    from inco_trio.doctor.survey import survey, survey_link
 
     processes = look()
     yield from proc(processes)
@@ -120,6 +120,11 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
     services = [] if link is None else services_of(link, find_services(processes))
     for service in services:
         yield from service.results
+    if link is not None and directory is None and config is None:
+        found = [*survey_link(link, processes, answers, services)]
+        yield from found
+        if found:
+            return
     signals: tuple[Signal, ...] = ()
     content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"

@@ -45,6 +45,11 @@ class Answers:
         answer = None if process is None else self.by_pid.get(process.pid)
         return () if answer is None else answer.boards
 
+    def problems_of(self, link: str) -> list[Result]:
+        """Return the results for the usual control sockets of a link, and for those that this user may not use."""
+        label = parse_address(link).label
+        return [each for each in self.problems if not each.subject or _is_of(Path(each.subject), label)]
+
 
 def ask(processes: Processes) -> Answers:
     """Ask all proxies on this machine for their status. Sockets outside the usual directories are found in /proc."""
@@ -80,14 +85,22 @@ def _server(path: Path, labels: Mapping[str, int], processes: Processes) -> int 
 
     `labels` contains the PIDs of the proxies that answer.
     """
-    name = path.parent.name if path.name == "control.sock" else path.stem
     for label, pid in labels.items():
-        if name in (label, runtime_directory(label), default_path(label).stem):
+        if _is_of(path, label):
             return pid
     # The proxy may not answer, or may have no control socket.
     with contextlib.suppress(IncoError):
-        return next((each.pid for each in serving(parse_address(name), processes)), None)
+        return next((each.pid for each in serving(parse_address(_name_of(path)), processes)), None)
     return None
+
+
+def _is_of(path: Path, label: str) -> bool:
+    """Return whether `path` is a usual control socket for the link with this label."""
+    return _name_of(path) in (label, runtime_directory(label), default_path(label).stem)
+
+
+def _name_of(path: Path) -> str:
+    return path.parent.name if path.name == "control.sock" else path.stem
 
 
 def _problem(error: IncoError, labels: Mapping[str, int], processes: Processes) -> list[Result]:
