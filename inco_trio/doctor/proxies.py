@@ -59,7 +59,8 @@ def users_of_link(link: str, users: Users, start: str | None = None, *, has_serv
         yield hidden(f"which process has a socket of {link}")
     yield from _check_alone(link, (*users.proxies, *users.others), "serves the link", "receives each frame")
     if not users.unseen and not users.proxies and not users.others:
-        kept = f"; {named(users.holders)} keeps notifications for the next proxy" if users.holders else ""
+        next_one = "the next proxy" if has_service else "a service of this link"
+        kept = f"; {named(users.holders)} keeps notifications for {next_one}" if users.holders else ""
         text = f"no proxy serves this link{kept}"
         if has_service:
             yield fail("proxy", link, text if start else f"{text}: see the log of its service", start)
@@ -78,6 +79,9 @@ def unanswered(process: Process) -> Result:
     """Return the result for a proxy that does not answer. If it runs without a control socket, a restart opens one."""
     for result in stopped(process):
         return result
+    if not process.instances and not process.hidden:
+        waits = ": it waits for the fd store" if process.is_holder else ""
+        return warn("control", _subject(process), f"the process has not finished its start{waits}")
     text = "the process does not answer on a control socket: its counters and its configuration are unknown"
     words = shlex.split(process.supervised)
     restart = {"s6-svc": "-r", "systemctl": "restart"}.get(words[0]) if words else None
@@ -204,9 +208,11 @@ def board_files(directory: Path, boards: Boards, served: Collection[str], proxy:
 
 def _reload(path: Path, text: str, proxy: Process) -> Result:
     """Return the warning that a proxy must read a file, with the command, or with the reason why it cannot."""
-    if reason := unreadable(path, proxy):
-        return warn("reload", path, f"{text}: {reason}")
-    return warn("reload", path, text, f"kill -HUP {proxy.pid}")
+    reason, fix = unreadable(path, proxy) or ("", "")
+    reload = f"kill -HUP {proxy.pid}"
+    if not reason:
+        return warn("reload", path, text, reload)
+    return warn("reload", path, f"{text}: {reason}", f"{fix} && {reload}" if fix else None)
 
 
 def capabilities(proxy: Process, status: Status) -> Iterator[Result]:

@@ -15,7 +15,7 @@ from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import boards_of_link, examine
 from inco_trio.doctor.proxies import board_files, counters, unanswered, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
-from inco_trio.doctor.services import FoundService, find_services, network_of, services_of
+from inco_trio.doctor.services import FoundService, find_services, leftovers, network_of, services_of
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
 from inco_trio.links.address import address_fault, parse_address
@@ -51,6 +51,7 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
         yield from machine.inotify_limits(processes, None)
     for service in services:
         yield from service.results
+    yield from leftovers(services, processes)
     for process in running:
         if process.pid in answers.by_pid:
             yield from _answering(process, answers.of(process), processes, answers, services)
