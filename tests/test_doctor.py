@@ -776,7 +776,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
         (
             Users((), (), (HOLDER,), 0),
             "warn",
-            "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for the next proxy",
+            "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for a service of this link",
             "inco-trio run l0",
         ),
         (
@@ -974,15 +974,17 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
 
 
 def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable: Path) -> None:
-    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
+    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 12345)
+    proxy = attrs.evolve(proxy, groups=frozenset({os.getegid()}))
     write_udrv(config, searchable / "irq")
+    share = f"chgrp {os.getegid()} {config} && chmod g+r {config}"
     link = searchable / "link.json"
     link.symlink_to(config)
     status, boards = status_of("l0", ()), Boards({"u": Config("l0", ())}, {}, {})
     signals = builtin_signals(searchable / "irq")
     for mode, above, fix, text in (
         (0o644, 0o755, "kill -HUP 3", ""),
-        (0o600, 0o755, None, f" may not read {config}: change its owner or mode"),
+        (0o600, 0o755, f"{share} && kill -HUP 3", f" may not read {config}"),
         (0o644, 0o700, None, f" may not search {searchable}: change its owner or mode"),
     ):
         config.chmod(mode)
@@ -992,6 +994,10 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
         for result in (changed, board):
             assert result.fix == fix
             assert result.found.endswith(text)
+    searchable.chmod(0o755)
+    config.chmod(0o600)
+    subprocess.run(["sh", "-ec", share], check=True)
+    assert register_files.unreadable(config, proxy) is None
 
 
 @pytest.mark.parametrize("place", ["u.json", ""])
@@ -1039,9 +1045,18 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ],
 )
 def test_a_service_without_a_control_socket_is_restarted(supervised: str, command: str, fix: str | None) -> None:
-    proxy = attrs.evolve(process(2**22 + 1, command), supervised=supervised)
+    proxy = attrs.evolve(process(2**22 + 1, command, instances=1), supervised=supervised)
     (result,) = (each for each in survey(everyone(proxy), Answers()) if each.check == "control")
     assert (result.level, result.fix) == (Level.WARN, fix)
+
+
+def test_a_service_that_waits_for_its_fd_store_is_not_restarted() -> None:
+    command = "s6-fdholder-getdump ../s inco-trio run l0"
+    for name, text in (("python3", ""), ("s6-fdholder-get", ": it waits for the fd store")):
+        waiting = attrs.evolve(process(2**22 + 1, command, name=name), supervised="s6-svc -d /run/a")
+        (result,) = (each for each in survey(everyone(waiting), Answers()) if each.check == "control")
+        assert (result.level, result.fix) == (Level.WARN, None)
+        assert result.found == f"the process has not finished its start{text}"
 
 
 def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Path) -> None:

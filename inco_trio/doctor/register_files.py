@@ -198,12 +198,11 @@ def unreadable(path: Path, proxy: Process) -> tuple[str, str | None] | None:
     if denial is None:
         return None
     text = f"{denial[1].removesuffix(' it')} {denial[0]}"
-    if denial[0] != path:
+    if denial[0] != path or not proxy.groups:
         return f"{text}: change its owner or mode", None
-    gid = min(proxy.groups, default=0)
+    gid = min(proxy.groups)
     with contextlib.suppress(KeyError):
-        if (primary := pwd.getpwuid(proxy.uid).pw_gid) in proxy.groups:
-            gid = primary
+        gid = pwd.getpwuid(proxy.uid).pw_gid
     return text, reading(path, proxy.uid, gid)
 
 
