@@ -7,6 +7,8 @@ import os
 import pwd
 import re
 import select
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process, wait_path, write_scandir
 from tests.support_doctor import FIRST, Tree
 from tests.support_proxy import write_udrv
@@ -554,6 +557,105 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
         found = doctor(cores.core0, cores.link)
         assert [each["check"] for each in found if each["check"] == "service"] == []
         assert of(found, "proxy", cores.link)["level"] == "ok"
+
+
+@pytest.mark.s6
+@pytest.mark.parametrize("stop", ["service", "stray"])
+def test_a_stopped_proxy_continues_once_the_second_one_has_ended(cores: Cores, tmp_path: Path, stop: str) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    write_scandir(tmp_path / "scan", cores.link, udrv)
+    with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+        service.wait("U")
+        own = main_process(service.directory)
+        stray = Proxy(cores.core0, [cores.link, "--config", str(udrv)], {}, tmp_path / "stray.log")
+        try:
+            stray.wait_ready()
+            service.wait_log(f"process {stray.pid} also watches its triggers")
+            chosen = own if stop == "service" else stray.pid
+            wait_stopped(chosen)
+            found = doctor(cores.core0, cores.link)
+            fixes = list(dict.fromkeys(each["fix"] for each in found if each["check"] in ("proxy", "control")))
+            # A stopped process handles only SIGKILL, and need not continue before.
+            expected = [f"kill {stray.pid}", f"kill -CONT {own}"]
+            expected = expected if stop == "service" else [f"kill -KILL {stray.pid}"]
+            assert [each for each in fixes if each is not None] == expected
+            for command in expected:
+                subprocess.run(["sh", "-ec", command], check=True)
+                stray.process.wait(HANG)
+            result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
+            assert (result["level"], main_process(service.directory)) == ("ok", own)
+            service.wait_log(f"process {stray.pid} ended ")
+        finally:
+            os.kill(own, signal.SIGCONT)
+            stray.close()
+
+
+@pytest.mark.s6
+def test_a_service_without_its_control_socket_is_restarted_after_the_second_proxy(cores: Cores, tmp_path: Path) -> None:
+    udrv, control = write_udrv(tmp_path / "u.json", tmp_path / "irq"), tmp_path / "control"
+    stray = Proxy(
+        cores.core0, [cores.link, "--config", str(udrv), "--control", str(control)], {}, tmp_path / "stray.log"
+    )
+    with closing(stray):
+        stray.wait_ready()
+        write_scandir(tmp_path / "scan", cores.link, udrv)
+        run = tmp_path / f"scan/inco-trio-{cores.link}/run"
+        run.write_text(run.read_text().replace(" --notification-fd ", f" --control {control} --notification-fd "))
+        with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+            service.wait("U")
+            found = doctor(cores.core0, cores.link)
+            fixes = [each["fix"] for each in found if each["check"] in ("proxy", "control") and each["fix"]]
+            assert list(dict.fromkeys(fixes)) == [f"kill {stray.pid}", f"s6-svc -r {service.directory}"]
+            subprocess.run(["sh", "-ec", fixes[0]], check=True)
+            stray.process.wait(HANG)
+            before = main_process(service.directory)
+            subprocess.run(["sh", "-ec", fixes[-1]], check=True)
+            wait_path(
+                service.directory / "supervise/status", lambda: main_process(service.directory) not in (0, before)
+            )
+            service.wait("U")
+            assert [each for each in doctor(cores.core0, cores.link) if each["check"] == "control"] == []
+
+
+FORMS = """
+import json, subprocess, sys
+link, file, wanted = sys.argv[1:]
+shown = {}
+for words in ((), (link,), ("--config", file)):
+    done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
+    found = [each for each in json.loads(done.stdout)["results"] if each["level"] != "ok"]
+    shown[" ".join(words)] = sorted(found, key=str)
+first, *others = shown.values()
+assert all(each == first for each in others), shown
+(fix,) = {each["fix"] for each in first if each["fix"] and wanted in each["fix"]}
+subprocess.run(["sh", "-ec", fix], check=True, stdout=subprocess.DEVNULL)
+"""
+"""A program that runs the doctor in each form, compares the results, and runs the command that contains a text."""
+
+
+REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done"
+"""A command that replaces a register by a directory. The proxy may create the file again meanwhile."""
+
+
+@pytest.mark.parametrize(
+    ("setup", "wanted"),
+    [
+        (REPLACED, "rmdir {irq}/message_4_state"),
+        (f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
+        ("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
+        ("chown 12345 {irq}", "chown 0 {irq}"),
+        ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),
+        ("pid=$(pgrep -f -- '[r]un_child.*run {link}'); kill -STOP $pid; trap \"kill -CONT $pid\" EXIT", "kill -CONT "),
+        ("ip link set dev {link} down", "ip link set dev {link} up"),
+    ],
+)
+def test_each_form_of_the_command_prints_the_same(cores: Cores, tmp_path: Path, setup: str, wanted: str) -> None:
+    tmp_path.chmod(0o755)
+    names = {"irq": tmp_path / "irq", "udrv": write_udrv(tmp_path / "u.json", tmp_path / "irq"), "link": cores.link}
+    (tmp_path / "forms.py").write_text(FORMS)
+    forms = [sys.executable, tmp_path / "forms.py", cores.link, names["udrv"], wanted.format_map(names)]
+    setup = f"{setup.format_map(names)}; {shlex.join(map(str, forms))}"
+    survey(cores.core0, tmp_path, (cores.link, "--config", names["udrv"]), setup=setup)
 
 
 @pytest.mark.parametrize(
