@@ -633,6 +633,23 @@ subprocess.run(["sh", "-ec", fix], check=True, stdout=subprocess.DEVNULL)
 """A program that runs the doctor in each form, compares the results, and runs the command that contains a text."""
 
 
+def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    for name in ("b1", "b2"):
+        board = {"link": unix_link(tmp_path, name), "irq_dir": str(tmp_path / name)}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    with closing(Proxy(cores.core0, ["--boards", str(boards)], {}, tmp_path / "proxy.log")) as running:
+        running.wait_ready()
+        (boards / "b2.json").write_text("nonsense")
+        changed = boards / "b1.json"
+        changed.write_text(changed.read_text().replace("/b1.0", "/changed.0"))
+        found = doctor(cores.core0, unix_link(tmp_path, "b1"))
+        files = [each for each in found if each["check"] in ("reload", "configuration")]
+        assert [(each["subject"], each["fix"]) for each in files] == [(str(changed), f"kill -HUP {running.pid}")]
+        assert {each["subject"] for each in found if each["check"] == "counters"} == {"b1"}
+
+
 REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done"
 """A command that replaces a register by a directory. The proxy may create the file again meanwhile."""
 

@@ -22,7 +22,7 @@ from inco_trio.control.protocol import Event, HistoryRequest
 from inco_trio.linux.processes import look
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
 from inco_trio.proxy_status import Status
-from inco_trio.service.announcing import announce, wait_for_end
+from inco_trio.service.announcing import _own_sockets, announce, wait_for_end
 from inco_trio.service.rivals import Rival
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
@@ -214,8 +214,18 @@ def test_a_proxy_without_a_control_socket_gets_no_report(tmp_path: Path) -> None
         child.kill()
 
 
-def test_the_socket_of_another_users_proxy_is_not_used(tmp_path: Path) -> None:
-    """Its path may lead to a FUSE filesystem of this user, where connect(2) would block."""
+def test_the_socket_of_another_users_proxy_is_used_only_in_the_usual_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another path may lead to a FUSE filesystem of this user, where connect(2) would block."""
+    usual = tmp_path / "inco-trio/s.sock"
+    usual.parent.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(usual))
+        listener.listen()
+        (own,) = (each for each in look().all if each.pid == os.getpid())
+        assert _own_sockets(attrs.evolve(own, uid=12345)) == [usual]
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()

@@ -92,7 +92,7 @@ def summarize(results: Iterable[Result], again: str) -> list[Result]:
     if unseen := [result.found for result in unique if result.check == _HIDDEN]:
         shown.append(warn(_HIDDEN, f"uid {os.geteuid()}", f"may not see {'; '.join(unseen)}", again))
     # A stopped proxy may continue only after the commands that end other proxies of its link.
-    return sorted(shown, key=lambda result: (-result.level, (result.fix or "").startswith("kill -CONT ")))
+    return sorted(shown, key=lambda each: (-each.level, each.check == "control" and "kill -CONT" in (each.fix or "")))
 
 
 def permit(path: Path, mode: str, uid: int | None = None) -> str:

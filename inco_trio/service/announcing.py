@@ -61,8 +61,12 @@ def _left(requests: Sequence[RivalRequest], process: Process) -> Iterator[socket
 
 
 def _own_sockets(process: Process) -> list[Path]:
-    # Another user's process may listen on a path on a FUSE filesystem of this user, where connect(2) would block.
-    return listening_sockets(process) if process.uid in (0, os.geteuid()) else []
+    """Return the sockets of a proxy that may be used: those of another user only in the usual places.
+
+    Another path may be on a FUSE filesystem of this user, where connect(2) would block.
+    """
+    paths = listening_sockets(process)
+    return paths if process.uid in (0, os.geteuid()) else [path for path in paths if path in sockets()]
 
 
 def _client_of(process: Process) -> Client | None:
