@@ -1119,6 +1119,8 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     assert superfluous([young, old]) == old
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
+    # This user cannot see whether a proxy of another user has the usual control socket.
+    assert superfluous([attrs.evolve(old, hidden=True), young]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
     boards = process(2, "inco-trio run --boards=/b", started=2)
     assert superfluous([boards, watched]) == boards

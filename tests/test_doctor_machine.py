@@ -659,6 +659,7 @@ REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_sta
     [
         (REPLACED, "rmdir {irq}/message_4_state"),
         (f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
+        (f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
         ("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
         ("chown 12345 {irq}", "chown 0 {irq}"),
         ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),

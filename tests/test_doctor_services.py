@@ -8,6 +8,7 @@ import pwd
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -714,6 +715,15 @@ def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys
         assert found(links[1]) == []
         assert result["found"].startswith(f"keeps 3 descriptors of inco-trio-{labels[0]}, a service that was removed: ")
         assert stored() == set(labels)
+        # A process that uses them need not be in a service.
+        command: list[str | Path] = ["s6-fdholder-getdump", store, sys.executable, "-m", "inco_trio", "run", links[0]]
+        command += ["--config", tmp_path / "u.json", "--fd-holder", store, "--control", "none"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stderr is not None
+            assert any("ready" in line for line in running.stderr)
+            assert found() == []
+            running.terminate()
+            running.communicate(timeout=HANG)
         subprocess.run(["sh", "-ec", result["fix"]], check=True, timeout=HANG)
         assert stored() == {labels[1]}
         assert found() == found(links[0]) == []
