@@ -32,7 +32,7 @@ from inco_trio.counters import Stats
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
-from inco_trio.doctor.result import Level, Result, hidden, permit, refused
+from inco_trio.doctor.result import Level, Result, fail, hidden, permit, refused, warn
 from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
@@ -1131,6 +1131,16 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     assert (
         attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
     )
+
+
+def test_a_proxy_that_does_not_answer_is_not_known_to_serve_the_link() -> None:
+    """It may serve an interface of the same name in another network namespace."""
+    path, other = "/run/inco-trio/l0.sock", "/run/inco-trio/l1.sock"
+    silent, stale, unseen = fail("control", path, "silent"), warn("control", path, "stale"), hidden("a status")
+    assert Answers(problems=(silent, stale, warn("control", other, "stale"), unseen)).problems_of("l0") == [
+        stale,
+        unseen,
+    ]
 
 
 def test_the_log_names_no_command_for_a_service_whose_directory_is_unknown() -> None:

@@ -12,7 +12,7 @@ import attrs
 from inco_trio.control.client import answering, sockets
 from inco_trio.control.place import default_path
 from inco_trio.control.protocol import BoardStatus
-from inco_trio.doctor.result import Result, fail, hidden, warn
+from inco_trio.doctor.result import Level, Result, fail, hidden, warn
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.links.address import parse_address
@@ -46,9 +46,12 @@ class Answers:
         return () if answer is None else answer.boards
 
     def problems_of(self, link: str) -> list[Result]:
-        """Return the results for the usual control sockets of a link, and for those that this user may not use."""
-        label = parse_address(link).label
-        return [each for each in self.problems if not each.subject or _is_of(Path(each.subject), label)]
+        """Return the warnings for stale control sockets of a link, and for those that this user may not use.
+
+        A proxy that does not answer may serve an interface of the same name in another network namespace.
+        """
+        label, warnings = parse_address(link).label, [each for each in self.problems if each.level is Level.WARN]
+        return [each for each in warnings if not each.subject or _is_of(Path(each.subject), label)]
 
 
 def ask(processes: Processes) -> Answers:
