@@ -32,7 +32,7 @@ from inco_trio.counters import Stats
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
-from inco_trio.doctor.result import Level, Result, hidden, permit, refused
+from inco_trio.doctor.result import Level, Result, fail, hidden, permit, refused, warn
 from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
@@ -776,7 +776,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
         (
             Users((), (), (HOLDER,), 0),
             "warn",
-            "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for the next proxy",
+            "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for a service of this link",
             "inco-trio run l0",
         ),
         (
@@ -974,15 +974,17 @@ def test_registers_that_the_user_of_a_proxy_may_not_use_are_named(searchable: Pa
 
 
 def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable: Path) -> None:
-    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
+    config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 12345)
+    proxy = attrs.evolve(proxy, groups=frozenset({os.getegid()}))
     write_udrv(config, searchable / "irq")
+    share = f"chgrp {os.getegid()} {config} && chmod g+r {config}"
     link = searchable / "link.json"
     link.symlink_to(config)
     status, boards = status_of("l0", ()), Boards({"u": Config("l0", ())}, {}, {})
     signals = builtin_signals(searchable / "irq")
     for mode, above, fix, text in (
         (0o644, 0o755, "kill -HUP 3", ""),
-        (0o600, 0o755, None, f" may not read {config}: change its owner or mode"),
+        (0o600, 0o755, f"{share} && kill -HUP 3", f" may not read {config}"),
         (0o644, 0o700, None, f" may not search {searchable}: change its owner or mode"),
     ):
         config.chmod(mode)
@@ -992,6 +994,10 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
         for result in (changed, board):
             assert result.fix == fix
             assert result.found.endswith(text)
+    searchable.chmod(0o755)
+    config.chmod(0o600)
+    subprocess.run(["sh", "-ec", share], check=True)
+    assert register_files.unreadable(config, proxy) is None
 
 
 @pytest.mark.parametrize("place", ["u.json", ""])
@@ -1039,9 +1045,18 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
     ],
 )
 def test_a_service_without_a_control_socket_is_restarted(supervised: str, command: str, fix: str | None) -> None:
-    proxy = attrs.evolve(process(2**22 + 1, command), supervised=supervised)
+    proxy = attrs.evolve(process(2**22 + 1, command, instances=1), supervised=supervised)
     (result,) = (each for each in survey(everyone(proxy), Answers()) if each.check == "control")
     assert (result.level, result.fix) == (Level.WARN, fix)
+
+
+def test_a_service_that_waits_for_its_fd_store_is_not_restarted() -> None:
+    command = "s6-fdholder-getdump ../s inco-trio run l0"
+    for name, text in (("python3", ""), ("s6-fdholder-get", ": it waits for the fd store")):
+        waiting = attrs.evolve(process(2**22 + 1, command, name=name), supervised="s6-svc -d /run/a")
+        (result,) = (each for each in survey(everyone(waiting), Answers()) if each.check == "control")
+        assert (result.level, result.fix) == (Level.WARN, None)
+        assert result.found == f"the process has not finished its start{text}"
 
 
 def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Path) -> None:
@@ -1104,6 +1119,8 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     assert superfluous([young, old]) == old
     watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
     assert superfluous([young, watched]) == young
+    # This user cannot see whether a proxy of another user has the usual control socket.
+    assert superfluous([attrs.evolve(old, hidden=True), young]) == young
     assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
     boards = process(2, "inco-trio run --boards=/b", started=2)
     assert superfluous([boards, watched]) == boards
@@ -1114,6 +1131,16 @@ def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> N
     assert (
         attrs.evolve(young, supervised="systemctl --user stop b.service").supervision == "in systemd service b.service"
     )
+
+
+def test_a_proxy_that_does_not_answer_is_not_known_to_serve_the_link() -> None:
+    """It may serve an interface of the same name in another network namespace."""
+    path, other = "/run/inco-trio/l0.sock", "/run/inco-trio/l1.sock"
+    silent, stale, unseen = fail("control", path, "silent"), warn("control", path, "stale"), hidden("a status")
+    assert Answers(problems=(silent, stale, warn("control", other, "stale"), unseen)).problems_of("l0") == [
+        stale,
+        unseen,
+    ]
 
 
 def test_the_log_names_no_command_for_a_service_whose_directory_is_unknown() -> None:

@@ -7,6 +7,8 @@ import os
 import pwd
 import re
 import select
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process, wait_path, write_scandir
 from tests.support_doctor import FIRST, Tree
 from tests.support_proxy import write_udrv
@@ -72,9 +75,9 @@ def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[
     return found
 
 
-def of(found: list[Found], check: str) -> Found:
-    """Return the only result of a check."""
-    (result,) = [result for result in found if result["check"] == check]
+def of(found: list[Found], check: str, subject: str | None = None) -> Found:
+    """Return the only result of a check, or the only one with this subject."""
+    (result,) = [each for each in found if each["check"] == check and subject in (None, each["subject"])]
     return result
 
 
@@ -370,16 +373,17 @@ def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, t
     assert (result["level"], result["fix"]) == ("warn", f"inco-trio run {cores.link} --irq-dir {tmp_path}/one")
     one = proxy("--irq-dir", tmp_path / "one")
     found = doctor(cores.core0, cores.link)
-    result = of(found, "proxy")
+    result = of(found, "proxy", cores.link)
     assert result["level"] == "ok"
     assert result["found"].startswith(f"only process {one.pid} (python")
     assert of(found, "descriptors")["level"] == "warn"
-    proxy("--irq-dir", tmp_path / "two")
-    result = of(doctor(cores.core0, cores.link), "proxy")
-    assert (result["level"], result["fix"]) == ("fail", f"kill {one.pid}")
+    # The second proxy does not have the usual control socket.
+    two = proxy("--irq-dir", tmp_path / "two")
+    result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
+    assert (result["level"], result["fix"]) == ("fail", f"kill {two.pid}")
     fix(cores.core0, result)
-    assert one.wait() == 0
-    assert of(doctor(cores.core0, cores.link), "proxy")["level"] == "ok"
+    assert two.wait() == 0
+    assert of(doctor(cores.core0, cores.link), "proxy", cores.link)["level"] == "ok"
 
 
 def test_a_proxy_of_another_user_needs_root_to_inspect(
@@ -391,7 +395,8 @@ def test_a_proxy_of_another_user_needs_root_to_inspect(
         assert result["level"] == "warn"
         assert re.fullmatch(f"sudo /.*inco-trio doctor {cores.link}", result["fix"])
         assert f"which process has a socket of {cores.link}" in result["found"]
-    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"only process {running.pid} ")
+    found = doctor(cores.core0, cores.link)
+    assert of(found, "proxy", cores.link)["found"].startswith(f"only process {running.pid} ")
 
 
 def test_the_fix_ends_the_second_proxy_of_a_directory(
@@ -471,7 +476,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         stray = Proxy(cores.core0, [cores.link, "--irq-dir", str(tmp_path / "two")], {}, tmp_path / "stray.log")
         try:
             stray.wait_ready()
-            result = of(doctor(cores.core0, cores.link), "proxy")
+            result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
             assert (result["level"], result["fix"]) == ("fail", f"kill {stray.pid}")
             assert f"in s6 service {service.directory}" in result["found"]
             assert f"{stray.pid} (python) without a supervisor" in result["found"]
@@ -500,7 +505,8 @@ def test_the_fixes_replace_a_proxy_without_a_supervisor_by_the_service(cores: Co
             assert (result["level"], result["fix"]) == ("warn", f"kill {stray.pid}")
             assert f"then run `s6-svc -u {service.directory}`; the service delivers again what" in result["found"]
             assert f"process {stray.pid} (python) without a supervisor serves its link" in result["found"]
-            assert f"only process {stray.pid} (python) without a supervisor serves" in of(found, "proxy")["found"]
+            result = of(found, "proxy", cores.link)
+            assert f"only process {stray.pid} (python) without a supervisor serves" in result["found"]
             # The fd store keeps only the socket of the service.
             result = of(found, "descriptors")
             assert (result["level"], result["fix"]) == ("warn", None)
@@ -527,21 +533,22 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
             both.append(stack.enter_context(Service(cores.core0, tmp_path / name, cores.link)))
             both[-1].wait("U")
         one, two = both
-        result = of(doctor(cores.core0, cores.link), "proxy")
-        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -d {one.directory}")
+        # The proxy with the usual control socket stays.
+        result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
+        assert (result["level"], result["fix"]) == ("fail", f"s6-svc -d {two.directory}")
         assert "after this command, `inco-trio doctor` prints how to remove the stopped service" in result["found"]
         # The log of the second proxy names the same command.
-        assert f"run: s6-svc -d {one.directory}" in two.wait_log("also serves this link")
-        one.control("-d")
-        one.wait("D")
+        assert f"run: s6-svc -d {two.directory}" in two.wait_log("also serves this link")
+        two.control("-d")
+        two.wait("D")
         result = of(doctor(cores.core0, cores.link), "service")
-        fix = f"rm -r {one.directory} && s6-svscanctl -an {one.scandir}"
+        fix = f"rm -r {two.directory} && s6-svscanctl -an {two.scandir}"
         assert (result["level"], result["fix"]) == ("warn", fix)
-        assert f"in s6 service {two.directory} serves its link" in result["found"]
+        assert f"in s6 service {one.directory} serves its link" in result["found"]
         (supervisor,) = (
             each.pid
             for each in look().all
-            if each.name == "s6-supervise" and working_directory(each.pid) == one.directory
+            if each.name == "s6-supervise" and working_directory(each.pid) == two.directory
         )
         ended = os.pidfd_open(supervisor)
         subprocess.run(["sh", "-ec", fix], check=True, timeout=HANG)
@@ -549,7 +556,124 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
         os.close(ended)
         found = doctor(cores.core0, cores.link)
         assert [each["check"] for each in found if each["check"] == "service"] == []
-        assert of(found, "proxy")["level"] == "ok"
+        assert of(found, "proxy", cores.link)["level"] == "ok"
+
+
+@pytest.mark.s6
+@pytest.mark.parametrize("stop", ["service", "stray"])
+def test_a_stopped_proxy_continues_once_the_second_one_has_ended(cores: Cores, tmp_path: Path, stop: str) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    write_scandir(tmp_path / "scan", cores.link, udrv)
+    with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+        service.wait("U")
+        own = main_process(service.directory)
+        stray = Proxy(cores.core0, [cores.link, "--config", str(udrv)], {}, tmp_path / "stray.log")
+        try:
+            stray.wait_ready()
+            service.wait_log(f"process {stray.pid} also watches its triggers")
+            chosen = own if stop == "service" else stray.pid
+            wait_stopped(chosen)
+            found = doctor(cores.core0, cores.link)
+            fixes = list(dict.fromkeys(each["fix"] for each in found if each["check"] in ("proxy", "control")))
+            # A stopped process handles only SIGKILL, and need not continue before.
+            expected = [f"kill {stray.pid}", f"kill -CONT {own}"]
+            expected = expected if stop == "service" else [f"kill -KILL {stray.pid}"]
+            assert [each for each in fixes if each is not None] == expected
+            for command in expected:
+                subprocess.run(["sh", "-ec", command], check=True)
+                stray.process.wait(HANG)
+            result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
+            assert (result["level"], main_process(service.directory)) == ("ok", own)
+            service.wait_log(f"process {stray.pid} ended ")
+        finally:
+            os.kill(own, signal.SIGCONT)
+            stray.close()
+
+
+@pytest.mark.s6
+def test_a_service_without_its_control_socket_is_restarted_after_the_second_proxy(cores: Cores, tmp_path: Path) -> None:
+    udrv, control = write_udrv(tmp_path / "u.json", tmp_path / "irq"), tmp_path / "control"
+    stray = Proxy(
+        cores.core0, [cores.link, "--config", str(udrv), "--control", str(control)], {}, tmp_path / "stray.log"
+    )
+    with closing(stray):
+        stray.wait_ready()
+        write_scandir(tmp_path / "scan", cores.link, udrv)
+        run = tmp_path / f"scan/inco-trio-{cores.link}/run"
+        run.write_text(run.read_text().replace(" --notification-fd ", f" --control {control} --notification-fd "))
+        with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+            service.wait("U")
+            found = doctor(cores.core0, cores.link)
+            fixes = [each["fix"] for each in found if each["check"] in ("proxy", "control") and each["fix"]]
+            assert list(dict.fromkeys(fixes)) == [f"kill {stray.pid}", f"s6-svc -r {service.directory}"]
+            subprocess.run(["sh", "-ec", fixes[0]], check=True)
+            stray.process.wait(HANG)
+            before = main_process(service.directory)
+            subprocess.run(["sh", "-ec", fixes[-1]], check=True)
+            wait_path(
+                service.directory / "supervise/status", lambda: main_process(service.directory) not in (0, before)
+            )
+            service.wait("U")
+            assert [each for each in doctor(cores.core0, cores.link) if each["check"] == "control"] == []
+
+
+FORMS = """
+import json, subprocess, sys
+link, file, wanted = sys.argv[1:]
+shown = {}
+for words in ((), (link,), ("--config", file)):
+    done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
+    found = [each for each in json.loads(done.stdout)["results"] if each["level"] != "ok"]
+    shown[" ".join(words)] = sorted(found, key=str)
+first, *others = shown.values()
+assert all(each == first for each in others), shown
+(fix,) = {each["fix"] for each in first if each["fix"] and wanted in each["fix"]}
+subprocess.run(["sh", "-ec", fix], check=True, stdout=subprocess.DEVNULL)
+"""
+"""A program that runs the doctor in each form, compares the results, and runs the command that contains a text."""
+
+
+def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    for name in ("b1", "b2"):
+        board = {"link": unix_link(tmp_path, name), "irq_dir": str(tmp_path / name)}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    with closing(Proxy(cores.core0, ["--boards", str(boards)], {}, tmp_path / "proxy.log")) as running:
+        running.wait_ready()
+        (boards / "b2.json").write_text("nonsense")
+        changed = boards / "b1.json"
+        changed.write_text(changed.read_text().replace("/b1.0", "/changed.0"))
+        found = doctor(cores.core0, unix_link(tmp_path, "b1"))
+        files = [each for each in found if each["check"] in ("reload", "configuration")]
+        assert [(each["subject"], each["fix"]) for each in files] == [(str(changed), f"kill -HUP {running.pid}")]
+        assert {each["subject"] for each in found if each["check"] == "counters"} == {"b1"}
+
+
+REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done"
+"""A command that replaces a register by a directory. The proxy may create the file again meanwhile."""
+
+
+@pytest.mark.parametrize(
+    ("setup", "wanted"),
+    [
+        (REPLACED, "rmdir {irq}/message_4_state"),
+        (f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
+        (f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
+        ("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
+        ("chown 12345 {irq}", "chown 0 {irq}"),
+        ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),
+        ("pid=$(pgrep -f -- '[r]un_child.*run {link}'); kill -STOP $pid; trap \"kill -CONT $pid\" EXIT", "kill -CONT "),
+        ("ip link set dev {link} down", "ip link set dev {link} up"),
+    ],
+)
+def test_each_form_of_the_command_prints_the_same(cores: Cores, tmp_path: Path, setup: str, wanted: str) -> None:
+    tmp_path.chmod(0o755)
+    names = {"irq": tmp_path / "irq", "udrv": write_udrv(tmp_path / "u.json", tmp_path / "irq"), "link": cores.link}
+    (tmp_path / "forms.py").write_text(FORMS)
+    forms = [sys.executable, tmp_path / "forms.py", cores.link, names["udrv"], wanted.format_map(names)]
+    setup = f"{setup.format_map(names)}; {shlex.join(map(str, forms))}"
+    survey(cores.core0, tmp_path, (cores.link, "--config", names["udrv"]), setup=setup)
 
 
 @pytest.mark.parametrize(
@@ -644,11 +768,9 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
     (double,) = [each for each in found if each["check"] == "proxy" and each["level"] == "fail"]
     assert double["subject"] == f"{tmp_path}/one"
     assert double["found"].startswith("2 proxies: ")
-    silent = of(found, "control")
-    assert (silent["level"], silent["found"]) == (
-        "warn",
-        "the process does not answer on a control socket: its counters and its configuration are unknown",
-    )
+    # The command of this result ends the process that does not answer, so no other result names it.
+    assert re.fullmatch("kill [0-9]+", double["fix"])
+    assert [each for each in found if each["check"] == "control"] == []
     assert {each["subject"] for each in found if each["check"] == "counters"} == {link, f"{tmp_path}/one.0", "b1", "b2"}
     # The doctor finds the boards' files through the proxy's command line.
     assert {each["subject"] for each in found if each["check"] == "reload"} == {
@@ -783,7 +905,7 @@ def test_a_second_proxy_warns_and_names_the_first(cores: Cores, proxy: StartProx
     ):
         line = json.loads(two.wait_log(what))
         assert line["level"] == "warning"
-        assert re.fullmatch(rf"{subject}: process {one.pid} \(python.*\) {what}: run: kill {one.pid}", line["message"])
+        assert re.fullmatch(rf"{subject}: process {one.pid} \(python.*\) {what}: run: kill {two.pid}", line["message"])
 
 
 def test_a_proxy_beside_one_of_another_user_names_it_by_its_command_line(

@@ -8,6 +8,7 @@ import pwd
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.processes import wait_stopped
-from tests.faults.supervised import Service, main_process, wait_path
+from tests.faults.supervised import Service, main_process, wait_path, write_scandir
 from tests.support_doctor import BOOTED, Tree, process
 from tests.support_proxy import write_udrv
 
@@ -543,6 +544,17 @@ def test_a_path_that_the_user_of_a_service_may_not_use_is_named() -> None:
         assert fix == f"chown {daemon.pw_uid} {irq}"
         assert obstacle("--irq-owner", "12345") is None
         assert obstacle("--irq-owner", "no such user") is not None
+        config.chmod(0o600)
+        problem, share = obstacle("--irq-owner", "12345") or ("", None)
+        assert problem == f"{config}: the user daemon may not read it, so the service cannot start"
+        assert share == f"chgrp {daemon.pw_gid} {config} && chmod g+r {config}"
+        # With this exit code, the next result would name no command.
+        words = ("l0", "--config", str(config), "--irq-owner", "12345")
+        down = services._Down(home, "", words, (), "true", None, code="77", user=user)
+        result = services._verdict(down, NONE, set())
+        assert result.fix == f"{share} && true"
+        run_fix(result)
+        assert obstacle("--irq-owner", "12345") is None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(services, "silent", lambda check, path, _: warn(check, path, "hangs"))
             assert obstacle() is None
@@ -668,3 +680,50 @@ def test_a_service_is_not_started_next_to_another_proxy_of_its_link(tmp_path: Pa
             os.close(ended)
             assert str(single) not in found()
         (tmp_path / "go").write_text("go\n")
+
+
+@pytest.mark.s6
+def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scandir, links = tmp_path / "a scan", [f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1" for name in "ab"]
+    for link in links:
+        write_scandir(scandir, link, write_udrv(tmp_path / "u.json", tmp_path / "irq"))
+    labels = [parse_address(link).label for link in links]
+    store = scandir / services.FD_STORE / "s"
+
+    def stored() -> set[str]:
+        listed = subprocess.check_output(["s6-fdholder-list", store], text=True).split()
+        return {label for label in labels if any(each.startswith(f"inco-trio/{label}/") for each in listed)}
+
+    def found(*words: str) -> list[dict[str, str]]:
+        main(["doctor", *words, "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        return [each for each in results if each["subject"] == str(store)]
+
+    with Service(Here(), scandir, labels[0]) as service:  # type: ignore[arg-type]
+        service.wait("U")
+        service.control("-d")
+        service.wait("D")
+        # The service still exists, so its descriptors are needed.
+        assert found() == found(links[0]) == []
+        ended = os.pidfd_open(pid_of(service.directory))
+        subprocess.run(["rm", "-r", service.directory], check=True)
+        subprocess.run(["s6-svscanctl", "-an", scandir], check=True)
+        assert select.select([ended], [], [], HANG)[0] == [ended]
+        os.close(ended)
+        (result,) = found()
+        assert found(links[0]) == [result]
+        assert found(links[1]) == []
+        assert result["found"].startswith(f"keeps 3 descriptors of inco-trio-{labels[0]}, a service that was removed: ")
+        assert stored() == set(labels)
+        # A process that uses them need not be in a service.
+        command: list[str | Path] = ["s6-fdholder-getdump", store, sys.executable, "-m", "inco_trio", "run", links[0]]
+        command += ["--config", tmp_path / "u.json", "--fd-holder", store, "--control", "none"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stderr is not None
+            assert any("ready" in line for line in running.stderr)
+            assert found() == []
+            running.terminate()
+            running.communicate(timeout=HANG)
+        subprocess.run(["sh", "-ec", result["fix"]], check=True, timeout=HANG)
+        assert stored() == {labels[1]}
+        assert found() == found(links[0]) == []

@@ -22,11 +22,12 @@ from inco_trio.control.protocol import Event, HistoryRequest
 from inco_trio.linux.processes import look
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
 from inco_trio.proxy_status import Status
-from inco_trio.service.announcing import announce, wait_for_end
+from inco_trio.service.announcing import _own_sockets, announce, wait_for_end
 from inco_trio.service.rivals import Rival
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.test_privileges import restrictions
 
 pytestmark = pytest.mark.netns
@@ -110,6 +111,31 @@ def test_the_second_proxy_records_the_end_of_the_first(cores: Cores, proxy: Star
     assert rivals_of(tmp_path / "two") == {again.pid: (cores.link, str(tmp_path / "irq"))}
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stopped_proxy_records_a_second_proxy_once_it_continues(
+    cores: Cores, proxy: StartProxy, tmp_path: Path, ends: bool
+) -> None:
+    one = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
+    wait_stopped(one.pid)
+    try:
+        two = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
+        two.wait_log(f"process {one.pid} does not answer: it records")
+        if ends:
+            two.stop(signal.SIGKILL)
+    finally:
+        os.kill(one.pid, signal.SIGCONT)
+    one.wait_log(OF_TRIGGERS)
+    if not ends:
+        assert rivals_of(tmp_path / "one") == {two.pid: (cores.link, str(tmp_path / "irq"))}
+        two.stop(signal.SIGKILL)
+    one.wait_log(ENDED)
+    appeared, also, ended = events_of(tmp_path / "one")
+    assert appeared.message.startswith(f"{cores.link}: process {two.pid} {OF_LINK}: ")
+    assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
+    assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
+    assert status_of(tmp_path / "one").counters.rivals == 1
+
+
 def test_a_restart_is_no_second_proxy(proxy: StartProxy, tmp_path: Path) -> None:
     proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one").stop(signal.SIGKILL)
     again = proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / "one")
@@ -188,8 +214,18 @@ def test_a_proxy_without_a_control_socket_gets_no_report(tmp_path: Path) -> None
         child.kill()
 
 
-def test_the_socket_of_another_users_proxy_is_not_used(tmp_path: Path) -> None:
-    """Its path may lead to a FUSE filesystem of this user, where connect(2) would block."""
+def test_the_socket_of_another_users_proxy_is_used_only_in_the_usual_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another path may lead to a FUSE filesystem of this user, where connect(2) would block."""
+    usual = tmp_path / "inco-trio/s.sock"
+    usual.parent.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(usual))
+        listener.listen()
+        (own,) = (each for each in look().all if each.pid == os.getpid())
+        assert _own_sockets(attrs.evolve(own, uid=12345)) == [usual]
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()

@@ -19,6 +19,7 @@ from inco_trio.cli.terminal import wants_color
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.result import Level, Result, ok, refused, summarize
 from inco_trio.errors import IncoError
+from inco_trio.links.address import parse_address
 from inco_trio.linux.processes import look
 from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
@@ -108,18 +109,27 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
-    from inco_trio.doctor.services import find_services, services_of
+    from inco_trio.doctor.services import find_services, leftovers, services_of
     from inco_trio.doctor.silence import silent
-    from inco_trio.doctor.survey import survey
+    from inco_trio.doctor.survey import survey, survey_link
 
     processes = look()
     yield from proc(processes)
     answers = ask(processes)
     if link is None and directory is None:
         yield from survey(processes, answers)
-    services = [] if link is None else services_of(link, find_services(processes))
+    services = []
+    if link is not None:
+        every = find_services(processes)
+        services = services_of(link, every)
+        yield from leftovers(every, processes, parse_address(link).label)
     for service in services:
         yield from service.results
+    if link is not None and directory is None and config is None:
+        found = [*survey_link(link, processes, answers, services)]
+        yield from found
+        if found:
+            return
     signals: tuple[Signal, ...] = ()
     content: tuple[Path, tuple[Signal, ...]] | None = None
     start = f"inco-trio run {shlex.quote(link or '')}"
@@ -148,7 +158,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
-    from inco_trio.doctor.services import find_services, services_of_boards
+    from inco_trio.doctor.services import find_services, leftovers, services_of_boards
     from inco_trio.doctor.silence import silent
 
     processes = look()
@@ -168,7 +178,9 @@ def _boards(directory: Path) -> Iterator[Result]:
         if (answer := answers.by_pid.get(process.pid)) is not None and answer.name == str(directory):
             yield from board_files(directory, boards, [board.board for board in answer.boards], process)
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
-    services = services_of_boards(directory, find_services(processes))
+    every = find_services(processes)
+    services = services_of_boards(directory, every)
+    yield from leftovers(every, processes, options.boards_label(directory))
     for service in services:
         yield from service.results
     for name, board in boards.configs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -93,8 +94,12 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 with self._reading:
-                    await self._write([protocol.encode_greeting(greeting)])
-                    await self._converse(nursery)
+                    try:
+                        await self._write([protocol.encode_greeting(greeting)])
+                    except OSError:
+                        await self._read_reports()
+                    else:
+                        await self._converse(nursery)
                 if self.gone:
                     self._end_monitor()
         finally:
@@ -102,6 +107,18 @@ class Connection:
                 self._feed.remove(self._monitor)
             for proxy in self._rival_of:
                 proxy._rivals().ended(self.peer.process)
+
+    async def _read_reports(self) -> None:
+        """Read the reports of another proxy that has ended. It may have sent them while this process was stopped."""
+        received = protocol.LineBuffer(protocol.LINE_MAX)
+        with contextlib.suppress(protocol.MessageError):
+            while data := await self._stream.receive_some(READ_SIZE):
+                await self._wait_for_turn()
+                for line in received.split(data):
+                    with contextlib.suppress(RequestError):
+                        request, _ = protocol.decode_request(line)
+                        if isinstance(request, protocol.RivalRequest):
+                            self._rival(request)
 
     async def _converse(self, nursery: trio.Nursery) -> None:
         received = protocol.LineBuffer(protocol.LINE_MAX)

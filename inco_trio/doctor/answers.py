@@ -12,7 +12,7 @@ import attrs
 from inco_trio.control.client import answering, sockets
 from inco_trio.control.place import default_path
 from inco_trio.control.protocol import BoardStatus
-from inco_trio.doctor.result import Result, fail, hidden, warn
+from inco_trio.doctor.result import Level, Result, fail, hidden, warn
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.links.address import parse_address
@@ -44,6 +44,14 @@ class Answers:
         """Return the boards of a process, or () if it did not answer."""
         answer = None if process is None else self.by_pid.get(process.pid)
         return () if answer is None else answer.boards
+
+    def problems_of(self, link: str) -> list[Result]:
+        """Return the warnings for stale control sockets of a link, and for those that this user may not use.
+
+        A proxy that does not answer may serve an interface of the same name in another network namespace.
+        """
+        label, warnings = parse_address(link).label, [each for each in self.problems if each.level is Level.WARN]
+        return [each for each in warnings if not each.subject or _is_of(Path(each.subject), label)]
 
 
 def ask(processes: Processes) -> Answers:
@@ -80,14 +88,22 @@ def _server(path: Path, labels: Mapping[str, int], processes: Processes) -> int 
 
     `labels` contains the PIDs of the proxies that answer.
     """
-    name = path.parent.name if path.name == "control.sock" else path.stem
     for label, pid in labels.items():
-        if name in (label, runtime_directory(label), default_path(label).stem):
+        if _is_of(path, label):
             return pid
     # The proxy may not answer, or may have no control socket.
     with contextlib.suppress(IncoError):
-        return next((each.pid for each in serving(parse_address(name), processes)), None)
+        return next((each.pid for each in serving(parse_address(_name_of(path)), processes)), None)
     return None
+
+
+def _is_of(path: Path, label: str) -> bool:
+    """Return whether `path` is a usual control socket for the link with this label."""
+    return _name_of(path) in (label, runtime_directory(label), default_path(label).stem)
+
+
+def _name_of(path: Path) -> str:
+    return path.parent.name if path.name == "control.sock" else path.stem
 
 
 def _problem(error: IncoError, labels: Mapping[str, int], processes: Processes) -> list[Result]:

@@ -29,7 +29,7 @@ from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
 from inco_trio.trust import Trust
 
-__all__ = ["examine", "expected_trust", "trust_of"]
+__all__ = ["boards_of_link", "examine", "expected_trust", "trust_of"]
 
 _NO_USERS = Users((), (), (), 0)
 
@@ -63,7 +63,7 @@ def examine(
 
     def boards_of(users: Users) -> list[BoardStatus]:
         proxy = serving or users.proxy
-        return [] if link is None or proxy is None else _boards_of(proxy, answers, link, netns)
+        return [] if link is None or proxy is None else boards_of_link(proxy, answers, link, netns)
 
     users = _NO_USERS
     if link is not None:
@@ -82,8 +82,10 @@ def examine(
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
     proxy = serving or users.proxy
-    if serving is None and proxy is not None and proxy.pid not in answers.by_pid:
-        yield from answers.problems
+    silent_ones = [each for each in (*users.proxies, *users.others) if each.pid not in answers.by_pid]
+    if serving is None and link is not None:
+        yield from answers.problems if silent_ones else answers.problems_of(link)
+    yield from (proxies.unanswered(each) for each in silent_ones if each.is_proxy)
     boards = boards_of(users)
     status = _status_of(boards)
     if proxy is not None:
@@ -101,7 +103,7 @@ def _status_of(boards: Sequence[BoardStatus]) -> Status | None:
     return boards[0].status if boards else None
 
 
-def _boards_of(proxy: Process, answers: Answers, link: str, netns: Path | None) -> list[BoardStatus]:
+def boards_of_link(proxy: Process, answers: Answers, link: str, netns: Path | None = None) -> list[BoardStatus]:
     """Return the boards of a proxy that use a link. Interfaces in different network namespaces can have the same name.
 
     If no board is known to use the namespace `netns`, return the boards whose namespace cannot be identified.

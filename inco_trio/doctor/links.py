@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from inco_trio.doctor.register_files import removal
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
@@ -144,7 +145,6 @@ def bound(path: str) -> int:
 def socket_path(address: UnixAddress) -> Iterator[Result]:
     """Check that a proxy can bind the link's socket, or that a process has already bound it."""
     path = Path(address.local)
-    quoted = shlex.quote(address.local)
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -154,8 +154,8 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         yield fail("socket", path, f"cannot be inspected: {error.strerror}")
         return
     if not stat.S_ISSOCK(mode):
-        fix = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
-        yield fail("socket", path, f"{kind_of_file(mode)}, not a socket: the proxy cannot bind its socket", fix)
+        text = f"{kind_of_file(mode)}, not a socket: the proxy cannot bind its socket"
+        yield fail("socket", path, text, removal(path, mode))
         return
     code = bound(address.local)
     if code == 0:

@@ -8,13 +8,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import attrs
+
 from inco_trio.board_files import Boards
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.register_files import unreadable
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
 from inco_trio.linux.capabilities import names_of
-from inco_trio.linux.processes import Process, Processes, is_stopped, named
+from inco_trio.linux.processes import Process, Processes, is_stopped, listening_sockets, named
 from inco_trio.proxy_status import Status
 from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
@@ -27,6 +29,7 @@ __all__ = [
     "counters",
     "descriptors",
     "stopped",
+    "unanswered",
     "users_of_directory",
     "users_of_link",
     "value_of",
@@ -56,7 +59,8 @@ def users_of_link(link: str, users: Users, start: str | None = None, *, has_serv
         yield hidden(f"which process has a socket of {link}")
     yield from _check_alone(link, (*users.proxies, *users.others), "serves the link", "receives each frame")
     if not users.unseen and not users.proxies and not users.others:
-        kept = f"; {named(users.holders)} keeps notifications for the next proxy" if users.holders else ""
+        next_one = "the next proxy" if has_service else "a service of this link"
+        kept = f"; {named(users.holders)} keeps notifications for {next_one}" if users.holders else ""
         text = f"no proxy serves this link{kept}"
         if has_service:
             yield fail("proxy", link, text if start else f"{text}: see the log of its service", start)
@@ -68,7 +72,28 @@ def stopped(process: Process) -> Iterator[Result]:
     """Yield a failure if a signal or a debugger has stopped the process."""
     if is_stopped(process.pid):
         text = "the process is stopped by a signal or a debugger, and neither delivers nor sends notifications"
-        yield fail("control", f"process {process.pid} ({process.name})", text, f"kill -CONT {process.pid}")
+        yield fail("control", _subject(process), text, f"kill -CONT {process.pid}")
+
+
+def unanswered(process: Process) -> Result:
+    """Return the result for a proxy that does not answer. If it runs without a control socket, a restart opens one."""
+    for result in stopped(process):
+        return result
+    if not process.instances and not process.hidden:
+        waits = ": it waits for the fd store" if process.is_holder else ""
+        return warn("control", _subject(process), f"the process has not finished its start{waits}")
+    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
+    words = shlex.split(process.supervised)
+    restart = {"s6-svc": "-r", "systemctl": "restart"}.get(words[0]) if words else None
+    has_none = value_of("--control", process.command) == "none" or process.name == "inco_proxy"
+    if restart is None or has_none or process.stop is None or process.hidden or listening_sockets(process):
+        return warn("control", _subject(process), text)
+    text += "; its socket could not be opened when it started, for example because another proxy used the path"
+    return warn("control", _subject(process), text, shlex.join([*words[:-2], restart, words[-1]]))
+
+
+def _subject(process: Process) -> str:
+    return f"process {process.pid} ({process.name})"
 
 
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
@@ -91,7 +116,8 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
         text, chosen = f"{len(proxies)} proxies: {all_named}: each {harm}", superfluous(proxies)
         if chosen.stop is not None and chosen.supervised:
             text += "; after this command, `inco-trio doctor` prints how to remove the stopped service for good"
-        yield fail("proxy", subject, text, chosen.stop)
+        result = fail("proxy", subject, text, chosen.stop)
+        yield result if chosen.stop is None else attrs.evolve(result, ends=_subject(chosen))
     elif len(everyone) > 1:
         text = f"several processes use it: {named(everyone)}: if two are proxies, each {harm}"
         yield warn("proxy", subject, text)
@@ -182,9 +208,11 @@ def board_files(directory: Path, boards: Boards, served: Collection[str], proxy:
 
 def _reload(path: Path, text: str, proxy: Process) -> Result:
     """Return the warning that a proxy must read a file, with the command, or with the reason why it cannot."""
-    if reason := unreadable(path, proxy):
-        return warn("reload", path, f"{text}: {reason}")
-    return warn("reload", path, text, f"kill -HUP {proxy.pid}")
+    reason, fix = unreadable(path, proxy) or ("", "")
+    reload = f"kill -HUP {proxy.pid}"
+    if not reason:
+        return warn("reload", path, text, reload)
+    return warn("reload", path, f"{text}: {reason}", f"{fix} && {reload}" if fix else None)
 
 
 def capabilities(proxy: Process, status: Status) -> Iterator[Result]:

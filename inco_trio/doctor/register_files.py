@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import pwd
 import re
@@ -18,11 +19,11 @@ from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process, lines_of
 from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
-from inco_trio.service.descriptions import USER
+from inco_trio.service.descriptions import USER, reading
 from inco_trio.signals import Direction, Signal
 from inco_trio.trust import ACL, Trust, UnfitFileError, open_trusted
 
-__all__ = ["denied", "directory", "held_open", "kinds", "reported", "trusted", "unreadable", "watched"]
+__all__ = ["denied", "directory", "held_open", "kinds", "removal", "reported", "trusted", "unreadable", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems on which stat(2) reports a different device number than the watches in /proc."""
@@ -80,6 +81,20 @@ def _mount_point(path: Path) -> Path:
     return max(around, key=lambda point: len(point.parts), default=path)
 
 
+def removal(path: Path, mode: int) -> str:
+    """Return the command that frees a path. It moves a directory that is not empty. `mode` is from lstat(2)."""
+    quoted = shlex.quote(str(path))
+    if _mount_point(path) == path:
+        return f"umount {quoted}"
+    if not stat.S_ISDIR(mode):
+        return f"rm {quoted}"
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        if not any(entries):
+            return f"rmdir {quoted}"
+    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+    return f"mv {quoted} {shlex.quote(str(next(name for name in names if not os.path.lexists(name))))}"
+
+
 def _space(path: Path) -> Iterator[Result]:
     """Check that the filesystem has free space and inodes for state files. A total of 0 means that it has no limit."""
     try:
@@ -124,14 +139,14 @@ def kinds(signals: Iterable[Signal], *, access: bool = True) -> Iterator[Result]
 
 
 def _register(signal: Signal, *, access: bool) -> Iterator[Result]:
-    path, quoted, uid = signal.path, shlex.quote(str(signal.path)), os.geteuid()
+    path, uid = signal.path, os.geteuid()
     try:
         status = path.lstat()
     except OSError:
         return  # Not an error here: the proxy creates a missing file, and `directory` reports other errors.
     if not stat.S_ISREG(status.st_mode):
-        fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
-        yield fail("registers", path, f"{kind_of_file(status.st_mode)}, not a regular file: the proxy refuses it", fix)
+        text = f"{kind_of_file(status.st_mode)}, not a regular file: the proxy refuses it"
+        yield fail("registers", path, text, removal(path, status.st_mode))
         return
     use, verb = (os.R_OK, "read") if signal.direction is Direction.OUTBOUND else (os.W_OK, "write")
     # `directory` reports a read-only filesystem.
@@ -169,10 +184,10 @@ def _permission(path: Path, mode: str, proxy: Process) -> str | None:
     return permit(path, mode, proxy.uid)
 
 
-def unreadable(path: Path, proxy: Process) -> str | None:
-    """Return why a proxy may not read a file, as far as owners and modes show; otherwise None.
+def unreadable(path: Path, proxy: Process) -> tuple[str, str | None] | None:
+    """Return why a proxy may not read a file, as far as owners and modes show, and the command that permits it.
 
-    Return None if an ACL can grant the access.
+    Return None if the proxy may read it, or if an ACL can grant the access.
     """
     path = Path(os.path.realpath(path))
     if any(_has_acl(each) for each in (path, *path.parents)):
@@ -180,7 +195,15 @@ def unreadable(path: Path, proxy: Process) -> str | None:
     denial = _denial(
         path.parent, [(path.parent, stat.S_IXUSR, "search", ""), (path, stat.S_IRUSR, "read", "u+r")], proxy
     )
-    return None if denial is None else f"{denial[1].removesuffix(' it')} {denial[0]}: change its owner or mode"
+    if denial is None:
+        return None
+    text = f"{denial[1].removesuffix(' it')} {denial[0]}"
+    if denial[0] != path or not proxy.groups:
+        return f"{text}: change its owner or mode", None
+    gid = min(proxy.groups)
+    with contextlib.suppress(KeyError):
+        gid = pwd.getpwuid(proxy.uid).pw_gid
+    return text, reading(path, proxy.uid, gid)
 
 
 def _has_acl(path: Path) -> bool:

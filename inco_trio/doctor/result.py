@@ -39,6 +39,8 @@ class Result:
     found: str
     fix: str | None = None
     """The command that fixes the problem; it may need root. If it is None, `found` explains what to do."""
+    ends: str | None = None
+    """The subject of the results for the process that `fix` ends, which `summarize` leaves out."""
 
     def as_dict(self) -> dict[str, str | None]:
         return {
@@ -85,10 +87,12 @@ def summarize(results: Iterable[Result], again: str) -> list[Result]:
     `again` is the command that repeats the examination as root.
     """
     unique = list(dict.fromkeys(results))
-    shown = [result for result in unique if result.check != _HIDDEN]
+    ended = {result.ends for result in unique}
+    shown = [result for result in unique if result.check != _HIDDEN and result.subject not in ended]
     if unseen := [result.found for result in unique if result.check == _HIDDEN]:
         shown.append(warn(_HIDDEN, f"uid {os.geteuid()}", f"may not see {'; '.join(unseen)}", again))
-    return sorted(shown, key=lambda result: -result.level)
+    # A stopped proxy may continue only after the commands that end other proxies of its link.
+    return sorted(shown, key=lambda each: (-each.level, each.check == "control" and "kill -CONT" in (each.fix or "")))
 
 
 def permit(path: Path, mode: str, uid: int | None = None) -> str:

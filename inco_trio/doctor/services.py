@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -31,7 +32,7 @@ from inco_trio.service.rivals import serving, users_of
 from inco_trio.signals import Signal
 from inco_trio.trust import Trust
 
-__all__ = ["FoundService", "find_services", "network_of", "services_of", "services_of_boards"]
+__all__ = ["FoundService", "find_services", "leftovers", "network_of", "services_of", "services_of_boards"]
 
 PERMANENT = {str(code) for code in (os.EX_NOPERM, os.EX_CONFIG, 2)}
 """The exit codes after which the `finish` script keeps a service down. Other services that are down were stopped."""
@@ -58,6 +59,9 @@ _HARM = {
     "s6-fdholderd": "it stores no descriptors, and no service can start",
 }
 """What does not work while a process of s6 is stopped."""
+
+_STORED = re.compile(r"inco-trio/(.+)/[^/]+")
+"""The name of an entry in the fd store of s6, with the label of its service."""
 
 _Links = tuple[tuple[InterfaceAddress | UnixAddress, Path | None], ...]
 """The addresses of links, each with the network namespace of its interface."""
@@ -151,6 +155,34 @@ def _serves(service: FoundService, label: str, netns: Path | None) -> bool:
     return any(
         address.label == label and (isinstance(address, UnixAddress) or identity(place) == wanted)
         for address, place in service.links
+    )
+
+
+def leftovers(services: Iterable[FoundService], processes: Processes, label: str | None = None) -> Iterator[Result]:
+    """Check that each descriptor in the fd stores of s6 belongs to a service. With a label, check only its service."""
+    for store in services:
+        if not store.is_fd_store or store.directory is None or _is_shared(store.directory, processes):
+            continue
+        path = store.directory / "s"
+        found: dict[str, list[str]] = {}
+        for entry in (_output("s6-fdholder-list", "-t", "1000", str(path)) or "").splitlines():
+            if (match := _STORED.fullmatch(entry)) and label in (None, match[1]):
+                found.setdefault(match[1], []).append(entry)
+        for owner, entries in found.items():
+            if not os.path.lexists(store.directory.with_name(f"{PREFIX}{owner}")):
+                text = f"keeps {len(entries)} descriptors of {PREFIX}{owner}, a service that was removed: a new service"
+                text += " of this name would deliver and send old notifications"
+                delete = f's6-fdholder-delete {shlex.quote(str(path))} "$id"'
+                yield warn("descriptors", path, text, f"for id in {shlex.join(entries)}; do {delete}; done")
+
+
+def _is_shared(store: Path, processes: Processes) -> bool:
+    """Return whether a process that is in no service of a scan directory has stored descriptors in its fd store."""
+    places = {each.pid: working_directory(each.pid) for each in processes.all if each.sockets}
+    kept = {inode for each in processes.all if places.get(each.pid) == store for inode in each.sockets}
+    users = [each for each in processes.all if each.sockets & kept and value_of("--fd-holder", each.command)]
+    return any(
+        (place := places[each.pid]) is None or place.parent != store.parent or not place.exists() for each in users
     )
 
 
@@ -360,9 +392,6 @@ def _of_systemd() -> Iterator[_Found]:
 
 def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
     """Return the result for a service that is down. `offered` contains the links of services that can be started."""
-    if down.code in PERMANENT and (obstacle := _obstacle(down)) is not None:
-        problem, fix = obstacle
-        return fail("service", down.subject, f"{down.text}; {problem}", fix)
     served: dict[str, list[Process]] = {}
     holders: list[Process] = []
     for address, netns in down.links:
@@ -374,11 +403,17 @@ def _verdict(down: _Down, processes: Processes, offered: set[_Key]) -> Result:
                     for each in users_of(address, processes).holders
                     if not any(each.sockets & proxy.sockets for proxy in found)
                 ]
+    is_offered = any(_key(*link) in offered for link in down.links)
+    if down.code in PERMANENT and (obstacle := _obstacle(down)) is not None:
+        problem, fix = obstacle
+        if fix and down.code in _LASTING and not served and not is_offered:
+            fix += f" && {down.start}"
+        return fail("service", down.subject, f"{down.text}; {problem}", fix)
     if served:
         return _superseded(down, served, list({each.pid: each for each in holders}.values()))
     if down.again is not None:
         return fail("service", down.subject, f"{down.text}; {down.supervisor} starts it again")
-    if any(_key(*link) in offered for link in down.links):
+    if is_offered:
         text = f"{down.text}; another service serves the same link: start only one of them"
         return fail("service", down.subject, text)
     is_needed = bool(down.links) or down.code in PERMANENT or str(down.subject).endswith(f"/{FD_STORE}")

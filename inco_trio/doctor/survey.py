@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.config import Config
 from inco_trio.control.place import silent_services
+from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor import machine
 from inco_trio.doctor.answers import Answer, Answers
-from inco_trio.doctor.examination import examine
-from inco_trio.doctor.proxies import board_files, counters, stopped, value_of
+from inco_trio.doctor.examination import boards_of_link, examine
+from inco_trio.doctor.proxies import board_files, counters, unanswered, value_of
 from inco_trio.doctor.result import Result, fail, hidden, refused, warn
-from inco_trio.doctor.services import FoundService, find_services, network_of, services_of
+from inco_trio.doctor.services import FoundService, find_services, leftovers, network_of, services_of
 from inco_trio.doctor.silence import silent
 from inco_trio.errors import IncoError
-from inco_trio.links.address import address_fault
+from inco_trio.links.address import address_fault, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.processes import (
     Process,
@@ -26,11 +26,11 @@ from inco_trio.linux.processes import (
     interfaces_of,
     is_same_mount_namespace,
     is_same_system,
-    listening_sockets,
 )
+from inco_trio.service.rivals import users_of
 from inco_trio.signals import Signal, builtin_signals
 
-__all__ = ["survey"]
+__all__ = ["survey", "survey_link"]
 
 _Content = tuple[Path, Config | Sequence[Signal]]
 """A configuration file and its current content (see `proxies.configuration`)."""
@@ -51,22 +51,47 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
         yield from machine.inotify_limits(processes, None)
     for service in services:
         yield from service.results
+    yield from leftovers(services, processes)
     for process in running:
         if process.pid in answers.by_pid:
-            yield from _answering(process, processes, answers, services)
+            yield from _answering(process, answers.of(process), processes, answers, services)
         else:
             yield from _silent(process, processes, answers, services)
 
 
-def _answering(
-    process: Process, processes: Processes, answers: Answers, services: Sequence[FoundService]
+def survey_link(
+    link: str, processes: Processes, answers: Answers, services: Sequence[FoundService]
 ) -> Iterator[Result]:
-    """Examine the boards that a proxy reports."""
+    """Examine the proxies of a link in the same way. Yield nothing if there are none."""
+    users = users_of(parse_address(link), processes)
+    for process in processes.all:
+        if boards := boards_of_link(process, answers, link):
+            directory, own = Path(answers.by_pid[process.pid].name), {f"{each.board}.json" for each in boards}
+            for result in _answering(process, boards, processes, answers, services):
+                path = Path(result.subject)
+                if path.parent != directory or path.name in own:
+                    yield result
+        elif process in users.proxies and process.pid not in answers.by_pid:
+            yield from answers.problems
+            yield from _silent(process, processes, answers, services, link)
+        else:
+            continue
+        yield from answers.problems_of(link)
+
+
+def _answering(
+    process: Process,
+    boards: Sequence[BoardStatus],
+    processes: Processes,
+    answers: Answers,
+    services: Sequence[FoundService],
+) -> Iterator[Result]:
+    """Examine boards that a proxy reports."""
     answer = answers.by_pid[process.pid]
     contents: dict[str, _Content] = {}
     if is_same_mount_namespace(process):
         contents = yield from _contents(process, answer)
-    for board in answer.boards:
+    for board in boards:
         if board.status is None:
             yield from counters(board)
             continue
@@ -80,14 +105,21 @@ def _answering(
 
 
 def _silent(
-    process: Process, processes: Processes, answers: Answers, services: Sequence[FoundService]
+    process: Process,
+    processes: Processes,
+    answers: Answers,
+    services: Sequence[FoundService],
+    wanted: str | None = None,
 ) -> Iterator[Result]:
-    """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line."""
+    """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line.
+
+    If a link is `wanted`, do not examine other links.
+    """
     subject = f"process {process.pid} ({process.name})"
     if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    yield from [*stopped(process)] or [_no_answer(process)]
+    yield unanswered(process)
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(network_of(process), subject):
         names = interfaces_of(process)
@@ -95,20 +127,8 @@ def _silent(
     names += [word for word in process.command if word.startswith("unix:") and address_fault(word) is None]
     signals = _registers(process)
     for link in names:
-        yield from _examine(process, link, signals, processes, answers, services)
-
-
-def _no_answer(process: Process) -> Result:
-    """Return the result for a proxy that runs but does not answer. If it has no control socket, a restart opens one."""
-    subject = f"process {process.pid} ({process.name})"
-    text = "the process does not answer on a control socket: its counters and its configuration are unknown"
-    words = shlex.split(process.supervised)
-    restart = {"s6-svc": "-r", "systemctl": "restart"}.get(words[0]) if words else None
-    has_none = value_of("--control", process.command) == "none" or process.name == "inco_proxy"
-    if restart is None or has_none or process.stop is None or process.hidden or listening_sockets(process):
-        return warn("control", subject, text)
-    text += "; its socket could not be opened when it started, for example because another proxy used the path"
-    return warn("control", subject, text, shlex.join([*words[:-2], restart, words[-1]]))
+        if wanted in (None, link):
+            yield from _examine(process, link, signals, processes, answers, services)
 
 
 def _examine(

@@ -131,7 +131,8 @@ class Process:
         words = shlex.split(self.supervised)
         if words and words[0] != "systemctl" and not words[-1].startswith("/"):
             return None
-        return self.supervised or f"kill {self.pid}"
+        # A stopped process handles only SIGKILL.
+        return self.supervised or f"kill {'-KILL ' if is_stopped(self.pid) else ''}{self.pid}"
 
     @property
     def supervision(self) -> str:

@@ -123,7 +123,7 @@ class Daemon:
         """The proxies that were open when the daemon became ready, until the diagnosis examines them."""
         self._after_crash = False
         """Whether this process replaced the control socket of a process that had ended without a clean stop."""
-        self._announced: Sequence[Client] = ()
+        self._announced: Sequence[Client | socket.socket] = ()
         """The connections to other proxies of the same links and directories. They end with this process."""
         self._met: tuple[Collection[int], Collection[Proxy]] = (), ()
         """The PIDs of these proxies, and the proxies of this process that share something with them."""

@@ -33,6 +33,7 @@ __all__ = [
     "find_program",
     "gateway_service",
     "link_service",
+    "reading",
     "template",
 ]
 
@@ -221,6 +222,8 @@ def access_warnings(
         if path.exists() and not _may(account, "-r", path):
             above = (*reversed(path.parents), *reversed(path.resolve().parents))
             closed = next((f" or enter {parent}" for parent in above if not _may(account, "-x", parent)), "")
+            if path in service.reads and not closed:
+                remedy = f"run as root: {reading(path, account.pw_uid, account.pw_gid)}"
             yield f"warning: {path}: the user {user} may not read it{closed}, so the service cannot start: {remedy}"
     directories: dict[Path, list[Signal]] = {}
     for signal in service.signals if check_directories else ():
@@ -246,6 +249,14 @@ def _register_warnings(signals: Iterable[Signal], account: pwd.struct_passwd) ->
             if signal.path.stat().st_uid != account.pw_uid and not _may(account, test, signal.path):
                 command = f"chown {account.pw_name}: {shlex.quote(str(signal.path))}"
                 yield f"warning: {signal.path}: the user {account.pw_name} may not {verb} it: run as root: {command}"
+
+
+def reading(path: Path, uid: int, gid: int) -> str:
+    """Return the command that lets a user, whose group is `gid`, read a file or directory."""
+    quoted, bits = shlex.quote(str(path)), "rx" if path.is_dir() else "r"
+    if path.stat().st_uid == uid:
+        return f"chmod u+{bits} {quoted}"
+    return f"chgrp {gid} {quoted} && chmod g+{bits} {quoted}"
 
 
 def _may(account: pwd.struct_passwd, test: str, path: Path) -> bool:

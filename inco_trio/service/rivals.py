@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.control.client import sockets
 from inco_trio.errors import IncoError
 from inco_trio.frame import ETHERTYPE
 from inco_trio.links.address import InterfaceAddress, UnixAddress
@@ -20,6 +21,7 @@ from inco_trio.linux.processes import (
     Process,
     Processes,
     is_proxy_command,
+    listening_sockets,
     look,
     named,
     packet_sockets,
@@ -139,12 +141,29 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
 
 
 def superfluous(proxies: Iterable[Process]) -> Process:
-    """Return the proxy to stop if several are running: one without a supervisor, otherwise the oldest one.
+    """Return the proxy to stop if several are running: one without a supervisor, or without the usual control socket.
 
-    If all of them have a supervisor, or none has one, prefer a proxy of a single board. The others also serve other
-    boards. A proxy without a supervisor is not restarted, and has no fd store.
+    A proxy without a supervisor is not restarted, and has no fd store. Then prefer a proxy of a single board, because
+    the others also serve other boards, and then the oldest one.
     """
-    return min(proxies, key=lambda each: (bool(each.supervised), each.serves_boards, each.started, each.pid))
+
+    def rank(each: Process) -> tuple[object, ...]:
+        return bool(each.supervised), each.serves_boards, _reach(each), each.started, each.pid
+
+    return min(proxies, key=rank)
+
+
+def _reach(process: Process) -> int:
+    """Return how well clients reach the control socket of a proxy: 0 if it has none, 3 if it has the usual path.
+
+    If another process used the usual path, the name ends with the PID of the proxy.
+    """
+    if process.hidden:
+        return 2
+    paths = listening_sockets(process)
+    if any(path in sockets() and not path.stem.endswith(f"-{process.pid}") for path in paths):
+        return 3
+    return 1 if paths else 0
 
 
 def rivals(
