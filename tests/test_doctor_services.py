@@ -438,7 +438,7 @@ def test_a_service_without_an_s6_supervise_is_a_problem(tmp_path: Path) -> None:
     scandir = tmp_path / "scan"
     (scandir / "other").mkdir(parents=True)
     with Service(Here(), scandir, "l0"):  # type: ignore[arg-type]
-        wait_path(scandir / ".s6-svscan/control")
+        wait_path(scandir / "other/supervise/status")  # s6-svscan has looked for services.
         service = write_service(scandir, "l0", "exec sleep infinity")
         real = write_service(tmp_path, "l1", "exec sleep infinity")
         (scandir / real.name).symlink_to(real)  # as s6-rc does
