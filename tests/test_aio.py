@@ -15,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -418,11 +419,15 @@ class Program:
 
     def wait_said(self, text: bytes) -> None:
         """Wait until the program has printed `text`."""
-        assert self.process.stdout is not None
         while text not in self.said:
-            part = os.read(self.process.stdout.fileno(), 4096)
-            assert part, f"{self.process.args!r}: ended before it printed {text!r}; it printed: {self.said.decode()}"
-            self.said += part
+            self.read()
+
+    def read(self) -> None:
+        """Wait for more output."""
+        assert self.process.stdout is not None
+        part = os.read(self.process.stdout.fileno(), 4096)
+        assert part, f"{self.process.args!r}: ended too early; it printed: {self.said.decode()}"
+        self.said += part
 
     def close(self) -> None:
         """Kill the program and print its output."""
@@ -470,16 +475,17 @@ def test_documented_callback(
     pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
 ) -> None:
     command = python(pytestconfig.getini("filterwarnings"))
-    show = start(*command, documented("show.py", tmp_path), cores.link, irq_dir)
-    show.wait_said(b"ready\n")
+    program = start(*command, documented("callback.py", tmp_path), cores.link, irq_dir)
+    program.wait_said(b"ready\n")
     core1.send(RESET)
-    show.wait_said(b"inbound ihub_reset_irq\n")
+    program.wait_said(b"outbound redun_notify_irq\n")
+    # The callback must not answer this notification.
     (irq_dir / "message_6_trig").write_text("1")
-    show.wait_said(b"outbound redun_notify_irq\n")
-    (printed,) = commands_of_the_page("test_documented_callback")
-    assert show.said.decode() == printed
-    show.process.terminate()
-    assert show.process.wait() == 0
+    program.wait_said(b"inbound ihub_reset_irq\noutbound redun_notify_irq\noutbound redun_notify_irq\n")
+    program.process.terminate()
+    assert program.process.wait() == 0
+    assert [received(core1), received(core1)] == [NOTIFY.encode()] * 2
+    assert not select.select([core1.fileno()], [], [], 0)[0]
 
 
 @pytest.mark.netns
@@ -503,32 +509,68 @@ def test_documented_asyncio_program(
     assert answer.process.wait() == 0
 
 
-def test_documented_asyncio_program_runs_without_a_board(tmp_path: Path) -> None:
-    run, play_core1, *shown = commands_of_the_page("test_documented_asyncio_program_runs_without_a_board")
+def page_shell(command: str, directory: Path) -> list[str]:
+    """Return the command line of a shell that runs a command of the page in `directory`."""
+    # `exec` replaces the shell, so that a signal to this process reaches the program.
+    programs = "".join(
+        f'{name}() {{ exec {sys.executable} {arguments} "$@"; }}\n'
+        for name, arguments in (("python", ""), ("inco-trio", "-m inco_trio"))
+    )
+    return ["bash", "-c", f"cd {directory}\n{programs}{command}"]
+
+
+def output(command: str, directory: Path) -> str:
+    """Run a command of the page to its end, and return its output."""
+    line = page_shell(command, directory)
+    return subprocess.run(line, stdout=subprocess.PIPE, text=True, timeout=HANG, check=True).stdout
+
+
+@pytest.mark.netns
+def test_documented_asyncio_program_runs_without_a_board(start: Callable[..., Program], tmp_path: Path) -> None:
+    run, play_core1, answer, printed = commands_of_the_page("test_documented_asyncio_program_runs_without_a_board")
     documented("answer.py", tmp_path)
+    # The warning that core 1 has ended may come before the last line of the output.
+    program = start(*page_shell(f"exec 2> warnings\n{run}", tmp_path))
+    program.wait_said(b"ready\n")
+    assert comparable(output(play_core1, tmp_path)) == comparable(answer)
+    program.wait_said(printed.encode())
+    program.process.terminate()
+    assert program.process.wait() == 0
 
-    def shell(command: str) -> subprocess.Popen[str]:
-        # `exec` replaces the shell, so that a signal to this process reaches the program.
-        programs = "".join(
-            f'{name}() {{ exec {sys.executable} {arguments} "$@"; }}\n'
-            for name, arguments in (("python", ""), ("inco-trio", "-m inco_trio"))
-        )
-        return subprocess.Popen(["bash", "-c", programs + command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
-    with shell(run) as program:
-        assert program.stdout is not None
-        try:
-            printed = program.stdout.readline()
-            with shell(play_core1) as core1:
-                answered, _ = core1.communicate(timeout=HANG)
-            assert core1.returncode == 0
-            printed += program.stdout.readline()
-            program.terminate()
-            printed += program.communicate(timeout=HANG)[0]
-        finally:
-            program.kill()
-    assert program.returncode == 0
-    assert (comparable(answered), printed) == (comparable(shown[0]), shown[1])
+@pytest.mark.netns
+def test_documented_callback_runs_without_a_board(start: Callable[..., Program], tmp_path: Path) -> None:
+    run, play_core1, printed = commands_of_the_page("test_documented_callback_runs_without_a_board")
+    documented("callback.py", tmp_path)
+    # The warning that core 1 has ended may come before the last line of the output.
+    program = start(*page_shell(f"exec 2> warnings\n{run}", tmp_path))
+    program.wait_said(b"ready\n")
+    assert "outbound redun_notify_irq" in output(play_core1, tmp_path)
+    program.wait_said(printed.encode())
+    program.process.terminate()
+    assert program.process.wait() == 0
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("ends_first", ["program", "proxy"])
+def test_documented_client_of_the_control_socket(
+    start: Callable[..., Program], tmp_path: Path, ends_first: str
+) -> None:
+    run, watch, play_core1, printed = commands_of_the_page("test_documented_client_of_the_control_socket")
+    documented("watch.py", tmp_path)
+    proxy = start(*page_shell(run, tmp_path))
+    proxy.wait_said(b"ready\n")
+    program = start(*page_shell(f"export PYTHONWARNINGS=error\n{watch}", tmp_path))
+    program.wait_said(b"answer: ")
+    output(play_core1, tmp_path)
+    program.wait_said(printed.encode())
+    if ends_first == "program":
+        program.process.send_signal(signal.SIGINT)
+    else:
+        proxy.process.terminate()
+    assert (program.process.wait(), program.said.decode()) == (0, printed)
+    assert program.process.stdout is not None
+    assert program.process.stdout.read() == b""
 
 
 @pytest.mark.netns
@@ -563,6 +605,32 @@ def test_documented_connection_to_mqtt(
 
     program.process.terminate()
     assert program.process.wait() == 0
+
+
+@pytest.mark.netns
+def test_documented_connection_to_mqtt_runs_without_a_board(
+    start: Callable[..., Program], mqtt: Client, cores: Cores, tmp_path: Path
+) -> None:
+    subscribe, run, play_core1, printed = commands_of_the_page(
+        "test_documented_connection_to_mqtt_runs_without_a_board"
+    )
+    documented("mqtt_board.py", tmp_path)
+    # The broker retains this message: it shows that a client has subscribed.
+    mqtt.publish(f"board/outbound/{NOTIFY}", "now", qos=1, retain=True)
+    subscriber = start(*page_shell(subscribe, tmp_path))
+    subscriber.wait_said(b" now\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core1:
+        core1.bind(str(tmp_path / "core1"))
+        start(*page_shell(run, tmp_path))
+        core1.recv(4096)
+        (tmp_path / "core1").unlink()
+    cores.core0.run(lambda: output(play_core1, tmp_path))
+    # The program and mosquitto_pub are two clients, so the order of their messages varies.
+    subscriber.wait_said(f"/{NOTIFY} 1\n".encode())
+    while subscriber.said.count(b"\n") < 3:
+        subscriber.read()
+    said = subscriber.said.decode().replace(f"board/outbound/{NOTIFY} now\n", "")
+    assert comparable(said) == comparable(printed)
 
 
 def test_trio_asyncio_is_only_imported_where_it_is_needed(pytestconfig: pytest.Config) -> None:

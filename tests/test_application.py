@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.frame import decode
+from inco_trio.simulation.world import Cores, Peer
 from inco_trio.testing import Board, open_board
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
+from tests.support_pages import run
 
 PAGE = (Path(__file__).parents[1] / "docs/application.md").read_text()
 BLOCKS = re.findall(r"^```(c|sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -216,3 +219,27 @@ def test_each_trigger_makes_one_notification(
     board.core0.trigger(NOTIFY)
     board.core1.expect(NOTIFY)
     assert board.core1.count(NOTIFY) == 2
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("own", [False, True], ids=["file_of_the_proxy", "own_file"])
+def test_another_user_may_write_a_trigger_file_of_its_own(cores: Cores, core1: Peer, tmp_path: Path, own: bool) -> None:
+    """Here, inco-trio is the user of the application, and the proxy runs as root."""
+    create = block("sh", "install -o app").replace("app", "inco-trio") if own else ""
+    done = run(
+        cores,
+        tmp_path,
+        f"""
+        install -d /run/irq
+        {create}
+        inco-trio run rpmsg4000 --irq-dir /run/irq 2> log &
+        until inco-trio status > status 2>&1; do sleep 0.1; done
+        setpriv --reuid 2147 --regid 2147 --clear-groups sh -c '{block("sh", "echo 1").strip()}'
+        """,
+    )
+    if own:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert decode(core1.receive(HANG)) == NOTIFY.encode()
+    else:
+        assert done.returncode
+        assert "message_6_trig: Permission denied" in done.stderr

@@ -62,7 +62,11 @@ RUN_BY = {
     ("mqtt", '{"sequence"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
-    ("asyncio", '"""Print each'): "test_aio.py::test_documented_callback",
+    (
+        "asyncio",
+        '"""Print each notification of a running',
+    ): "test_aio.py::test_documented_client_of_the_control_socket",
+    ("asyncio", '"""Print each notification, and'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Connect a board'): "test_aio.py::test_documented_connection_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",

@@ -60,6 +60,8 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
     with subprocess.Popen(
         [sys.executable, "-c", program.replace("/etc/udrv.json", str(board))],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
@@ -68,6 +70,10 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
             assert decode(core1.receive(HANG)) == b"redun_notify_irq"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=HANG)
+            assert process.returncode == 0, said
+            assert "Traceback" not in said
         finally:
             process.kill()
 
