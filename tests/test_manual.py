@@ -104,8 +104,8 @@ def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
         ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
         ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
         ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
-        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments, such as an unknown signal; "
-        "also if LINK is missing and\nseveral proxies run\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments, such as an unknown signal; also if LINK is missing and\n",
+        "\nseveral proxies run\n",
         ".TP\n.B 9\nboth\n",
         ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
     ):
