@@ -60,7 +60,7 @@ def test_each_page_has_its_sections(page: Path) -> None:
     optional = {"COMMANDS", "ENVIRONMENT", "FILES"}
     always = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SIGNALS", "EXAMPLES", "SEE ALSO"]
     assert [heading for heading in headings if heading not in optional] == always
-    if "--config" in page.read_text().replace("\\-", "-"):
+    if "$UDRV_JSON_PATH" in page.read_text():
         assert {"ENVIRONMENT", "FILES"} <= {*headings}
 
 
@@ -83,6 +83,10 @@ def test_a_page_names_only_the_variables_and_files_that_its_command_uses() -> No
     text = (ROOT / MAN / "inco-trio-help.1").read_text()
     assert ".SH ENVIRONMENT" not in text
     assert ".SH FILES" not in text
+    reads = {page.stem.removeprefix("inco-trio-") for page in PAGES if "\n.B UDRV_JSON_PATH\n" in page.read_text()}
+    assert reads == {"inco-trio", "inco_proxy", "check", "doctor", "replay", "run", "s6", "service"}
+    uses = {page.stem.removeprefix("inco-trio-") for page in PAGES if "\n.B udrv.json\n" in page.read_text()}
+    assert uses == {*reads, "plot", "send", "wait"}
 
 
 def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
@@ -100,7 +104,8 @@ def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
         ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
         ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
         ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
-        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments; also if LINK is missing and several proxies run\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments, such as an unknown signal; also if LINK is missing and\n",
+        "\nseveral proxies run\n",
         ".TP\n.B 9\nboth\n",
         ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
     ):

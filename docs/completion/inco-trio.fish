@@ -193,7 +193,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using plot' -l past -xka "(__fish_pri
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'with --past: control socket of the proxy'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'output file (.svg or .png), or - for SVG on standard output (default: FILE with the suffix .svg)'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l pair -x -d 'measure the time from SIGNAL to ANSWER; may be repeated'
-complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'path of udrv.json (default: $UDRV_JSON_PATH)'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'path of udrv.json (default: the built-in signals)'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l json -d 'print statistics (times in seconds); plot only with --out'
 complete -c inco-trio -n '_shtab_inco_trio_using plot; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'recording, or any pcapng or pcap file with Ethernet frames'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a dissector -d 'Print or install the dissector for Wireshark and tshark.'

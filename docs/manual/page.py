@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS
 
@@ -36,6 +36,8 @@ FILES = (
     ("/tmp/inco-trio-UID/", "--control", "the same, if XDG_RUNTIME_DIR is not set"),  # noqa: S108 - a text
 )
 """The files: path, option, meaning. Commands that have the option use the file."""
+OF_UDRV = ("UDRV_JSON_PATH", "udrv.json")
+"""The variable and the file that a command uses only if the help text of its option names them."""
 SERVICE_SIGNALS = (
     ("SIGHUP", "reload the configuration; if it is invalid, keep the old one"),
     ("SIGUSR1", "log the counters"),
@@ -104,12 +106,11 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     lines.append(".SH EXIT STATUS")
     for code, what in sorted(codes.items()):
         lines += [".TP", f".B {code}", *words.paragraph(what)]
-    options = {option for action in parser._actions for option in action.option_strings}
-    has = {option for _, option, _ in (*ENVIRONMENT, *FILES)} if commands else options
+    has = {option: action.help or "" for action in parser._actions for option in action.option_strings}
     if parser.prog == "inco_proxy":
-        has = {"--config", "--control"}
+        has = dict.fromkeys(("--config", "--control"), " ".join(OF_UDRV))
     for heading, rows in (("ENVIRONMENT", ENVIRONMENT), ("FILES", FILES)):
-        if items := [(name, what) for name, option, what in rows if option in has]:
+        if items := [(name, what) for name, option, what in rows if commands or _is_used(name, option, has)]:
             lines += _definitions(heading, items, words)
     signals = SERVICE_SIGNALS if parser.prog.removeprefix("inco-trio ") in SERVICES else COMMAND_SIGNALS
     lines += _definitions("SIGNALS", signals, words)
@@ -120,6 +121,14 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     if site:
         lines += [".PP", f".UR {site}", "Documentation", ".UE"]
     return "\n".join(lines) + "\n"
+
+
+def _is_used(name: str, option: str, has: Mapping[str, str]) -> bool:
+    """Return whether a command uses a variable or file. `has` contains the help text of each of its options.
+
+    `--config` is not the same in all commands: not all read UDRV_JSON_PATH, and that of `mqtt` is another file.
+    """
+    return option in has and (name not in OF_UDRV or name in has[option])
 
 
 def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) -> list[str]:

@@ -91,8 +91,9 @@ def check_link(address: str) -> None:
         raise UsageError(f"link {address!r}: {fault}")
 
 
-def configuration_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", metavar="FILE", help="path of udrv.json (default: $UDRV_JSON_PATH)")
+def configuration_argument(sub: argparse.ArgumentParser, default: str = "$UDRV_JSON_PATH") -> None:
+    """Add `--config`. `default` describes what the command uses without this option."""
+    sub.add_argument("--config", metavar="FILE", help=f"path of udrv.json (default: {default})")
 
 
 def irq_owner_argument(sub: argparse.ArgumentParser) -> None:

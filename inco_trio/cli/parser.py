@@ -58,8 +58,8 @@ GROUPS = {
 
 EXIT_CODES = {
     0: "success",
-    1: "notifications are missing (`send`, `wait`, `replay`, `demo`), or `doctor` found a problem",
-    2: "invalid arguments; also if LINK is missing and several proxies run",
+    1: "notifications are missing or too late (`send`, `wait`, `replay`, `demo`), or `doctor` found a problem",
+    2: "invalid arguments, such as an unknown signal; also if LINK is missing and several proxies run",
     3: "`doctor` found only warnings",
     4: "the command of `wait --after` failed",
     65: "a recording does not exist, is invalid, or contains no usable notifications",

@@ -56,7 +56,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
         help="measure the time from SIGNAL to ANSWER; may be repeated",
     )  # fmt: skip
-    configuration_argument(sub)
+    configuration_argument(sub, "the built-in signals")
     sub.add_argument("--json", action="store_true", help="print statistics (times in seconds); plot only with --out")
 
 
