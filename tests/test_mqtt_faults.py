@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from inco_trio.mqtt.connection import Connection, open_connection
 from inco_trio.mqtt.session import RECEIVE_MAX, BrokerLostError, BrokerRefusedError, Message, Receipts
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
+from tests.faults.supervised import wait_path
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board, no_threads
 
@@ -157,6 +159,8 @@ def test_a_credential_file_that_vanishes_is_a_problem_of_the_connection(tmp_path
         stack.callback(service.close)
         service.wait_ready()
     services["bridge"].wait_log("connected as core0")
+    # Wait until the gateway is connected, too: it publishes the status of the board.
+    wait_path(broker.directory / "mosquitto.log", lambda: bool(re.search("'lab/[^/']+/status'", broker.log)))
     (tmp_path / "word").rename(tmp_path / "away")
     broker.end()
     broker.start()
