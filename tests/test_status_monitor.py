@@ -394,7 +394,8 @@ def test_monitor_reports_link_changes_and_ends_with_the_proxy(board: Board, star
     assert "the link went down" in line
     assert line.endswith(f": no process has bound {board.home}/core1 (Connection refused)\n")
     assert proxy.stop() == 0
-    assert monitor.end() == 0
+    assert monitor.remark() == f"inco-trio: error: {board.path}: the proxy has ended\n"
+    assert monitor.end() == 69
 
 
 def test_a_closed_pipe_is_not_an_error(board: Board, start: Callable[..., Running]) -> None:

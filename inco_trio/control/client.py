@@ -210,7 +210,10 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
-        """Yield the events of a monitor until the proxy exits, or until no event arrives for `patience` seconds."""
+        """Yield the events of a monitor. Raises ProxyNotFoundError once the proxy has exited.
+
+        With `patience`, stop instead, and also if no event arrives for `patience` seconds.
+        """
         while True:
             while self._events:
                 yield self._events.popleft()
@@ -219,6 +222,8 @@ class Client(Channel, AbstractContextManager["Client"]):
             except ProtocolError:
                 raise
             except ProxyNotFoundError:
+                if patience is None:
+                    raise
                 return
 
     def fileno(self) -> int:
