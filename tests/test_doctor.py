@@ -29,7 +29,7 @@ from inco_trio.cli.doctor import EXITS
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.counters import Stats
-from inco_trio.doctor import links, machine, proxies, register_files
+from inco_trio.doctor import links, machine, proxies, register_files, space
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
 from inco_trio.doctor.result import Level, Result, fail, hidden, permit, refused, warn
@@ -872,6 +872,42 @@ def test_the_proxy_of_a_missing_interface_is_examined() -> None:
     ]
     _, (result,) = links.interface("gone0", Path("/run/netns/b1"))
     assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        (errno.EDQUOT, "a disk quota of the filesystem {} is used up, so the proxy cannot write"),
+        (errno.ENOSPC, "a write to the filesystem {} failed, although it has free space now"),
+    ],
+)
+def test_a_failed_write_for_lack_of_space_is_a_fault(tmp_path: Path, reason: int, text: str) -> None:
+    irq, proxy = tmp_path / "irq", process(os.getpid(), "inco-trio run gone0", uid=os.geteuid())
+    irq.mkdir()
+    signals = builtin_signals(irq)
+    status = status_of("gone0", signals)
+    problem = f"cannot write: {os.strerror(reason)}; notifications are kept and retried"
+    status = attrs.evolve(status, signals=(attrs.evolve(status.signals[0], problem=problem), *status.signals[1:]))
+    answers = Answers({proxy.pid: Answer("gone0", (BoardStatus("gone0", status=status),))})
+    found = list(examine("gone0", signals, everyone(proxy), answers, serving=proxy))
+    (result,) = [each for each in found if each.check == "space"]
+    assert (result.level, result.subject) == (Level.FAIL, str(irq))
+    mount = next(each for each in (irq, *irq.parents) if each.is_mount())
+    assert result.found.startswith(text.format(mount))
+    assert result.fix == f"du -axk {mount} | sort -n | tail"
+    checks = [each.check for each in found]
+    assert checks.index("space") < checks.index("signal")
+
+
+def test_the_search_for_large_files_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("inco_trio.doctor.space.ENTRIES_MAX", 2)
+    for name in ("irq/1", "irq/2", "more/3"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    files, entries = space._search(tmp_path / "irq", tmp_path)
+    assert set(files) == {tmp_path / "irq/1", tmp_path / "irq/2"}
+    assert entries == {tmp_path / "irq": 2}
 
 
 def test_failures_that_have_recovered_are_not_reported_as_present() -> None:
