@@ -910,6 +910,16 @@ def test_the_search_for_large_files_is_limited(monkeypatch: pytest.MonkeyPatch, 
     assert entries == {tmp_path / "irq": 2}
 
 
+def test_a_removed_service_is_named_if_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.doctor.survey.silent_services", lambda: ["rpmsg4000"])
+    monkeypatch.setattr("inco_trio.doctor.survey.find_services", lambda _: [])
+    result = next(each for each in survey(everyone(), Answers()) if each.check == "proxy")
+    assert result.found == (
+        "no proxy is running, and no supervisor is known to run the service of rpmsg4000 any more: "
+        "start it or its supervisor, or write it again with `inco-trio service`"
+    )
+
+
 def test_each_counter_of_a_state_says_whether_the_state_is_over() -> None:
     counted = Stats(write_failures=2, send_failures=3, link_downs=4, rivals=1, restarts=5, unknown=6, dropped=7)
 
