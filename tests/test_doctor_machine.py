@@ -350,31 +350,36 @@ def test_the_fix_makes_a_read_only_directory_writable(cores: Cores, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("size", "fill", "text"),
+    ("size", "fill", "what", "text"),
     [
         (
             "size=24k",
-            "mkdir x sub; mount -t tmpfs none sub; echo > message_4_state; echo > small; head -c 5M /dev/zero > sub/y; "
-            "head -c 1M /dev/zero > 'x/the trace' || true",
-            "has no free space, so the proxy may be unable to write; the largest files found: {}/x/the trace (16 KiB), "
-            "{}/small (4 KiB): remove or move what is not needed",
+            """
+                mkdir x sub; mount -t tmpfs none sub; head -c 5M /dev/zero > sub/y
+                echo > message_4_state; echo > small; head -c 1M /dev/zero > 'x/the trace' || true
+            """,
+            "space",
+            "write; the largest files found: {0}/x/the trace (16 KiB), {0}/small (4 KiB)",
         ),
         (
             "nr_inodes=5",
             "mkdir x; touch x/1 x/2 x/3",
-            "has no free inodes, so the proxy may be unable to create files; the directories with the most entries: "
-            "{}/x (3), {} (1): remove or move what is not needed",
+            "inodes",
+            "create files; the directories with the most entries: {0}/x (3), {0} (1)",
         ),
     ],
     ids=["space", "inodes"],
 )
-def test_a_full_filesystem_is_a_warning(cores: Cores, irq_dir: Path, size: str, fill: str, text: str) -> None:
+def test_a_full_filesystem_is_a_warning(
+    cores: Cores, irq_dir: Path, size: str, fill: str, what: str, text: str
+) -> None:
     irq = irq_dir / "an irq"
     irq.mkdir(parents=True)
     setup = f"mount -t tmpfs -o {size} none '{irq}'; cd '{irq}'; {fill}"
     (found,) = driven(cores.core0, setup, "space", irq, "--irq-dir", irq, around=IN_MOUNTS)
     assert found["level"] == "warn"
-    assert found["found"] == f"the filesystem {irq} {text.format(irq, irq)}"
+    expected = f"the filesystem {irq} has no free {what}, so the proxy may be unable to {text.format(irq)}"
+    assert found["found"] == f"{expected}: remove or move what is not needed"
 
 
 @pytest.fixture

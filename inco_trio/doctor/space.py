@@ -62,7 +62,7 @@ def space(path: Path, registers: Collection[str] = (), problems: Collection[str]
     if no_inodes:
         text = f"the filesystem {mount} has no free inodes, so the proxy {cannot} create files"
         text += f"{_most('the directories with the most entries', entries)}: remove or move what is not needed"
-        yield result("space", path, text, rf"find {quoted} -xdev | sed 's|/[^/]*$||' | sort | uniq -c | sort -n | tail")
+        yield result("space", path, text, f"find {quoted} -xdev | sed 's|/[^/]*$||' | sort | uniq -c | sort -n | tail")
         if not (no_space or over_quota):
             return
     text = f"the filesystem {mount} has no free space, so the proxy {cannot} write"
@@ -74,7 +74,7 @@ def space(path: Path, registers: Collection[str] = (), problems: Collection[str]
         text = f"a write to the filesystem {mount} failed, although it has free space now"
         remedy = "the proxy retries; if this result remains, examine the quotas"
     elif 2 * sum(files.values()) < (free.f_blocks - free.f_bfree) * free.f_frsize:
-        remedy += "; `ls -l /proc/[0-9]*/fd | grep deleted` lists deleted files that still occupy space"
+        remedy += "; `ls -l /proc/[0-9]*/fd | grep deleted` lists deleted files that are still open and occupy space"
     kib = {file: f"{size // 1024:,} KiB" for file, size in files.items()}
     text += f"{_most('the largest files found', files, kib)}: {remedy}"
     yield result("space", path, text, f"du -axk {quoted} | sort -n | tail")

@@ -46,8 +46,10 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
         if found := [str(each.directory or each.name) for each in services if each.links]:
             text = f"no proxy is running, although there is a service: {', '.join(found)}"
         elif names := silent_services():
-            text = f"no proxy is running, and no supervisor is known to run the service of {' or '.join(names)} any more: "
-            text += "start it or its supervisor, or write it again with `inco-trio service`"
+            text = (
+                f"no proxy is running, and no supervisor is known to run the service of {' or '.join(names)} any more"
+            )
+            text += ": start it or its supervisor, or write it again with `inco-trio service`"
         yield fail("proxy", "this machine", text)
         yield from machine.inotify_limits(processes, None)
     for service in services:
