@@ -29,7 +29,7 @@ from inco_trio.cli.doctor import EXITS
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.counters import Stats
-from inco_trio.doctor import links, machine, proxies, register_files
+from inco_trio.doctor import links, machine, proxies, register_files, space
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
 from inco_trio.doctor.result import Level, Result, fail, hidden, permit, refused, warn
@@ -41,7 +41,7 @@ from inco_trio.linux.processes import Process, Processes, listening_sockets, loo
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, REMEDY
-from inco_trio.proxy_status import SignalStatus, Status
+from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
@@ -868,21 +868,83 @@ def test_the_proxy_of_a_missing_interface_is_examined() -> None:
     found = list(examine("gone0", (), everyone(proxy), answers, serving=proxy))
     assert next(each for each in found if each.check == "interface").found.startswith("no such interface (available: ")
     assert [each.found for each in found if each.check == "counters"] == [
-        "link_downs is 1: the link went down: `inco-trio history` shows when"
+        "link_downs is 1 (over): the link went down: `inco-trio history` shows when"
     ]
     _, (result,) = links.interface("gone0", Path("/run/netns/b1"))
     assert result.found.startswith("no such interface in the network namespace /run/netns/b1 (available: ")
 
 
-def test_failures_that_have_recovered_are_not_reported_as_present() -> None:
-    signals = [
-        SignalStatus(way.value, way, f"/irq/{way.value}", 1, None, 2, pending, None)
-        for way, pending in ((Direction.INBOUND, 0), (Direction.OUTBOUND, 1))
-    ]
-    counted = Stats(write_failures=2, send_failures=3, rivals=1)
-    status = attrs.evolve(status_of("l0", ()), signals=tuple(signals), counters=counted)
-    found = [result.found.partition(":")[0] for result in proxies.counters(BoardStatus("l0", status=status))]
-    assert found == ["outbound", "write_failures is 2 (recovered)", "send_failures is 3", "rivals is 1"]
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        (errno.EDQUOT, "a disk quota of the filesystem {} is used up, so the proxy cannot write"),
+        (errno.ENOSPC, "a write to the filesystem {} failed, although it has free space now"),
+    ],
+)
+def test_a_failed_write_for_lack_of_space_is_a_fault(tmp_path: Path, reason: int, text: str) -> None:
+    irq, proxy = tmp_path / "irq", process(os.getpid(), "inco-trio run gone0", uid=os.geteuid())
+    irq.mkdir()
+    signals = builtin_signals(irq)
+    status = status_of("gone0", signals)
+    problem = f"cannot write: {os.strerror(reason)}; notifications are kept and retried"
+    status = attrs.evolve(status, signals=(attrs.evolve(status.signals[0], problem=problem), *status.signals[1:]))
+    answers = Answers({proxy.pid: Answer("gone0", (BoardStatus("gone0", status=status),))})
+    found = list(examine("gone0", signals, everyone(proxy), answers, serving=proxy))
+    (result,) = [each for each in found if each.check == "space"]
+    assert (result.level, result.subject) == (Level.FAIL, str(irq))
+    mount = next(each for each in (irq, *irq.parents) if each.is_mount())
+    assert result.found.startswith(text.format(mount))
+    assert result.fix == f"du -axk {mount} | sort -n | tail"
+    checks = [each.check for each in found]
+    assert checks.index("space") < checks.index("signal")
+
+
+def test_the_search_for_large_files_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("inco_trio.doctor.space.ENTRIES_MAX", 2)
+    for name in ("irq/1", "irq/2", "more/3"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    files, entries = space._search(tmp_path / "irq", tmp_path)
+    assert set(files) == {tmp_path / "irq/1", tmp_path / "irq/2"}
+    assert entries == {tmp_path / "irq": 2}
+
+
+def test_a_removed_service_is_named_if_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.doctor.survey.silent_services", lambda: ["rpmsg4000"])
+    monkeypatch.setattr("inco_trio.doctor.survey.find_services", lambda _: [])
+    result = next(each for each in survey(everyone(), Answers()) if each.check == "proxy")
+    assert result.found == (
+        "no proxy is running, and no supervisor is known to run the service of rpmsg4000 any more: "
+        "start it or its supervisor, or write it again with `inco-trio service`"
+    )
+
+
+def test_each_counter_of_a_state_says_whether_the_state_is_over() -> None:
+    counted = Stats(write_failures=2, send_failures=3, link_downs=4, rivals=1, restarts=5, unknown=6, dropped=7)
+
+    def found(**more: Any) -> list[str]:
+        status = attrs.evolve(status_of("l0", ()), counters=counted, **more)
+        results = proxies.counters(BoardStatus("l0", status=status))
+        return [each.found.partition(":")[0] for each in results if each.check == "counters"]
+
+    names = [name for name, count in counted.as_dict().items() if count]
+    events = {"unknown", "dropped"}
+    numbers = {name: f"{name} is {getattr(counted, name)}" for name in names}
+    over = {name: text if name in events else f"{text} (over)" for name, text in numbers.items()}
+    assert found() == [*over.values()]
+    inbound = SignalStatus("s", Direction.INBOUND, "/irq/s", 1, None, 2, 1, None)
+    task = TaskStatus("send", 1, "No buffer space available; restarting the task", None)
+    states: dict[str, dict[str, Any]] = {
+        "write_failures": {"signals": (inbound,)},
+        "send_failures": {"signals": (attrs.evolve(inbound, direction=Direction.OUTBOUND),)},
+        "link_downs": {"running": False},
+        "rivals": {"rivals": (RivalStatus(3, 1.0, ("l0",)),)},
+        "restarts": {"tasks": (task,)},
+    }
+    assert states.keys() == {*names} - events
+    for name, more in states.items():
+        assert found(**more) == [*{**over, name: f"{numbers[name]} (continues)"}.values()]
 
 
 def test_the_user_of_the_services_is_trusted_while_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -711,9 +712,17 @@ def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys
         assert select.select([ended], [], [], HANG)[0] == [ended]
         os.close(ended)
         (result,) = found()
-        assert found(links[0]) == [result]
         assert found(links[1]) == []
-        assert result["found"].startswith(f"keeps 3 descriptors of inco-trio-{labels[0]}, a service that was removed: ")
+        assert result["found"].startswith(f"keeps 3 descriptors of inco-trio-{labels[0]}, a service that was removed, ")
+        config = str(tmp_path / "u.json")
+        for words in (list[str](), [links[0]], [links[0], "--config", config]):
+            (again,) = found(*words)
+            _, way_back, delete = again["found"].split("`")
+            assert delete == ", with the options that it had; this command discards them"
+            words += ["LINK", "--config", "FILE"][len(words) :]
+            expected = ["inco-trio", "service", "s6", str(scandir), *words, "&&", "s6-svscanctl", "-a", str(scandir)]
+            assert shlex.split(way_back) == expected
+            assert again["fix"] == result["fix"]
         assert stored() == set(labels)
         # A process that uses them need not be in a service.
         command: list[str | Path] = ["s6-fdholder-getdump", store, sys.executable, "-m", "inco_trio", "run", links[0]]

@@ -351,6 +351,31 @@ def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> Non
     assert link.down_reason == "the interface is gone or was renamed"
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_replaced_interface_is_named_once(link: PacketLink, cores: Cores, watcher: Rtnetlink, seen: bool) -> None:
+    def place() -> tuple[int, str]:
+        assert link.refresh()
+        assert link.running
+        found = watcher.interface(cores.link)
+        assert found is not None
+        return found.index, found.address.hex(":")
+
+    index, address = place()
+    cores.link_down()
+    link.refresh()
+    cores.link_up()
+    place()
+    assert link.renewal == ""
+    cores.delete_link()
+    if seen:
+        assert not link.refresh()
+    cores.make_link()
+    again, new = place()
+    assert link.renewal == f"a new interface (index {index}, now {again}; address {address}, now {new})"
+    place()
+    assert link.renewal == ""
+
+
 def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
     async def main() -> None:
         cores.core1.run(other_end_down)

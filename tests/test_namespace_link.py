@@ -73,6 +73,21 @@ def following(name: Path, cores: Cores, tmp_path: Path, body: Callable[[Proxy, C
         store.close()
 
 
+def test_an_interface_that_is_replaced_at_once_was_down(
+    cores: Cores, name: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(proxy: Proxy, _store: Cupboard) -> None:
+        await until(lambda: proxy.status.running)
+        # The proxy runs in this thread, so it sees only the new interface.
+        cores.delete_link()
+        cores.make_link()
+        await until(lambda: proxy.stats.link_downs == 1)
+
+    following(name, cores, tmp_path, body)
+    text = f"{cores.link}: the link went down and came up again at once (1 time): a new interface (index "
+    assert any(message.startswith(text) for message in caplog.messages)
+
+
 @pytest.mark.parametrize("at_once", [True, False], ids=["replaced at once", "missing meanwhile"])
 def test_a_recreated_namespace_is_followed(
     cores: Cores, others: Cores, name: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, at_once: bool

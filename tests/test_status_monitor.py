@@ -885,7 +885,7 @@ def test_a_service_without_a_proxy_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "boards.sock").touch()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/control.sock").touch()
-    assert silent_services() is None
+    assert silent_services() == []
     (tmp_path / "rpmsg4000").mkdir()
     services = "the service of rpmsg4000 does not answer (start it, or see its log: "
     expected = f"no proxy of x answers in {tmp_path}: {services}"

@@ -122,7 +122,8 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
     if link is not None:
         every = find_services(processes)
         services = services_of(link, every)
-        yield from leftovers(every, processes, parse_address(link).label)
+        words = (link, "--config", "FILE" if config is None else str(config))
+        yield from leftovers(every, processes, parse_address(link).label, words)
     for service in services:
         yield from service.results
     if link is not None and directory is None and config is None:
@@ -180,7 +181,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
     every = find_services(processes)
     services = services_of_boards(directory, every)
-    yield from leftovers(every, processes, options.boards_label(directory))
+    yield from leftovers(every, processes, options.boards_label(directory), ("--boards", str(directory)))
     for service in services:
         yield from service.results
     for name, board in boards.configs.items():

@@ -332,7 +332,11 @@ def _none_answers(errors: Sequence[IncoError], wanted: str) -> IncoError:
         if not isinstance(error, ProxyNotFoundError):
             return error
     places = " or ".join(map(str, runtime_directories()))
-    start = silent_services() or "start one"
+    start = "start one"
+    if names := silent_services():
+        log = "journalctl -u 'inco-trio*', or log/main/current of the s6 service"
+        start = f"the service of {' or '.join(names)} does not answer (start it, or see its log: {log}; "
+        start += "if it was removed, `inco-trio doctor` shows what is left)"
     if silent := [error.subject for error in errors if error.reason == SILENT]:
         start = f"{' and '.join(silent)} exists, but its proxy does not answer (`inco-trio doctor` shows why)"
     return ProxyNotFoundError(f"{wanted} answers in {places}: {start}, or name its socket with --control PATH")

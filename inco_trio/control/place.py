@@ -33,8 +33,8 @@ def runtime_directories() -> list[Path]:
     return [*(Path(base, "inco-trio") for base in bases if base), *([private] if _is_private(private) else [])]
 
 
-def silent_services() -> str | None:
-    """Return an error message that names the services whose proxies have no control socket, or None if there are none.
+def silent_services() -> list[str]:
+    """Return the names of the services whose proxies have no control socket.
 
     A service creates the directory of its proxy's socket before the proxy starts. The directory remains afterwards.
     """
@@ -44,10 +44,7 @@ def silent_services() -> str | None:
             with contextlib.suppress(OSError):  # This user cannot read the directory, or it was removed.
                 if not any(path.iterdir()):
                     names.append(path.name)
-    if not names:
-        return None
-    log = "journalctl -u 'inco-trio*', or log/main/current of the s6 service"
-    return f"the service of {' or '.join(names)} does not answer (start it, or see its log: {log})"
+    return names
 
 
 def default_path(label: str) -> Path:

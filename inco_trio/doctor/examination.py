@@ -183,12 +183,15 @@ def _registers(
 ) -> Iterator[Result]:
     # A proxy of another user may have different rights and capabilities. It reports the files that it cannot use.
     access = proxy is None or proxy.uid == os.geteuid()
+    present = () if status is None else status.signals
     reported = () if status is None or status.owner is not None else status.signals
     refused = {each.register for each in reported if os.strerror(errno.EACCES) in (each.problem or "")}
 
     def checks(directory: Path) -> Iterator[Result]:
         own = [signal for signal in signals if signal.directory == directory]
-        yield from register_files.directory(directory, access=access)
+        names = [signal.register for signal in own]
+        problems = [each.problem for each in present if each.problem and Path(each.register).parent == directory]
+        yield from register_files.directory(directory, access=access, registers=names, problems=problems)
         confidence = list(register_files.trusted(directory, trust))
         yield from confidence
         yield from register_files.reported(directory)

@@ -242,9 +242,13 @@ def counters(board: BoardStatus) -> Iterator[Result]:
         return
     faults = []
     waiting_for = {signal.direction for signal in status.signals if signal.problem is not None or signal.pending}
-    over = {
-        "write_failures": Direction.INBOUND not in waiting_for,
-        "send_failures": Direction.OUTBOUND not in waiting_for,
+    # The other counters count single events.
+    continues = {
+        "write_failures": Direction.INBOUND in waiting_for,
+        "send_failures": Direction.OUTBOUND in waiting_for,
+        "link_downs": not status.running,
+        "rivals": bool(status.rivals),
+        "restarts": any(task.problem for task in status.tasks),
     }
     for signal in status.signals:
         if signal.problem is not None or signal.pending:
@@ -254,6 +258,6 @@ def counters(board: BoardStatus) -> Iterator[Result]:
     faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
     for name, count in status.counters.as_dict().items():
         if count and name in COUNTERS:
-            past = " (recovered)" if over.get(name) else ""
-            faults.append(warn("counters", board.board, f"{name} is {count}{past}: {COUNTERS[name]}"))
+            state = {True: " (continues)", False: " (over)", None: ""}[continues.get(name)]
+            faults.append(warn("counters", board.board, f"{name} is {count}{state}: {COUNTERS[name]}"))
     yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since the start")]

@@ -7,16 +7,16 @@ import errno
 import itertools
 import os
 import pwd
-import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
+from inco_trio.doctor.space import mount_point, space
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.files import kind_of_file
-from inco_trio.linux.processes import Process, lines_of
+from inco_trio.linux.processes import Process
 from inco_trio.linux.users import user_name
 from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
 from inco_trio.service.descriptions import USER, reading
@@ -29,8 +29,13 @@ OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems on which stat(2) reports a different device number than the watches in /proc."""
 
 
-def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
-    """Check that an IRQ directory exists. With `access`, check that this user may use it."""
+def directory(
+    path: Path, *, access: bool = True, registers: Collection[str] = (), problems: Collection[str] = ()
+) -> Iterator[Result]:
+    """Check that an IRQ directory exists, and its free space (see `space`).
+
+    With `access`, check that this user may use it.
+    """
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         status = path.stat()
@@ -45,10 +50,10 @@ def directory(path: Path, *, access: bool = True) -> Iterator[Result]:
         yield fail("directory", path, "not a directory: use another path, or remove it", f"rm {quoted}")
     elif _is_read_only(path):
         text = "is on a read-only filesystem: no state file can be written"
-        yield fail("directory", path, text, f"mount -o remount,rw {shlex.quote(str(_mount_point(path)))}")
+        yield fail("directory", path, text, f"mount -o remount,rw {shlex.quote(str(mount_point(path)))}")
     elif not access or os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         yield ok("directory", path, f"uid {uid} may read and write it" if access else "is a directory")
-        yield from _space(path)
+        yield from space(path, registers, problems)
     else:
         yield fail("directory", path, f"uid {uid} may not read and write it", permit(path, "u+rwx"))
 
@@ -72,19 +77,10 @@ def _is_read_only(path: Path) -> bool:
         return False  # The path was removed.
 
 
-def _mount_point(path: Path) -> Path:
-    """Return the mount point of the filesystem that contains `path`."""
-    # The kernel writes a space as \040 (proc_pid_mountinfo(5)). The mount point is the fifth field.
-    fields = (line.split(" ") for line in lines_of(Path("/proc/self/mountinfo")) if line)
-    names = [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field[4]) for field in fields]
-    around = [Path(name) for name in names if path.resolve().is_relative_to(name)]
-    return max(around, key=lambda point: len(point.parts), default=path)
-
-
 def removal(path: Path, mode: int) -> str:
     """Return the command that frees a path. It moves a directory that is not empty. `mode` is from lstat(2)."""
     quoted = shlex.quote(str(path))
-    if _mount_point(path) == path:
+    if mount_point(path) == path:
         return f"umount {quoted}"
     if not stat.S_ISDIR(mode):
         return f"rm {quoted}"
@@ -93,19 +89,6 @@ def removal(path: Path, mode: int) -> str:
             return f"rmdir {quoted}"
     names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
     return f"mv {quoted} {shlex.quote(str(next(name for name in names if not os.path.lexists(name))))}"
-
-
-def _space(path: Path) -> Iterator[Result]:
-    """Check that the filesystem has free space and inodes for state files. A total of 0 means that it has no limit."""
-    try:
-        free = os.statvfs(path)
-    except OSError:
-        return  # The path was removed.
-    for total, left, what in ((free.f_blocks, free.f_bavail, "space"), (free.f_files, free.f_favail, "inodes")):
-        if total and not left:
-            yield warn(
-                "space", path, f"the filesystem has no free {what}: remove files, or the proxy may be unable to write"
-            )
 
 
 def trusted(path: Path, trust: Trust) -> Iterator[Result]:

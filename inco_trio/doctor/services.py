@@ -158,8 +158,13 @@ def _serves(service: FoundService, label: str, netns: Path | None) -> bool:
     )
 
 
-def leftovers(services: Iterable[FoundService], processes: Processes, label: str | None = None) -> Iterator[Result]:
-    """Check that each descriptor in the fd stores of s6 belongs to a service. With a label, check only its service."""
+def leftovers(
+    services: Iterable[FoundService], processes: Processes, label: str | None = None, options: Sequence[str] = ()
+) -> Iterator[Result]:
+    """Check that each descriptor in the fd stores of s6 belongs to a service. With a label, check only its service.
+
+    `options` contains the arguments with which `inco-trio service s6 SCANDIR` writes this service.
+    """
     for store in services:
         if not store.is_fd_store or store.directory is None or _is_shared(store.directory, processes):
             continue
@@ -170,8 +175,14 @@ def leftovers(services: Iterable[FoundService], processes: Processes, label: str
                 found.setdefault(match[1], []).append(entry)
         for owner, entries in found.items():
             if not os.path.lexists(store.directory.with_name(f"{PREFIX}{owner}")):
-                text = f"keeps {len(entries)} descriptors of {PREFIX}{owner}, a service that was removed: a new service"
-                text += " of this name would deliver and send old notifications"
+                scandir = str(store.directory.parent)
+                link = owner if Path("/sys/class/net", owner).exists() else "LINK"
+                unknown = ("--boards", "DIR") if owner.startswith("boards-") else (link, "--config", "FILE")
+                write = shlex.join(["inco-trio", "service", "s6", scandir, *(options or unknown)])
+                text = f"keeps {len(entries)} descriptors of {PREFIX}{owner}, a service that was removed, with its"
+                text += " notifications: to deliver and send them, write the service again: "
+                text += f"`{write} && {shlex.join(['s6-svscanctl', '-a', scandir])}`, with the options that it had; "
+                text += "this command discards them"
                 delete = f's6-fdholder-delete {shlex.quote(str(path))} "$id"'
                 yield warn("descriptors", path, text, f"for id in {shlex.join(entries)}; do {delete}; done")
 

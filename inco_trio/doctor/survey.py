@@ -45,8 +45,11 @@ def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
         text = "no proxy is running: start one with `inco-trio run LINK --config FILE`, or start its service"
         if found := [str(each.directory or each.name) for each in services if each.links]:
             text = f"no proxy is running, although there is a service: {', '.join(found)}"
-        elif silent_ones := silent_services():
-            text = f"no proxy is running: {silent_ones}"
+        elif names := silent_services():
+            text = (
+                f"no proxy is running, and no supervisor is known to run the service of {' or '.join(names)} any more"
+            )
+            text += ": start it or its supervisor, or write it again with `inco-trio service`"
         yield fail("proxy", "this machine", text)
         yield from machine.inotify_limits(processes, None)
     for service in services:

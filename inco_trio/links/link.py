@@ -27,6 +27,10 @@ class Link(Protocol):
     """Number of foreign frames. The link replaces them with malformed frames, which the proxy ignores."""
 
     @property
+    def renewal(self) -> str:
+        """What is new since the link last ran, if `refresh` has just found a new interface, or ""."""
+
+    @property
     def mac(self) -> bytes:
         """The MAC address, or b"" if the link has never existed."""
 

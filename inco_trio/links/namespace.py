@@ -64,6 +64,10 @@ class NamespaceLink:
         self._opened.set()
 
     @property
+    def renewal(self) -> str:
+        return "" if self._inner is None else self._inner.renewal
+
+    @property
     def mac(self) -> bytes:
         return b"" if self._inner is None else self._inner.mac
 

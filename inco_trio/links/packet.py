@@ -82,6 +82,7 @@ class PacketLink:
         self.mac = b""
         self.running = False
         self.foreign = self.downs = 0
+        self.renewal = ""
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         set_receive_buffer(sock, RECEIVE_BUFFER)
         self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
@@ -97,6 +98,8 @@ class PacketLink:
         self._frames: dict[str, bytes] = {}
         self._master = ""
         self._interface: Interface | None = None
+        self._ran = 0, b""
+        """The index and the address of the interface when it was last running."""
         self._too_short: str | None = None
         # Cache the bound methods: looking them up costs time for each frame.
         self._recv_into = sock.recv_into
@@ -197,6 +200,10 @@ class PacketLink:
             self.mac = mac
             self._frames.clear()
         self.running, self.downs = interface.running, interface.downs
+        if self.running:
+            (before, old), self._ran = self._ran, (index, mac)
+            changed = f"index {before}, now {index}; address {old.hex(':')}, now {mac.hex(':')}"
+            self.renewal = f"a new interface ({changed})" if before not in (0, index) else ""
         master = self._rtnetlink.interface(index=interface.master) if interface.is_taken else None
         self._log_master("" if master is None else f"{interface.master_kind} {master.name}")
         self._warn_of_short_names()

@@ -73,6 +73,7 @@ class UnixLink:
         self.fd = sock.fileno()
         self.mac = address.mac
         self.granted = None
+        self.renewal = ""
         self.foreign = 0
         self.downs = 0
         self.malformed = 0

@@ -349,7 +349,8 @@ class Proxy:
             elif self._present.is_set():
                 health.failed(f"{link.absence}: waiting for the link")
             before, running = running, link.running
-            if running is not before or (running and link.downs > downs):
+            # The counter of a new interface starts at 0.
+            if running is not before or (running and (link.downs > downs or link.renewal)):
                 self._note_link(before, running, max(1, link.downs - downs), since)
                 since = real_clock.monotonic_ns()
             downs = link.downs
@@ -383,8 +384,9 @@ class Proxy:
             text = f"the link is {'up' if running else 'down'}"
         else:
             text = f"the link came up after {seconds:.1f} s"
-        if reason := "" if running else self._link.down_reason:
-            text += f": {reason}"
+        reason = "" if running else self._link.down_reason
+        if addition := self._link.renewal if running else reason:
+            text += f": {addition}"
         if before:
             self._down_reason, self._down_duration = reason or None, None
         elif running and self._down_at:

@@ -106,6 +106,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         begin = time.monotonic()
         make_again(board.cores, board.core1)
         board.wire.wait_seen("out_a", turn + 1)
+        board.proxy.wait_log("s: a new interface (index ", after=logged)
         wait_bound(board.cores)
         sys.stdout.write(f"sends and receives {1e3 * (time.monotonic() - begin):.1f} ms after the link was recreated\n")
         assert mac(board.cores) != old
