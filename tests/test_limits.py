@@ -65,6 +65,7 @@ OTHERS = {
     "cli.record.HELD_MAX": "further events are written without waiting for the history",
     "cli.send.SLEEP_MAX": "an interval between two looks at the clock",
     "control.follower.POSITIONS_MAX": "our own request",
+    "doctor.space.ENTRIES_MAX": "the doctor names the largest files that it has found until then",
     "links.address.INTERFACE_MAX": "the kernel's limit",
     "links.address.LABEL_MAX": "our own log lines",
     "links.unix.PEEKED_MAX": "the bridge reads further frames later",
