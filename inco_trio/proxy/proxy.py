@@ -32,7 +32,7 @@ from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_m
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import UNREAD_EVENTS, UNREAD_FRAMES, Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
-from inco_trio.problems import board_name, noted_by, noting, report, times, working_for
+from inco_trio.problems import board_name, noted_by, noting, report, times
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -296,9 +296,7 @@ class Proxy:
         """Record SIGCONT, and forget `_continued` if no notification was waiting."""
         if self._closed:
             return
-        with working_for(self._board), noted_by(self._parts.events.note):
-            text = f"{self._link.name}: the process continues (SIGCONT) and was probably stopped"
-            report(logger, logging.INFO, text, "message", cause="continued")
+        self._parts.events.note("message", "the process continues (SIGCONT) and was probably stopped", logging.INFO)
         self._inbound.check_unread()
         self._outbound.check_unread()
 
