@@ -63,7 +63,8 @@ class Listener(Protocol):
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
 
-        `since` is the time when they became pending (real_clock.monotonic_ns()), or 0 if they were not pending.
+        `since` is the time when they became pending (real_clock.monotonic_ns()), or 0 if they were not pending. It is
+        negative if they became pending at the time `-since` or later (see `persist.recorder.waited`).
         """
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes], at: Times) -> None:

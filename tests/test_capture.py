@@ -404,9 +404,9 @@ def test_a_number_too_large_for_one_packet_is_split(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("inco_trio.capture.recording.COUNT_MAX", 10)
     recorder = Recorder(tmp_path / "f")
     recorder.append(NOW, Direction.INBOUND, "a", "", None, "x", pending="full", count=21)
-    recorder.append(NOW + 1, Direction.INBOUND, "a", "", None, "x", delay=1.0, count=10)
+    recorder.append(NOW + 1, Direction.INBOUND, "a", "", None, "x", delay_max=1.0, count=21)
     recorder.close()
     with open_recording(tmp_path / "f", SignalTable([])) as recording:
-        found = [entry.pending for entry in recording if isinstance(entry, Entry)]
-        assert (found, recording.reader.cut) == (["full"] * 21 + [""] * 10, None)
+        found = [(entry.pending, entry.delay_max) for entry in recording if isinstance(entry, Entry)]
+        assert (found, recording.reader.cut) == ([("full", 0)] * 21 + [("", 1)] * 21, None)
         assert not recording.left_out

@@ -201,6 +201,8 @@ def test_pending_notifications_are_distinguished(home: Path) -> None:
     recorder.append(4, Direction.OUTBOUND, "b", "/irq/b", encode(b"b", MAC), "rpmsg4000", delay=0.25)
     recorder.append(5, Direction.INBOUND, "a", "", None, "rpmsg4000", delay=2e-7, count=3)
     recorder.append(6, Direction.INBOUND, "a", "", frame, "rpmsg4000", pending="no room [left]")
+    recorder.append(7, Direction.INBOUND, "a", "/irq/a", frame, "rpmsg4000", delay_max=0.5)
+    recorder.append(8, Direction.INBOUND, "a", "/irq/a", None, "rpmsg4000", delay_max=2.5, count=2)
     recorder.close()
     assert tshark(home, home / "f", "_ws.col.Info", "inco.delay", "inco.count") == [
         ["core 1 > core 0  a (pending: cannot write: Is a directory)", "", ""],
@@ -209,7 +211,10 @@ def test_pending_notifications_are_distinguished(home: Path) -> None:
         ["core 0 > core 1  b (was pending for 0.250000 s)", "0.25", ""],
         ["core 1 > core 0  a (3 times, was pending for 0.000000 s, without a frame)", "2e-07", "3"],
         ["core 1 > core 0  a (pending: no room [left])", "", ""],
+        ["core 1 > core 0  a (was pending for up to 0.500000 s)", "", ""],
+        ["core 1 > core 0  a (2 times, was pending for up to 2.500000 s, without a frame)", "", "2"],
     ]
+    assert tshark(home, home / "f", "inco.register", "inco.delay_max")[-2:] == [["/irq/a", "0.5"], ["/irq/a", "2.5"]]
     assert tshark(home, home / "f", "inco.signal", "inco.register", "inco.pending", "frame.comment")[:4] == [
         ["a", "/irq/a", "cannot write: Is a directory", "inbound a /irq/a [pending: cannot write: Is a directory]"],
         ["a", "/irq/a", "", "inbound a /irq/a [after 1.500000 s]"],

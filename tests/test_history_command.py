@@ -6,6 +6,9 @@ import contextlib
 import functools
 import itertools
 import json
+import os
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,7 +24,8 @@ from inco_trio.links.address import parse_address
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.support_control import COMMAND, MAC, Board, block
+from tests.faults.processes import wait_stopped
+from tests.support_control import COMMAND, FRAME, MAC, Board, block
 from tests.test_fdstore import Daemon as Holder
 
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
@@ -224,3 +228,182 @@ def test_a_link_that_goes_down_is_logged_counted_and_recorded(
     done = subprocess.run([*COMMAND, "status", "--control", str(control)], capture_output=True, text=True, check=True,
                           timeout=HANG)  # fmt: skip
     assert "the link went down 1 time, last " in done.stdout
+
+
+def since_pending(found: list[dict[str, Any]], pending: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    """Return, for each notification in `found`, the least and the greatest possible delay, and its two fields.
+
+    `pending` contains the `pending` event of each notification. The notification became pending before that event and
+    after the previous one.
+    """
+    each = [one for one in found for _ in range(one.get("count", 1))]
+    assert len(each) == len(pending)
+    earlier = [0, *(one["monotonic_ns"] for one in pending)]
+    return [
+        (
+            (one["monotonic_ns"] - then["monotonic_ns"]) / 1e9, (one["monotonic_ns"] - before) / 1e9,
+            one.get("delay", 0), one.get("delay_max", 0),
+        )
+        for one, then, before in zip(each, pending, earlier, strict=False)
+    ]  # fmt: skip
+
+
+def test_the_delays_after_a_blocked_register_are_true(board: Board) -> None:
+    """The proxy remembers fewer distinct times than notifications. What it no longer knows, it must not state."""
+    board.running()
+    peer, client = board.core1(), board.client()
+    client.ask({"request": "monitor"})
+    state = board.irq / "message_5_state"
+    block(state)
+    pending = []
+    for _ in range(195):
+        board.inbound(peer)
+        pending.append(client.until(event="pending"))
+    state.rmdir()
+    told = [client.until(event="notification") for _ in pending]
+    found = [each for each in events(board) if each["event"] == "notification"]
+    for delivered in (told, found):
+        for least, most, delay, delay_max in since_pending(delivered, pending):
+            # The recorder stores 24 bits of each number.
+            assert (least - 1e-4 <= delay <= most + 1e-4) if delay else (least - 1e-4 <= delay_max)
+            assert bool(delay) is not bool(delay_max)
+    exact = [each for each in found if "delay" in each]
+    assert all(each["count"] == 1 for each in exact)
+    # The times of all notifications are equally coarse, and not those of the last ones only.
+    assert len(exact) >= 32
+    assert len({each["delay_max"] for each in found if "delay_max" in each}) >= 16
+    assert " times +" in (shown := history("--control", board.path).stdout)
+    assert f"in  {IN} +" in shown
+    assert " s (was pending for up to " in shown
+
+
+def test_a_trigger_that_waited_in_the_kernel_is_marked_as_possibly_late(board: Board) -> None:
+    board.running()
+    client = board.client()
+    client.ask({"request": "monitor"})
+    for _ in range(2):
+        board.trigger()
+        second = client.until(event="pending")
+    # The proxy reads no further events of its triggers until the link has accepted the first frame.
+    board.trigger()
+    written = time.monotonic_ns()
+    peer = board.core1()
+    told = [client.until(event="notification") for _ in range(3)]
+    assert [("delay" in each, "delay_max" in each) for each in told] == [(True, False), (True, False), (False, True)]
+    waited = (told[2]["monotonic_ns"] - written) / 1e9
+    assert waited <= told[2]["delay_max"] < (told[2]["monotonic_ns"] - second["monotonic_ns"]) / 1e9 + 1
+    for _ in range(3):
+        peer.recv(2000)
+    board.trigger()
+    assert not {"delay", "delay_max"} & client.until(event="notification").keys()
+    found = [each for each in events(board) if each["event"] == "notification"]
+    assert [each.get("delay_max", 0) > 0 for each in found] == [False, False, True, False]
+    assert f"out {OUT} +" in (shown := history("--control", board.path).stdout)
+    assert shown.count("(was pending for up to ") == 1
+
+
+@pytest.mark.s6
+@pytest.mark.parametrize("end", ["kill", "stop"])
+@pytest.mark.parametrize("options", ["LINK", "--boards"])
+def test_notifications_that_waited_for_a_restart_are_marked_as_possibly_late(
+    board: Board, end: str, options: str
+) -> None:
+    holder = Holder(board.home)
+    holder.start()
+    words = ["--control", str(board.path), "--fd-holder", holder.socket]
+    if options == "LINK":
+        words += [board.link, "--irq-dir", str(board.irq)]
+    else:
+        (directory := board.home / "boards").mkdir()
+        (directory / "b.json").write_text(json.dumps({"link": board.link, "irq_dir": str(board.irq)}))
+        words += ["--boards", str(directory)]
+    prefix = ["s6-fdholder-getdump", holder.socket]
+    state = board.irq / "message_5_state"
+    try:
+        peer = board.core1()
+        with contextlib.closing(Proxy(None, words, {}, board.home / "log1", prefix=prefix)) as proxy:
+            proxy.wait_ready()
+            client = board.client()
+            client.ask({"request": "monitor"})
+            block(state)
+            board.inbound(peer)
+            client.until(event="pending")
+            board.trigger()
+            client.until(event="notification")
+            if end == "kill":
+                proxy.process.kill()
+                proxy.process.wait(HANG)
+            else:
+                proxy.stop()
+        state.rmdir()
+        board.inbound(peer, encode(b"ihub_reset_irq", MAC))
+        board.trigger()
+        written = time.monotonic_ns()
+        with contextlib.closing(Proxy(None, words, {}, board.home / "log2", prefix=prefix)) as proxy:
+            proxy.wait_ready()
+            client = board.client()
+            client.ask({"request": "monitor"})
+            for _ in range(2):
+                peer.recv(2000)
+            found: dict[str, Any] = {}
+            while found.keys() != {IN, OUT, "ihub_reset_irq"}:
+                found = {each["signal"]: each for each in events(board) if each.get("sequence", 0) > 1}
+            for each in found.values():
+                assert "delay" not in each
+                assert (each["monotonic_ns"] - written) / 1e9 <= each["delay_max"] + 1e-4
+            board.trigger()
+            assert not {"delay", "delay_max"} & client.until(event="notification").keys()
+    finally:
+        holder.stop()
+
+
+def test_one_of_several_boards_may_have_waited_for_a_stopped_process(board: Board) -> None:
+    """The boards share an inotify descriptor. SIGCONT must not mark later notifications of a board without a queue."""
+    directory = board.home / "boards"
+    directory.mkdir()
+    peers = []
+    for name in "ab":
+        entry = {"link": f"unix:{board.home}/{name}0,peer={board.home}/{name}1", "irq_dir": str(board.home / name)}
+        (directory / f"{name}.json").write_text(json.dumps(entry))
+        peers.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        board._stack.callback(peers[-1].close)
+        peers[-1].bind(f"{board.home}/{name}1")
+    with contextlib.closing(
+        Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
+    ) as proxy:
+        proxy.wait_ready()
+        client = board.client()
+        client.ask({"request": "monitor"})
+        wait_stopped(proxy.pid)
+        (board.home / "a/message_6_trig").write_text("1")
+        os.kill(proxy.pid, signal.SIGCONT)
+        assert client.until(event="notification", board="a")["delay_max"] > 0
+        # The proxy examines the queues and records this after SIGCONT; until then, both boards may have waited.
+        while [each["event"] for each in events(board)].count("message") < 2:
+            pass
+        for name in "ba":
+            (board.home / name / "message_6_trig").write_text("1")
+            peers[name == "b"].recv(2000)
+            assert not {"delay", "delay_max"} & client.until(event="notification", board=name).keys()
+            peers[name == "b"].sendto(FRAME, f"{board.home}/{name}0")
+            assert not {"delay", "delay_max"} & client.until(event="notification", board=name).keys()
+
+
+def test_notifications_that_waited_for_a_stopped_process_are_marked_as_possibly_late(board: Board) -> None:
+    proxy = board.running()
+    peer, client = board.core1(), board.client()
+    client.ask({"request": "monitor"})
+    board.trigger()
+    client.until(event="notification")
+    wait_stopped(proxy.pid)
+    board.inbound(peer)
+    board.trigger()
+    written = time.monotonic_ns()
+    os.kill(proxy.pid, signal.SIGCONT)
+    told = [client.until(event="notification") for _ in range(2)]
+    assert {each["signal"] for each in told} == {IN, OUT}
+    for each in told:
+        assert (each["monotonic_ns"] - written) / 1e9 <= each["delay_max"]
+    board.trigger()
+    assert not {"delay", "delay_max"} & client.until(event="notification").keys()
+    assert [each["event"] for each in events(board)].count("message") == 1

@@ -234,6 +234,46 @@ def test_the_lone_path_agrees_with_the_full_path(world: World) -> None:
     assert lone == 2 + 3 * 2
 
 
+@pytest.mark.parametrize("offered", ["offer", "hand_over_read"])
+def test_a_notification_that_waited_for_a_blocked_link_is_reported_as_late(
+    world: World, offered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch arrives before the proxy reports that the link is blocked, so it is never reported as pending."""
+    monkeypatch.setattr("inco_trio.proxy.handoff.LATE", 0)
+    reported: list[int] = []
+    world.handoff.report = lambda _signals, _frames, since: reported.append(since)
+    room = trio.Event()
+
+    class FullLink(FakeLink):
+        def send(self, name: str) -> None:
+            if not room.is_set():
+                raise BlockingIOError
+            super().send(name)
+
+        async def wait_for_room(self) -> None:
+            await room.wait()
+
+    world.outbound._link = cast(Link, FullLink(world.inflight))
+
+    async def main() -> None:
+        with trio.fail_after(HANG):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(world.outbound.send, Health("send"))
+                await world.handoff.hand_over(world.handoff.begin(Batch([world.notify])))
+                second = world.handoff.begin(Batch([world.uart], finished=trio.Event()))
+                nursery.start_soon(getattr(world.handoff, offered), second)
+                await wait_all_tasks_blocked()
+                room.set()
+                assert second.finished is not None
+                await second.finished.wait()
+                assert reported[1] == second.offered > 0
+                await wait_all_tasks_blocked()
+                assert world.handoff.unread_since == (-second.offered if offered == "hand_over_read" else 0)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 class SlowLink(FakeLink):
     """A link with a queue for one frame. The frame leaves the queue after `duration` seconds."""
 

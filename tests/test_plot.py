@@ -71,6 +71,7 @@ def test_the_numbers_are_exact(night: Path) -> None:
                 "pending": 0,
                 "late": 0,
                 "delay": None,
+                "possibly_late": 0,
                 "rate": 0.75,
                 "interval": {"min": 1, "p50": 1, "p90": 1, "p99": 1, "max": 1},
                 "longest_gap": {"from": 2, "seconds": 2},
@@ -83,6 +84,7 @@ def test_the_numbers_are_exact(night: Path) -> None:
                 "pending": 0,
                 "late": 0,
                 "delay": None,
+                "possibly_late": 0,
                 "rate": 0.75,
                 "interval": {"min": 0, "p50": 0, "p90": 2.25, "p99": 2.25, "max": 2.25},
                 "longest_gap": {"from": 0.25, "seconds": 2.25},
@@ -465,16 +467,18 @@ def test_pending_notifications_are_counted_and_plotted(tmp_path: Path) -> None:
     frame = encode(IN.encode(), MAC)
     recorder.append(SECOND, Direction.INBOUND, IN, "/r", frame, "x", pending="cannot write: Is a directory")
     recorder.append(3 * SECOND, Direction.INBOUND, IN, "/r", None, "x", delay=2.0)
+    recorder.append(3 * SECOND, Direction.INBOUND, IN, "/r", None, "x", delay_max=2.5, count=3)
+    recorder.append(3 * SECOND, Direction.INBOUND, IN, "/r", frame, "x", delay_max=2.5)
     recorder.append(4 * SECOND, Direction.OUTBOUND, OUT, "/r", None, "x", pending="Network is down")
     recorder.close()
     done = plot(tmp_path / "f", "--json", "--out", tmp_path / "f.svg")
     found = json.loads(done.stdout)
     assert (found["from"], found["to"]) == (1, 4)
-    keys = ("count", "pending", "late", "delay")
+    keys = ("count", "pending", "late", "delay", "possibly_late")
     signals = {each["signal"]: tuple(each[key] for key in keys) for each in found["signals"]}
     two = dict.fromkeys(("min", "p50", "p90", "p99", "max"), 2)
-    assert signals == {IN: (1, 0, 1, two), OUT: (0, 1, 0, None)}
-    labels = {f"{IN} (inbound): 1, 1 of them late", f"{OUT} (outbound): 0, 1 pending"}
+    assert signals == {IN: (5, 0, 1, two, 4), OUT: (0, 1, 0, None, 0)}
+    labels = {f"{IN} (inbound): 5, 1 of them late, 4 possibly late", f"{OUT} (outbound): 0, 1 pending"}
     assert labels | {"became pending", "pending"} <= comments(tmp_path / "f.svg")
 
 
@@ -485,7 +489,9 @@ def test_notifications_are_pending_until_the_recording_ends_if_they_are_not_deli
         flow.take(Entry(second * SECOND, "a", None, pending="Is a directory"))
     assert len(flow.unfinished()) == 100
     for second in range(98):
-        flow.take(Entry(200 * SECOND, "a", None, delay=200.0 - min(second, 63)))
+        # Of every second notification, the proxy knows only the longest possible delay.
+        delays = (0.0, 201.0 - second) if second % 2 else (200.0 - second, 0.0)
+        flow.take(Entry(200 * SECOND, "a", None, "", False, "", *delays))
     assert list(flow.unfinished()) == [98 * SECOND, 99 * SECOND]
     assert flow.waits(300 * SECOND) == [(0, 300 * SECOND)]
     # An earlier process may have recorded when these two became pending; its successor does not know the times.

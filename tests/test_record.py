@@ -903,7 +903,9 @@ def test_only_notifications_that_are_still_pending_are_plotted_as_pending(
         command = [*COMMAND, "plot", str(tmp_path / name), "--json", "--out", str(tmp_path / "f.svg")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
         (flow,) = json.loads(done.stdout)["signals"]
-        assert (name, flow["count"], flow["late"], flow["pending"]) == (name, many, many, 1)
+        # Of half of them, the proxy has merged the times.
+        late = flow["late"], flow["possibly_late"]
+        assert (name, flow["count"], late, flow["pending"]) == (name, many, (RUNS, RUNS), 1)
 
 
 def test_merged_pending_events_keep_the_time_of_the_last_one() -> None:

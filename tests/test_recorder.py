@@ -53,6 +53,11 @@ def test_notifications_have_times_sequence_and_delay(memory: memoryview) -> None
     assert before[1] <= first.monotonic_ns <= second.monotonic_ns <= after[1]
     assert (second.sequence, second.direction) == (2, Direction.OUTBOUND)
     assert second.delay == pytest.approx((second.monotonic_ns - before[1]) / 1e9)
+    # A negative time is the earliest possible one.
+    recorder.append([OUT, OUT], since=-before[1])
+    *_, event = past_events("b", recorder)
+    assert event.delay_max == pytest.approx((event.monotonic_ns - before[1]) / 1e9)
+    assert [(each.delay, each.delay_max) for each in past_events("b", Recorder(memory))][-1] == (0, event.delay_max)
 
 
 def test_a_batch_is_one_record_for_each_signal(memory: memoryview) -> None:

@@ -219,14 +219,17 @@ def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
     assert max(map(len, shown.split("\r"))) < 20
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("side", ["core0", "core1"])
-def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: str) -> None:
+def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: str, exact: bool) -> None:
     """The recording contains the notification twice: first as pending, and later as delivered or sent."""
     recorder = Recorder(tmp_path / "f")
     recorder.append(1, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "x", pending="cannot write: Is a directory")
     recorder.append(2, Direction.OUTBOUND, OUT, "", None, "x", pending="Network is down")
-    recorder.append(3, Direction.INBOUND, IN, "", None, "x", delay=1e-9)
-    recorder.append(4, Direction.OUTBOUND, OUT, "", encode(OUT.encode(), MAC), "x", delay=2e-9)
+    delay, delay_max = (1e-9, 0.0) if exact else (0.0, 1e-9)
+    frame = encode(OUT.encode(), MAC)
+    recorder.append(3, Direction.INBOUND, IN, "", None, "x", delay=delay, delay_max=delay_max)
+    recorder.append(4, Direction.OUTBOUND, OUT, "", frame, "x", delay=delay, delay_max=delay_max)
     recorder.close()
     played, expected = (IN, OUT) if side == "core1" else (OUT, IN)
     irq = tmp_path / "irq"

@@ -80,6 +80,14 @@ def test_a_second_proxy_leaves_a_trace(
     assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
     assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
     assert [event.event for event in (appeared, also, ended)] == ["problem", "problem", "works"]
+    # After its end, the history must still show what it was, so that you can prevent the next one.
+    what = f"uid {os.getuid()}, parent {Path('/proc/self/comm').read_text().strip()} ({os.getpid()}), "
+    with Client(tmp_path / "one") as client:
+        past = client.request(HistoryRequest()).history
+    assert past is not None
+    (identity,) = [event.message for event in past.events if event.message.startswith(f"process {two.pid}: ")]
+    assert identity.startswith(f"process {two.pid}: {what}inco_trio run {cores.link} "[:TEXT_MAX])
+    assert f"; it was: {what}" in one.wait_log("; it was: ")
     status = status_of(tmp_path / "one")
     assert (status.rivals, status.counters.rivals) == ((), 1)
     logged = len(one.log)

@@ -9,10 +9,11 @@ local direction = ProtoField.string("inco.direction", "Direction", "As core 0 se
 local register = ProtoField.string("inco.register", "Register", "The file of the signal on core 0")
 local pending = ProtoField.string("inco.pending", "Pending", "Why it could not be delivered or sent at this time")
 local delay = ProtoField.double("inco.delay", "Delay", "How long it had been pending, in seconds")
+local delay_max = ProtoField.double("inco.delay_max", "Maximum delay", "The longest possible delay, in seconds")
 local count = ProtoField.uint32("inco.count", "Count", base.DEC, nil, nil, "How many notifications the packet stands for")
 local mark = ProtoField.string("inco.mark", "Mark", "An event that is not a notification")
 local padding = ProtoField.bytes("inco.padding", "Padding")
-inco.fields = { signal, direction, register, pending, delay, count, mark, padding }
+inco.fields = { signal, direction, register, pending, delay, delay_max, count, mark, padding }
 
 local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
 local incomplete =
@@ -59,7 +60,7 @@ local function recorded(name)
 end
 
 -- Add what a recording contains beside the signal. Return the same as text for the column Info.
-local function add_recorded(tree, way, file, reason, seconds, number)
+local function add_recorded(tree, way, file, reason, seconds, longest, number)
     local texts = {}
     if way then
         tree:add(direction, way):set_generated()
@@ -77,6 +78,9 @@ local function add_recorded(tree, way, file, reason, seconds, number)
     elseif seconds then
         tree:add(delay, seconds):set_generated()
         texts[#texts + 1] = string.format("was pending for %.6f s", seconds)
+    elseif longest then
+        tree:add(delay_max, longest):set_generated()
+        texts[#texts + 1] = string.format("was pending for up to %.6f s", longest)
     end
     return texts
 end
@@ -110,8 +114,10 @@ function inco.dissector(buffer, pinfo, root)
     -- The comment of a notification that was pending ends with the reason, or with the delay.
     local rest = file or ""
     local reason, seconds = rest:match("%[pending: (.+)%]$"), rest:match("%[after ([%d.]+) s%]$")
+    local longest = rest:match("%[after up to ([%d.]+) s%]$")
     file = rest:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
-    local texts = add_recorded(tree, way, file, reason, tonumber(seconds))
+    file = file:gsub(" ?%[after up to [%d.]+ s%]$", "")
+    local texts = add_recorded(tree, way, file, reason, tonumber(seconds), tonumber(longest))
     if used < length then
         tree:add(padding, buffer(used))
     end
@@ -204,7 +210,8 @@ function beside.dissector(buffer, pinfo, root)
         way = ARROWS[way] and way
         tree:add(signal, name):set_generated()
         local file, reason = string_of(json, "register"), string_of(json, "pending")
-        local texts = add_recorded(tree, way, file, reason, number_of(json, "delay"), number_of(json, "count"))
+        local seconds, longest = number_of(json, "delay"), number_of(json, "delay_max")
+        local texts = add_recorded(tree, way, file, reason, seconds, longest, number_of(json, "count"))
         texts[#texts + 1] = "without a frame"
         show(pinfo, way, name .. in_brackets(texts))
     else

@@ -167,6 +167,7 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, end: int, *, names_boar
             axis.annotate(_duration(length), (middle, row - 0.38), fontsize=6, ha="center", va="bottom")
         label = f"{_name(flow, names_boards=names_boards)}: {len(flow.times)}"
         label += f", {len(flow.delays)} of them late" if flow.delays else ""
+        label += f", {flow.possibly_late} possibly late" if flow.possibly_late else ""
         labels.append(label + (f", {pending} pending" if (pending := len(flow.unfinished())) else ""))
     axis.set_yticks(range(len(flows)), labels, fontsize=SMALL)
     axis.set_ylim(len(flows) - 0.4, -0.8)

@@ -152,7 +152,7 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
             if entry.direction is side.direction:
                 if entry.pending:
                     accepted[entry.board, entry.signal] += 1
-                elif entry.delay and accepted[entry.board, entry.signal]:
+                elif (entry.delay or entry.delay_max) and accepted[entry.board, entry.signal]:
                     accepted[entry.board, entry.signal] -= 1
                     continue
             elif entry.pending:

@@ -44,7 +44,7 @@ _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
 COUNT_MAX = 1 << 20
 """Maximum number of notifications that one packet represents."""
-_STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
+_STATE = re.compile(r" \[(?:pending: (.+)|after (up to )?(\d+\.\d+) s)\]$", re.DOTALL)
 """A pattern for the end of a packet's comment if the notification is or was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 
@@ -90,7 +90,7 @@ class Recorder:
 
     def append(
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
-        *, pending: str = "", delay: float = 0.0, count: int = 1,
+        *, pending: str = "", delay: float = 0.0, delay_max: float = 0.0, count: int = 1,
     ) -> None:  # fmt: skip
         """Append a notification of the board `link`. `Entry` explains the other arguments.
 
@@ -99,8 +99,9 @@ class Recorder:
         """
         while count > COUNT_MAX:
             self.append(
-                time_ns, direction, signal, register, frame, link, pending=pending, delay=delay, count=COUNT_MAX
-            )
+                time_ns, direction, signal, register, frame, link, pending=pending, delay=delay, delay_max=delay_max,
+                count=COUNT_MAX,
+            )  # fmt: skip
             count -= COUNT_MAX
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         content["board"] = link
@@ -111,6 +112,9 @@ class Recorder:
         elif delay:
             content["delay"] = delay
             comment += f" [after {max(delay, 1e-6):.6f} s]"
+        elif delay_max:
+            content["delay_max"] = delay_max
+            comment += f" [after up to {max(delay_max, 1e-6):.6f} s]"
         if count > 1:
             content["count"] = count
             comment = f"{comment}, {count} times"
@@ -279,6 +283,8 @@ class Entry:
     """Why the proxy could not deliver or send the notification at this time. Another entry reports its delivery."""
     delay: float = 0.0
     """How long the notification had been pending before it was delivered or sent (seconds), or 0."""
+    delay_max: float = 0.0
+    """If `delay` is unknown: the longest time for which the notification can have been pending (seconds), or 0."""
     board: str = ""
     """The name of the board, or of the interface on which another program captured the frame; empty if unknown."""
 
@@ -393,8 +399,9 @@ class Recording:
         if not packet.comment.startswith(_comment(recorded, text)):
             return Entry(packet.time_ns, text, direction, ignored=True, board=board)
         state = _STATE.search(packet.comment)
-        pending, delay = ("", "") if state is None else state.groups("")
-        return Entry(packet.time_ns, text, direction, pending=pending, delay=float(delay or 0), board=board)
+        pending, up_to, seconds = ("", "", "") if state is None else state.groups("")
+        delays = (0.0, float(seconds)) if up_to else (float(seconds or 0), 0.0)
+        return Entry(packet.time_ns, text, direction, "", False, pending, *delays, board)
 
 
 def _is_recorded(packet: Packet, signal: str) -> bool:
@@ -432,15 +439,16 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
             step = content.get("step_ns", 0)
             return Mark(packet.time_ns, content["mark"], step if type(step) is int else 0), 1
         signal, register = content["signal"], content["register"]
-        pending, delay = content.get("pending", ""), content.get("delay", 0.0)
+        pending, delays = content.get("pending", ""), [content.get(key, 0.0) for key in ("delay", "delay_max")]
         count, board = content.get("count", 1), content.get("board", "")
-        valid = all(isinstance(text, str) for text in (register, pending, board)) and isinstance(delay, int | float)
+        valid = all(isinstance(text, str) for text in (register, pending, board))
+        valid = valid and all(isinstance(delay, int | float) for delay in delays)
         if valid and isinstance(count, int) and 0 < count <= COUNT_MAX and is_wire_name(signal.encode("ascii")):
             direction = packet.direction or Direction(content["direction"])
             # A classic pcap file has no names of interfaces, so the boards of its frames are unknown as well.
             board = board if packet.interface.name else ""
-            entry = Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay), board=board)
-            return entry, count
+            delay, delay_max = map(float, delays)
+            return Entry(packet.time_ns, signal, direction, register, False, pending, delay, delay_max, board), count
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None, 1

@@ -38,6 +38,8 @@ class Flow:
     """How long each delayed notification was pending before its delivery, in nanoseconds."""
     late: array[int] = attrs.Factory(lambda: array("q"))
     """The times at which the notifications in `delays` were delivered."""
+    possibly_late: int = 0
+    """The number of notifications of which only `Entry.delay_max` is known."""
     _left: int = 0
     """The number of notifications in `pending` that have not been delivered."""
 
@@ -48,9 +50,12 @@ class Flow:
             self._left += 1
             return
         self.times.append(entry.time_ns)
-        if entry.delay:
-            self.delays.append(round(entry.delay * BILLION))
-            self.late.append(entry.time_ns)
+        if entry.delay or entry.delay_max:
+            if entry.delay:
+                self.delays.append(round(entry.delay * BILLION))
+                self.late.append(entry.time_ns)
+            else:
+                self.possibly_late += 1
             self._left = max(0, self._left - 1)
         else:
             # A signal's notifications are delivered in order. The recording may lack the delivery of earlier ones.
@@ -173,6 +178,7 @@ class Summary:
             "pending": len(flow.unfinished()),
             "late": len(flow.delays),
             "delay": _spread(flow.delays),
+            "possibly_late": flow.possibly_late,
             "rate": len(flow.times) / (span_ns / BILLION) if span_ns else None,
             "interval": _spread(flow.intervals()),
             "longest_gap": None if gap is None else {"from": gap[0] / BILLION, "seconds": gap[1] / BILLION},

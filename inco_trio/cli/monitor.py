@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.options import add_color, add_place, add_selection
@@ -94,6 +95,8 @@ class Lines:
                     yield f"+{(now - last) / 1e9:.6f} s"
                 if event.delay:
                     yield f"(was pending for {event.delay:.6f} s)"
+                elif event.delay_max:
+                    yield f"(was pending for up to {math.ceil(event.delay_max * 10) / 10:.1f} s)"
             case Event(event="pending", direction=Direction() as direction, signal=str() as signal):
                 yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal} pending: {event.reason}"
                 yield from repeated(event)

@@ -384,7 +384,7 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
             register = event.register or ""
             recorder.append(
                 time_ns, direction, signal, register, frame, board, pending=event.reason, delay=event.delay,
-                count=max(1, event.count),
+                delay_max=event.delay_max, count=max(1, event.count),
             )  # fmt: skip
         case Event(event="ignored"):
             text = f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"

@@ -13,6 +13,7 @@ from inco_trio.control.feed import Batch
 from inco_trio.control.protocol import Event, encode_alone, encode_event, encode_notifications, event_now
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History, Merged, Record
+from inco_trio.persist.recorder import waited
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["Follower", "Monitor"]
@@ -149,13 +150,14 @@ def _lines(batch: Batch, frames: bool) -> list[str]:
     """Return the events of a batch as lines. Encode them once, and keep them for other monitors."""
     lines = batch.lines.get(frames)
     if lines is None:
+        delay = waited(batch.monotonic_ns, batch.since)
         lines = batch.lines[frames] = [
             encode_event(
                 Event(
                     batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
                     str(signal.path), batch.sequence and batch.sequence + number,
                     frame=batch.frames[number].hex() if frames and batch.frames else None,
-                    reason=batch.reason, delay=(batch.monotonic_ns - batch.since) / 1e9 if batch.since else 0.0,
+                    reason=batch.reason, delay=max(0.0, delay), delay_max=max(0.0, -delay),
                 ),
                 frames=frames,
             )

@@ -28,7 +28,7 @@ def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Even
 def _notification(board: str, each: Recorded) -> Event:
     return Event(
         "notification", board, each.time_ns / 1e9, each.monotonic_ns, each.direction, each.signal,
-        sequence=each.sequence, count=each.count, delay=each.delay,
+        sequence=each.sequence, count=each.count, delay=max(0.0, each.delay), delay_max=max(0.0, -each.delay),
     )  # fmt: skip
 
 

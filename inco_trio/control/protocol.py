@@ -452,6 +452,8 @@ class Event:
     reason: str = ""
     delay: Annotated[float, _DURATION] = 0.0
     """How long a notification had been pending before its delivery (seconds), or 0."""
+    delay_max: Annotated[float, _DURATION] = 0.0
+    """If `delay` is unknown: the longest time for which the notification can have been pending (seconds), or 0."""
     running: bool = False
     duration: Annotated[float, _DURATION] = 0.0
     """For a `link` event: how long the link was in the previous state (seconds), or 0 if that is unknown."""

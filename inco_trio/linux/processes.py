@@ -19,6 +19,7 @@ import attrs
 __all__ = [
     "Process",
     "Processes",
+    "described",
     "interfaces_of",
     "is_proxy_command",
     "is_same_mount_namespace",
@@ -46,6 +47,9 @@ _SUPERVISORS = {"s6-svc": "s6", "sv": "runit", "svc": "daemontools", "systemctl"
 """The supervisor to which each of these commands belongs."""
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
+_PROGRAMS = ("inco-trio", "inco_trio", "inco_proxy")
+WORDS = 100
+"""Maximum number of characters of a command line in `described`."""
 NS_GET_USERNS = 0xB701
 """The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20
@@ -137,15 +141,33 @@ class Process:
     @property
     def supervision(self) -> str:
         """The service of the process as text, such as `in s6 service /run/service/x`, or `without a supervisor`."""
-        if not self.supervised:
-            return "without a supervisor"
-        words = shlex.split(self.supervised)
-        return f"in {_SUPERVISORS[words[0]]} service {words[-1]}"
+        return _supervision(self.supervised) or "without a supervisor"
 
     @property
     def is_holder(self) -> bool:
         """Whether the process is an fd store, which keeps descriptors of other processes."""
         return self.name == "systemd" or self.name.startswith("s6-fdholder")
+
+
+def described(pid: int, root: Path = Path("/")) -> str:
+    """Return the user, the supervisor or parent, and the command line of a process, or "" if it has ended."""
+    place = root / f"proc/{pid}"
+    status, command = status_of(place), read(place / "cmdline")
+    if not command or "Uid" not in status:
+        return ""
+    parent = status["PPid"].strip()
+    started_by = _supervision(_supervisor(place, parent)) or f"parent {read(place.parent / parent / 'comm')} ({parent})"
+    words = command.rstrip("\0").split("\0")
+    # Leave out the interpreter and its options.
+    first = next((number for number, word in enumerate(words) if word.rpartition("/")[2] in _PROGRAMS), 0)
+    text = " ".join(words[first:])
+    return f"uid {status['Uid'].split()[1]}, {started_by}, {text if len(text) <= WORDS else text[:WORDS] + '...'}"
+
+
+def _supervision(supervised: str) -> str:
+    """Return the service that the supervisor's command `supervised` stops, as text, or "" if there is none."""
+    words = shlex.split(supervised)
+    return f"in {_SUPERVISORS[words[0]]} service {words[-1]}" if words else ""
 
 
 def is_proxy_command(command: Sequence[str]) -> bool:

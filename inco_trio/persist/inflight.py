@@ -32,7 +32,19 @@ from inco_trio.persist.queue import LOST, EventQueue
 from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
-__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "LAST_EVENTS", "SHORT", "Bank", "Inflight", "frames_in"]
+__all__ = [
+    "FRAMES",
+    "FRAME_MAX",
+    "FRAME_STEP",
+    "LAST_EVENTS",
+    "PENDING",
+    "SHORT",
+    "UNREAD_EVENTS",
+    "UNREAD_FRAMES",
+    "Bank",
+    "Inflight",
+    "frames_in",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +67,9 @@ WATCH_MAX = (1 << 31) - 1
 """Maximum value of a watch descriptor, which the kernel stores as an int."""
 PENDING_MAX = 1 << 40
 """Maximum number of pending notifications per signal: at 50,000 per second, it is reached after eight months."""
+PENDING, UNREAD_FRAMES, UNREAD_EVENTS = range(3)
+"""Indexes in `Inflight.times`: when the oldest notification in `Inflight.pending` became pending; since when the
+kernel's queue of frames or of inotify events has not been read, or 0 if a process has been reading it."""
 QUEUE = 256 * PAGE
 """Size of the event queue in bytes: four times the 16,384 events that the kernel queues by default."""
 
@@ -100,12 +115,13 @@ class Bank:
 
     @property
     def pending_since(self) -> int:
-        """When the notifications of the batch were reported as pending (real_clock.monotonic_ns()), or 0."""
-        return min(int.from_bytes(self._since, "little"), real_clock.monotonic_ns())
+        """When the notifications of the batch became pending if this was reported, or 0; see `Listener.carried`."""
+        now = real_clock.monotonic_ns()
+        return max(-now, min(int.from_bytes(self._since, "little", signed=True), now))
 
     @pending_since.setter
     def pending_since(self, time_ns: int) -> None:
-        self._since[:] = time_ns.to_bytes(8, "little")
+        self._since[:] = time_ns.to_bytes(8, "little", signed=True)
 
     def begin(self, sequence: int) -> None:
         """Store the sequence number of the next batch. Call this method before reading the batch."""
@@ -135,6 +151,8 @@ class Inflight:
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
     """16 bytes for use by the link (see `links.unix`)."""
+    times: memoryview
+    """Times (real_clock.monotonic_ns()) at the indexes PENDING, UNREAD_FRAMES and UNREAD_EVENTS; 0 if unknown."""
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
@@ -197,6 +215,7 @@ class Inflight:
             history=history,
             recorder=view[BEFORE_RECORDER:],
             note=view[PAGE - 48 : PAGE - 32],
+            times=view[PAGE - 104 : PAGE - 80].cast("Q"),
             at_once=at_once,
             inherited=inherited,
         )

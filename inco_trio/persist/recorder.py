@@ -42,6 +42,7 @@ __all__ = [
     "Recorder",
     "events_kept",
     "truncated",
+    "waited",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ FROM_OUTSIDE = ("ignored", "link")
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
-"""A notification record: wall-clock and monotonic time in ns, last sequence number, count, signal, delay in s."""
+"""A notification record: wall-clock and monotonic time in ns, last sequence number, count, signal, `Recorded.delay`."""
 _TEXT = 156
 _EVENT = struct.Struct(f"=QQQIHBB{_TEXT}sf")
 """An event record: wall-clock and monotonic time of the first occurrence in ns, monotonic time of the last occurrence,
@@ -98,6 +99,14 @@ def truncated(text: bytes) -> bytes:
     return text if len(text) <= _TEXT else text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
 
 
+def waited(now: int, since: int) -> float:
+    """Return how long notifications that became pending at `since` have been pending (seconds), or 0 if `since` is 0.
+
+    If `since` is negative, they became pending at the time `-since` or later. The result is then the maximum, negated.
+    """
+    return (now - since) / 1e9 if since > 0 else -(now + since) / 1e9 if since else 0.0
+
+
 @attrs.define(eq=False, repr=False)
 class Recorded:
     """Notifications of one signal that were delivered or sent at the same time."""
@@ -110,7 +119,7 @@ class Recorded:
     direction: Direction
     signal: str
     delay: float
-    """How long the notifications had been pending (seconds), or 0."""
+    """The result of `waited`."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -216,7 +225,7 @@ class Recorder:
             if later.sequence - later.count < earlier.sequence:
                 raise ValueError("decreasing sequence numbers")
         if any(
-            max(each.time_ns, each.monotonic_ns, each.sequence) > NUMBER_MAX or not 0 <= each.delay < math.inf
+            max(each.time_ns, each.monotonic_ns, each.sequence) > NUMBER_MAX or not abs(each.delay) < math.inf
             for each in before
         ):
             raise ValueError("a notification has an invalid number")
@@ -239,6 +248,13 @@ class Recorder:
         """The sequence number of the last notification."""
         return self._sequence
 
+    @property
+    def last_ns(self) -> int:
+        """The monotonic time of the newest record, or 0 if there is none."""
+        times = [self._raw_notification(self._written - 1)[1]] if self._written else []
+        times += [record[2] for record in itertools.islice(self._raw_notes(self._noted - 1), 1)] if self._noted else []
+        return max(times, default=0)
+
     def skip_to(self, sequence: int) -> None:
         """Number the next notification `sequence` + 1, unless its number would already be higher."""
         self._sequence = max(self._sequence, sequence)
@@ -246,13 +262,12 @@ class Recorder:
     def append(self, signals: Sequence[Signal], since: int = 0, at: tuple[int, int] | None = None) -> tuple[int, int]:
         """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        `since` is the monotonic time when the notifications became pending, or 0 if they were never pending. `at` is
-        the time of the record (default: now).
+        For `since`, see `waited`. `at` is the time of the record (default: now).
         """
         wall, monotonic = at or (real_clock.time_ns(), real_clock.monotonic_ns())
         if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
-        delay = (monotonic - since) / 1e9 if since else 0.0
+        delay = waited(monotonic, since) if since else 0.0
         bits = _BITS[signals[0].direction]
         if len(signals) == 1:
             self._sequence += 1
@@ -469,6 +484,6 @@ class Recorder:
             lasted = seconds if KINDS[kind] == "link" and 0 <= seconds < math.inf else 0.0
             yield Note(KINDS[kind], wall, first, last, count, way, name, state, words, lasted)
 
-    def _raw_notes(self) -> Iterator[tuple[Any, ...]]:
-        for number in range(max(0, self._noted - self._events_kept), self._noted):
+    def _raw_notes(self, first: int = 0) -> Iterator[tuple[Any, ...]]:
+        for number in range(max(first, self._noted - self._events_kept), self._noted):
             yield _EVENT.unpack_from(self._events, number % (self._events_kept + 1) * _EVENT.size)

@@ -8,13 +8,16 @@ from typing import Generic, NoReturn, TypeVar
 import attrs
 import trio
 
+from inco_trio import real_clock
 from inco_trio.errors import ClosedError
 from inco_trio.persist.inflight import Bank
 from inco_trio.persist.tables import NumberTable
 from inco_trio.proxy.supervise import Health
 
-__all__ = ["Batch", "Handoff"]
+__all__ = ["LATE", "Batch", "Handoff"]
 
+LATE = 0.1
+"""How long (seconds) a notification may wait for room in a queue before it is reported as pending."""
 Item = TypeVar("Item")
 """The type of an item in a batch: a state file to write, or a signal to send."""
 
@@ -33,9 +36,18 @@ class Batch(Generic[Item]):
     frames: Sequence[bytes] = ()
     """The frame of each item. Empty unless `Listener.wants_frames` is set."""
     pending_since: int = 0
-    """When the items were reported as pending (real_clock.monotonic_ns()), or 0."""
+    """When the items became pending, or 0; see `Listener.carried`."""
+    is_reported: bool = False
+    """Whether the items were reported as pending."""
+    offered: int = 0
+    """When the hand-over began (real_clock.monotonic_ns()), or 0 if the consumer took the batch immediately."""
     finished: trio.Event | None = None
     """An event that is set once all items are finished."""
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether the consumer took the batch only after LATE, or after it was reported as pending."""
+        return self.offered > 0 and (self.is_reported or real_clock.monotonic_ns() - self.offered > LATE * 1e9)
 
 
 class Handoff(Generic[Item]):
@@ -46,12 +58,25 @@ class Handoff(Generic[Item]):
     `pending_since` of each finished batch.
     """
 
-    def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes], int], None]) -> None:
+    def __init__(
+        self,
+        noted: NumberTable,
+        report: Callable[[Sequence[Item], Sequence[bytes], int], None],
+        unread: memoryview | None = None,
+    ) -> None:
+        """`unread` is the number in `Inflight.times` for the kernel's queue, as a view."""
         self._entry, self.exit = trio.open_memory_channel[Batch[Item]](0)
         self._noted = noted
         self.report = report
         self._reading: trio.CancelScope | None = None
         self._stopping = False
+        self._unread = memoryview(bytearray(8)).cast("Q") if unread is None else unread
+        self.unread_since = -min(self._unread[0], real_clock.monotonic_ns())
+        """The `since` of the next notifications to read; see `Listener.carried`.
+
+        It is negative if nothing may have read the kernel's queue since then. The reading task resets it once it has
+        emptied the queue.
+        """
         self._handing: set[trio.CancelScope] = set()
         self.unfinished: set[Batch[Item]] = set()
 
@@ -81,6 +106,7 @@ class Handoff(Generic[Item]):
         try:
             self._entry.send_nowait(batch)
         except trio.WouldBlock:
+            batch.offered = real_clock.monotonic_ns()
             with trio.CancelScope(shield=True) as scope:
                 self._handing.add(scope)
                 await self._send(batch)
@@ -91,6 +117,16 @@ class Handoff(Generic[Item]):
             # The channel is closed: `abort` and `close` ran after the consumer had taken the previous batch.
             await self._refuse()
 
+    async def hand_over_read(self, batch: Batch[Item]) -> None:
+        """Hand over a batch as the reading task does, which reads nothing while it waits."""
+        await self.hand_over(batch)
+        if batch.has_waited:
+            self.leave_unread(batch.offered)
+
+    def leave_unread(self, since: int) -> None:
+        """Record that nothing may have read the kernel's queue since this time."""
+        self.unread_since = -min(since, -self.unread_since or since)
+
     async def _refuse(self) -> NoReturn:
         """Raise Cancelled or ClosedError to stop the reading task before it overwrites unfinished batches."""
         await trio.lowlevel.checkpoint()
@@ -99,6 +135,7 @@ class Handoff(Generic[Item]):
     async def offer(self, batch: Batch[Item]) -> None:
         """Hand over a batch; drop the batch if the call is cancelled. Raises ClosedError."""
         self.begin(batch)
+        batch.offered = real_clock.monotonic_ns()
         try:
             await self._send(batch)
         except BaseException:
@@ -118,6 +155,8 @@ class Handoff(Generic[Item]):
         with trio.CancelScope() as self._reading:
             while not self._stopping:
                 await read_queued()
+                if not self._stopping:
+                    self._unread[0] = 0
                 health.well()
                 await wait_readable()
         await read_queued()
@@ -125,6 +164,8 @@ class Handoff(Generic[Item]):
     def stop_reading(self) -> None:
         """Make `run_reader` read the rest of the queue and return."""
         self._stopping = True
+        times = [real_clock.monotonic_ns(), -self.unread_since, *(batch.offered for batch in self.unfinished)]
+        self._unread[0] = min(filter(None, times))
         if self._reading is not None:
             self._reading.cancel()
 

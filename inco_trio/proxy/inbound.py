@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import select
 import struct
 from collections.abc import Sequence
 
@@ -73,7 +74,7 @@ class Inbound:
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
             self._counters.recovered += len(files)
-            self._deliver(Batch(files, ((bank, len(bank.view)),)))
+            self._deliver(Batch(files, ((bank, len(bank.view)),), pending_since=self._handoff.unread_since))
 
     def drain(self, stale: Link) -> None:
         """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced.
@@ -98,6 +99,7 @@ class Inbound:
         bank.begin(self._fills + 1)
         lengths = link.receive_into(rooms, SHORT)
         if not lengths:
+            self._handoff.unread_since = 0
             return None
         self._fills += 1
         self._counters.received += len(lengths)
@@ -109,6 +111,9 @@ class Inbound:
             found = (self._file_of(bank.view[FRAME_STEP * number :], length) for number, length in enumerate(lengths))
             files = [file for file in found if file is not None]
         batch = Batch(files, ((bank, used),), drained=len(lengths) < self._at_once and lengths[-1] <= SHORT)
+        batch.pending_since = self._handoff.unread_since
+        if batch.drained:
+            self._handoff.unread_since = 0
         if self._listener.wants_frames:
             batch.frames = self._frames_of(files, bank.view, lengths)
         return self._handoff.begin(batch)
@@ -160,6 +165,14 @@ class Inbound:
         """Run the task that reads the link."""
         await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
+    def check_unread(self) -> None:
+        """Reset `unread_since` if no frame is queued."""
+        poll = select.poll()
+        if self._link.fd >= 0:
+            poll.register(self._link.fd, select.POLLIN)
+        if not poll.poll(0):
+            self._handoff.unread_since = 0
+
     async def _receive_queued(self) -> None:
         if not self._handoff.unfinished and not self._receive_lone():
             return
@@ -173,7 +186,7 @@ class Inbound:
                 await trio.lowlevel.checkpoint()  # Let the tasks of other boards run.
                 continue
             burst = True
-            await self._handoff.hand_over(batch)
+            await self._handoff.hand_over_read(batch)
         if burst:
             self.count_dropped()
 
@@ -182,6 +195,7 @@ class Inbound:
         room = self._lone_room
         length = self._link.receive_one(room)
         if length < 0:
+            self._handoff.unread_since = 0
             return False
         states = self._states
         file = states.by_frame.get(self._lone_key.tobytes()) or self._decode(room, length)
@@ -189,9 +203,10 @@ class Inbound:
             outcomes = states.write_alone(file)
             frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
             if outcomes is None:
-                self._handoff.report((file,), frames, 0)
+                self._handoff.report((file,), frames, self._handoff.unread_since)
             else:
-                self._report_outcomes(batch := Batch([file], frames=frames), outcomes)
+                batch = Batch([file], frames=frames, pending_since=self._handoff.unread_since)
+                self._report_outcomes(batch, outcomes)
                 self._handoff.finish(batch)
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
@@ -216,7 +231,7 @@ class Inbound:
         files, frames = batch.items, batch.frames
         if delivered := [number for number, outcome in enumerate(outcomes) if outcome == ""]:
             some = [frames[number] for number in delivered] if frames else []
-            self._handoff.report([files[number] for number in delivered], some, 0)
+            self._handoff.report([files[number] for number in delivered], some, batch.pending_since)
         for outcome, group in itertools.groupby(range(len(files)), outcomes.__getitem__):
             numbers = list(group)
             some = [frames[number] for number in numbers] if frames else []

@@ -12,6 +12,7 @@ from inco_trio import real_clock
 from inco_trio.config import Config
 from inco_trio.counters import Counters
 from inco_trio.linux.netns import identity
+from inco_trio.linux.processes import described
 from inco_trio.problems import Note, noted_by, report, working_for
 from inco_trio.registers.directory import Directory
 from inco_trio.wall_clock import WallClock
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 OF_LINK = "also serves this link, so both proxies receive each frame"
 OF_TRIGGERS = "also watches its triggers, so both proxies send each notification"
-REMEDY = "`inco-trio doctor` names the one to stop"
+REMEDY = "while both run, `inco-trio doctor` names the one to stop"
 
 
 def key_of(place: tuple[int, int]) -> str:
@@ -37,6 +38,8 @@ def key_of(place: tuple[int, int]) -> str:
 class _Other:
     since: int
     """When this proxy noticed the second proxy (real_clock.monotonic_ns())."""
+    what: str
+    """What the process was when it was noticed (see `described`)."""
     shared: list[str] = attrs.Factory(list)
     """The name of the link, the IRQ directories, or both."""
 
@@ -69,8 +72,12 @@ class Others:
             return
         other = self._by_pid.get(pid)
         if other is None:
-            other = self._by_pid[pid] = _Other(real_clock.monotonic_ns())
+            other = self._by_pid[pid] = _Other(real_clock.monotonic_ns(), described(pid))
             self._counters.rivals += 1
+            if other.what:
+                # Record this separately, because a record has room for little text.
+                with working_for(self._board), noted_by(self._note):
+                    report(logger, logging.WARNING, f"process {pid}: {other.what}", "message", cause=("rival", pid))
         if subject not in other.shared:
             other.shared.append(subject)
             with working_for(self._board), noted_by(self._note):
@@ -102,5 +109,6 @@ class Others:
             return
         seconds = (real_clock.monotonic_ns() - other.since) / 1e9
         text = f"process {pid} ended {seconds:.1f} s after it was noticed: it had shared {', '.join(other.shared)}"
+        text += f"; it was: {other.what}" if other.what else ""
         with working_for(self._board), noted_by(self._note):
             report(logger, logging.INFO, text, "works", cause="rival ended")

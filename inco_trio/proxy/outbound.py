@@ -19,15 +19,12 @@ from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
 from inco_trio.notifications import Deaf, Events
 from inco_trio.persist.inflight import LAST_EVENTS, Bank, Inflight
-from inco_trio.proxy.handoff import Batch, Handoff
+from inco_trio.proxy.handoff import LATE, Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
 
 __all__ = ["Outbound"]
-
-LATE = 0.1
-"""How long (seconds) a notification may wait for room in a queue before it is reported as pending."""
 
 
 class Outbound:
@@ -76,7 +73,7 @@ class Outbound:
                 used.append((bank, len(bank.view)))
             self._counters.recovered += len(triggered.signals)
             batch = self._batch(triggered, banks=used)
-            batch.pending_since = since
+            batch.pending_since, batch.is_reported = since or self._handoff.unread_since, since != 0
             self._recovered.append(batch)
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
@@ -115,6 +112,8 @@ class Outbound:
             batch.finished = trio.Event()
             await self._handoff.hand_over(batch)
             await batch.finished.wait()  # Wait, because the recovered events occupy the memory for new events.
+        if self._handoff.unread_since:
+            self.check_unread()  # This also gets the events that a descriptor of many boards has queued.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
@@ -122,6 +121,11 @@ class Outbound:
         self._bank = self._inflight.events[self._fills & 1]
         self._bank.begin(self._fills + 1)
         self._bank.pending_since = 0
+
+    def check_unread(self) -> None:
+        """Reset `unread_since` if no event is queued."""
+        if not self._inotify.queued:
+            self._handoff.unread_since = 0
 
     async def _read_queued(self) -> None:
         """Read inotify until the queue is empty, and send or hand over the triggered signals."""
@@ -132,16 +136,20 @@ class Outbound:
                 bank.clear(length)
                 return
             last = length <= LAST_EVENTS
+            since = self._handoff.unread_since
+            if last:
+                self._handoff.unread_since = 0
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
             # If all earlier notifications are finished and no more are queued, a hand-over would only delay these
             # signals.
-            sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
+            sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals, since)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
+            batch.pending_since = since
             if batch.items:
                 if self._delay:
                     self._report_pending(batch)
                 self._fills += 1
-                await self._handoff.hand_over(batch)
+                await self._handoff.hand_over_read(batch)
                 self._begin_bank()
             else:
                 self._handoff.finish(batch)
@@ -163,10 +171,11 @@ class Outbound:
             return False  # The task `send` will retry and handle errors.
         self._counters.triggered += 1
         self._counters.sent += 1
-        self._handoff.report((signal,), (), 0)
+        self._handoff.report((signal,), (), self._handoff.unread_since)
+        self._handoff.unread_since = 0
         return True
 
-    def _send_now(self, signals: Sequence[Signal]) -> int:
+    def _send_now(self, signals: Sequence[Signal], since: int) -> int:
         """Send as many of `signals` as the link accepts without waiting. Return their number."""
         sent = 0
         try:
@@ -177,13 +186,15 @@ class Outbound:
             pass  # The task `send` will retry and handle errors.
         self._counters.sent += sent
         if sent:
-            self._handoff.report(signals[:sent], (), 0)
+            self._handoff.report(signals[:sent], (), since)
         return sent
 
     async def send(self, health: Health) -> None:
         """Run the task that sends frames."""
         async for batch in self._handoff.exit:
             self._sending, self._sent, self._rest = batch, [], deque(batch.items)
+            if not batch.pending_since and batch.has_waited:
+                batch.pending_since = batch.offered
             while self._rest:
                 if await self._send(self._rest[0], health):
                     self._sent.append(self._rest[0])
@@ -202,8 +213,9 @@ class Outbound:
         self._report_pending(batch)
 
     def _report_pending(self, batch: Batch[Signal]) -> None:
-        if not batch.pending_since:
-            batch.pending_since = real_clock.monotonic_ns()
+        if not batch.is_reported:
+            batch.is_reported = True
+            batch.pending_since = batch.pending_since or real_clock.monotonic_ns()
             self._events.pending(batch.items, self._delay, ())
             for bank, _ in batch.banks:
                 bank.pending_since = batch.pending_since  # The next process must not report the batch again.

@@ -30,7 +30,7 @@ from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
-from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.inflight import UNREAD_EVENTS, UNREAD_FRAMES, Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
 from inco_trio.problems import board_name, noted_by, noting, report, times
 from inco_trio.proxy.handoff import Handoff
@@ -286,6 +286,20 @@ class Proxy:
     def _recorder(self) -> Recorder | None:
         return self._parts.events.recorder
 
+    def _continued(self) -> None:
+        """Handle SIGCONT: notifications that waited meanwhile must be recognizable. Signal handlers may call this."""
+        recorder = self._parts.events.recorder
+        for handoff in self._parts.handoffs:
+            handoff.leave_unread((recorder and recorder.last_ns) or self._since)
+
+    def _note_continued(self) -> None:
+        """Record SIGCONT, and forget `_continued` if no notification was waiting."""
+        if self._closed:
+            return
+        self._parts.events.note("message", "the process continues (SIGCONT) and was probably stopped", logging.INFO)
+        self._inbound.check_unread()
+        self._outbound.check_unread()
+
     def _history(self) -> History:
         return self._parts.events.history
 
@@ -527,7 +541,11 @@ def _build(
             raise link.missing()
         logger.warning("%s: %s: waiting for the link", link.name, link.absence)
 
-    handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
+    _find_unread(inflight, events.recorder)
+    handoffs = (
+        Handoff(inflight.watches, events.written, inflight.times[UNREAD_FRAMES:][:1]),
+        Handoff(inflight.watches, events.accepted, inflight.times[UNREAD_EVENTS:][:1]),
+    )
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events)
     outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events)
     registers.states.delivered_late = events.written_late
@@ -543,6 +561,15 @@ def _build(
             fd_store.store(name, fd)
     logger.info("%s: %d signals, %s", link.name, len(registers.table), link.description)
     return Proxy(config, _Parts(counters, fd_store, events, registers, link, handoffs, inbound, outbound))
+
+
+def _find_unread(inflight: Inflight, recorder: Recorder | None) -> None:
+    """Store since when the previous process may not have read the kernel's queues, unless it stored this itself."""
+    if recorder is not None and (last := recorder.last_ns if recorder.inherited else 0):
+        # The previous process was killed. While the link did not accept its frames, it read no triggers.
+        blocked = [abs(bank.pending_since) for bank in inflight.events if bank.pending_since]
+        inflight.times[UNREAD_FRAMES] = inflight.times[UNREAD_FRAMES] or last
+        inflight.times[UNREAD_EVENTS] = inflight.times[UNREAD_EVENTS] or min([last, *blocked])
 
 
 async def serve(config: Config, *, task_status: trio.TaskStatus[Proxy] = trio.TASK_STATUS_IGNORED) -> None:

@@ -52,7 +52,7 @@ class Registers:
         self._may_be_covered = False
         self.troubled = trio.Event()
         self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set(), trust)
-        self.states = StateFiles(self.directories, inflight.pending, problems, counters)
+        self.states = StateFiles(self.directories, inflight, problems, counters)
         self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
 
     def open(self, table: SignalTable) -> None:

@@ -16,7 +16,7 @@ import attrs
 
 from inco_trio import real_clock
 from inco_trio.counters import Counters
-from inco_trio.persist.tables import NumberTable
+from inco_trio.persist.inflight import PENDING, Inflight
 from inco_trio.problems import Problems, report
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import WRITE_FLAGS, Directory
@@ -27,7 +27,7 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 RUNS = 64
-"""Maximum number of distinct times to remember for the pending notifications of a file."""
+"""Maximum number of distinct times to remember for the pending notifications of a file. It must be even."""
 REPLACED = "its directory was replaced"
 SLICE = 32
 """Maximum number of pending notifications to write before other tasks run."""
@@ -48,7 +48,11 @@ class StateFile:
     reason: str = "older notifications are pending"
     """Why the last write failed."""
     runs: deque[list[int]] = attrs.Factory(deque)
-    """Pairs of a time (real_clock.monotonic_ns()) and the number of notifications pending since then, oldest first."""
+    """Pairs of a time (real_clock.monotonic_ns()) and a number of pending notifications, oldest first.
+
+    The oldest notification of a pair became pending at that time, the others later. A negative time means that all of
+    them became pending at `-time` or later.
+    """
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -93,22 +97,22 @@ class StateFile:
 
     def pend(self) -> None:
         """Record that a notification has become pending."""
-        now = real_clock.monotonic_ns()
-        if self.runs and (self.runs[-1][0] == now or len(self.runs) == RUNS):
-            self.runs[-1][1] += 1
-        else:
-            self.runs.append([now, 1])
+        if len(self.runs) == RUNS:
+            # Remember every second time only, so that the times of all notifications stay equally exact.
+            pairs = zip(*[iter(self.runs)] * 2, strict=True)
+            self.runs = deque([since, number + further] for (since, number), (_, further) in pairs)
+        self.runs.append([real_clock.monotonic_ns(), 1])
 
     def unpend(self, number: int) -> Iterator[tuple[int, int]]:
-        """Forget the oldest `number` pending notifications. Yield their times (0 if unknown), each with a count."""
+        """Forget the oldest `number` pending notifications. Yield their times (see `Listener.carried`) and counts."""
         while number and self.runs:
             since, there = self.runs[0]
-            some = min(number, there)
+            some = min(number, there if since < 0 else 1)
             number -= some
             if some == there:
                 self.runs.popleft()
             else:
-                self.runs[0][1] -= some
+                self.runs[0] = [-abs(since), there - some]
             yield since, some
         if number:
             yield 0, number
@@ -138,19 +142,20 @@ class StateFiles:
     addresses, to files. It is emptied when the table changes.
     """
 
-    def __init__(self, directories: Directories, pending: NumberTable, problems: Problems, counters: Counters) -> None:
+    def __init__(self, directories: Directories, inflight: Inflight, problems: Problems, counters: Counters) -> None:
         self.known: dict[bytes, StateFile] = {}
         self.by_frame: dict[bytes, StateFile] = {}
         self._files: dict[str, StateFile] = {}
         self._current: set[StateFile] = set()
         self._directories = directories
-        self._pending = pending
+        self._pending = inflight.pending
+        self._times = inflight.times
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
         """A function that is called after pending notifications have been written.
 
-        Its arguments are the state files and the time when the notifications became pending.
+        Its arguments are the state files and the time when the notifications became pending; see `Listener.carried`.
         """
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
@@ -180,6 +185,9 @@ class StateFiles:
                 self._problems.forget(file.signal.path)
         for key in self._pending:
             if (found := self._files.get(key.decode())) is not None:
+                if not found.runs and (since := min(self._times[PENDING], real_clock.monotonic_ns())):
+                    # They became pending in an earlier process, or before a reload changed the register.
+                    found.runs.append([-since, self._pending[key]])
                 self._directories.trouble(found.directory)
                 continue
             number, self._pending[key] = self._pending[key], 0
@@ -267,6 +275,8 @@ class StateFiles:
         return [REPLACED]
 
     def _pend(self, file: StateFile) -> None:
+        if not self._pending.places:
+            self._times[PENDING] = real_clock.monotonic_ns()
         self._pending[file.signal.name.encode()] += 1
         file.pend()
 

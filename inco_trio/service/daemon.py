@@ -26,6 +26,7 @@ from inco_trio.nurseries import read_aside
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.registers.diagnose import diagnose
+from inco_trio.service import process_signals
 from inco_trio.service.log import log_statistics
 from inco_trio.service.privileges import raise_descriptor_limit
 from inco_trio.service.runner import Runner
@@ -142,7 +143,15 @@ class Daemon:
             # The diagnosis must not read this mapping itself: the event loop opens and closes boards at the same time.
             self._opened = [*self._boards.proxies().values()]
             is_ready.set()
-            await runner.follow_reloads()
+            token = trio.lowlevel.current_trio_token()
+            with process_signals.continuing(lambda: self._continued(token)):
+                await runner.follow_reloads()
+
+    def _continued(self, token: trio.lowlevel.TrioToken) -> None:
+        """Handle SIGCONT. This is called in the signal handler, before the event loop reads anything else."""
+        for proxy in self._boards.proxies().values():
+            proxy._continued()
+            token.run_sync_soon(proxy._note_continued)
 
     @asynccontextmanager
     async def _answering(self, runner: Runner) -> AsyncIterator[Listener | None]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from inco_trio.service.lines import STANDARD_ERROR, write_at_once
 
-__all__ = ["STOPS", "end_by_interrupt", "held", "hold", "listening", "take", "wakeups"]
+__all__ = ["STOPS", "continuing", "end_by_interrupt", "held", "hold", "listening", "take", "wakeups"]
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HELD = (*STOPS, signal.SIGHUP, signal.SIGUSR1)
@@ -84,6 +84,19 @@ def listening(tell: Callable[[], object]) -> Iterator[None]:
     finally:
         _held.tell = None
         signal.set_wakeup_fd(-1)
+
+
+@contextmanager
+def continuing(tell: Callable[[], object]) -> Iterator[None]:
+    """Call `tell` in the signal handler of SIGCONT while the block runs, unless a stop signal has arrived.
+
+    With the stop signal, s6 and systemd also send SIGCONT to processes that were never stopped.
+    """
+    signal.signal(signal.SIGCONT, lambda *_: None if _held.stops else tell())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
 @contextmanager
