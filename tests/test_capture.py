@@ -400,6 +400,18 @@ def test_a_board_may_add_entries_that_are_older_than_those_of_other_boards(tmp_p
         assert [each.time_ns // 10**9 for each in recording] == [*(seconds for seconds, _ in added), 103]
 
 
+@pytest.mark.parametrize("key", ["delay", "delay_max"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e300])
+def test_an_entry_with_an_impossible_delay_is_left_out(tmp_path: Path, key: str, value: float) -> None:
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(NOW, Direction.INBOUND, "a", "", None, "x", **{key: value})  # type: ignore[arg-type]
+    recorder.append(NOW, Direction.INBOUND, "b", "", None, "x")
+    recorder.close()
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        assert [each.signal for each in recording if isinstance(each, Entry)] == ["b"]
+        assert recording.left_out
+
+
 def test_a_number_too_large_for_one_packet_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.capture.recording.COUNT_MAX", 10)
     recorder = Recorder(tmp_path / "f")

@@ -37,10 +37,18 @@ from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-from inco_trio.linux.processes import Process, Processes, listening_sockets, look, packet_sockets, unix_sockets
+from inco_trio.linux.processes import (
+    Process,
+    Processes,
+    described,
+    listening_sockets,
+    look,
+    packet_sockets,
+    unix_sockets,
+)
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.linux.users import user_name
-from inco_trio.proxy.others import OF_LINK, REMEDY
+from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
@@ -1209,6 +1217,29 @@ def test_the_log_names_no_command_for_a_service_whose_directory_is_unknown() -> 
     for supervised, remedy in (("s6-svc -d inco-trio-l0", REMEDY), ("s6-svc -d /s/l0", "run: s6-svc -d /s/l0")):
         (rival,) = _rival(0, "l0", [attrs.evolve(PROXY, supervised=supervised)], OF_LINK)
         assert str(rival) == f"l0: process 30 (inco-trio) {OF_LINK}: {remedy}"
+
+
+def test_only_some_of_many_rivals_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user can start any number of processes that look like proxies."""
+    calls: list[None] = []
+
+    def counted(proxies: Iterable[Process]) -> Process:
+        calls.append(None)
+        return superfluous(proxies)
+
+    monkeypatch.setattr("inco_trio.service.rivals.superfluous", counted)
+    many = [attrs.evolve(PROXY, pid=10_000_000 + number) for number in range(100)]
+    assert len([*_rival(0, "l0", many, OF_TRIGGERS)]) == 16
+    assert len(calls) == 1
+
+
+def test_only_a_proxy_is_described(tmp_path: Path) -> None:
+    """A process ID can belong to another program when the proxy has ended."""
+    tree = Tree(tmp_path)
+    tree.process(7, "inco-trio run l0")
+    tree.process(8, "sleep 9")
+    assert described(7, tmp_path) == "uid 0, without a visible parent, inco-trio run l0"
+    assert (described(8, tmp_path), described(9, tmp_path)) == ("", "")
 
 
 def test_the_fd_store_of_a_stopped_service_does_not_keep_the_socket_of_another_proxy() -> None:

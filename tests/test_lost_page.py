@@ -28,7 +28,7 @@ BUILT = (
     "rpmsg4000: stopped with pending notifications: 3 kept",
     "rpmsg4000: the link went down after 3.1 s: the interface is gone or was renamed",
     "rpmsg4000: the link came up after 3.1 s: a new interface (index 2, now 3; address a, now b)",
-    "process 50 does not answer: it records that this process shares its link once it continues",
+    "process 50 does not answer: it may record that this process shares its link once it continues",
     "inco-trio-rpmsg4000: killed by signal 9 (SIGKILL)",
     "inco-trio-rpmsg4000: ended with exit code 69",
     "inco-trio-rpmsg4000 stays down: the configuration is invalid (exit code 78). Fix it, then run: s6-svc -u .",

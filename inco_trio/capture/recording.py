@@ -42,6 +42,8 @@ STREAM = Path("-")
 """The path that stands for standard input or standard output."""
 _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
+_LONGEST = 1e12
+"""Longest delay in seconds. A longer one in a recording is invalid."""
 COUNT_MAX = 1 << 20
 """Maximum number of notifications that one packet represents."""
 _STATE = re.compile(r" \[(?:pending: (.+)|after (up to )?(\d+\.\d+) s)\]$", re.DOTALL)
@@ -442,7 +444,7 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
         pending, delays = content.get("pending", ""), [content.get(key, 0.0) for key in ("delay", "delay_max")]
         count, board = content.get("count", 1), content.get("board", "")
         valid = all(isinstance(text, str) for text in (register, pending, board))
-        valid = valid and all(isinstance(delay, int | float) for delay in delays)
+        valid = valid and all(isinstance(delay, int | float) and 0 <= delay <= _LONGEST for delay in delays)
         if valid and isinstance(count, int) and 0 < count <= COUNT_MAX and is_wire_name(signal.encode("ascii")):
             direction = packet.direction or Direction(content["direction"])
             # A classic pcap file has no names of interfaces, so the boards of its frames are unknown as well.

@@ -110,11 +110,13 @@ class Connection:
 
     async def _read_reports(self) -> None:
         """Read the reports of another proxy that has ended. It may have sent them while this process was stopped."""
+        if not self.peer.is_owner:
+            return  # Only root and the user of the proxy may send reports.
         received = protocol.LineBuffer(protocol.LINE_MAX)
         with contextlib.suppress(protocol.MessageError):
             while data := await self._stream.receive_some(READ_SIZE):
-                await self._wait_for_turn()
                 for line in received.split(data):
+                    await trio.lowlevel.checkpoint()
                     with contextlib.suppress(RequestError):
                         request, _ = protocol.decode_request(line)
                         if isinstance(request, protocol.RivalRequest):

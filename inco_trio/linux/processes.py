@@ -50,16 +50,22 @@ _LISTENS = 0x10000
 _PROGRAMS = ("inco-trio", "inco_trio", "inco_proxy")
 WORDS = 100
 """Maximum number of characters of a command line in `described`."""
+_COMMAND = 4096
+"""Maximum number of characters of a command line that `described` reads."""
 NS_GET_USERNS = 0xB701
 """The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20
 """Number of bits that the minor number occupies in the device numbers in fdinfo (include/linux/kdev_t.h)."""
 
 
-def read(path: Path) -> str | None:
-    """Return the text of a file in /proc or /sys without the last line break, or None if it cannot be read."""
+def read(path: Path, limit: int = -1) -> str | None:
+    """Return the text of a file in /proc or /sys without the last line break, or None if it cannot be read.
+
+    Read at most `limit` characters, if it is not negative.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(limit).rstrip("\n")
     except OSError:
         return None
 
@@ -150,14 +156,19 @@ class Process:
 
 
 def described(pid: int, root: Path = Path("/")) -> str:
-    """Return the user, the supervisor or parent, and the command line of a process, or "" if it has ended."""
+    """Return the user, the supervisor or parent, and the command line of a proxy.
+
+    Return "" if the process has ended. Its number may then belong to another program.
+    """
     place = root / f"proc/{pid}"
-    status, command = status_of(place), read(place / "cmdline")
-    if not command or "Uid" not in status:
+    status, command = status_of(place), read(place / "cmdline", _COMMAND)
+    words = (command or "").rstrip("\0").split("\0")
+    if not is_proxy_command(words) or "Uid" not in status:
         return ""
     parent = status["PPid"].strip()
-    started_by = _supervision(_supervisor(place, parent)) or f"parent {read(place.parent / parent / 'comm')} ({parent})"
-    words = command.rstrip("\0").split("\0")
+    name = read(place.parent / parent / "comm")
+    started_by = "without a visible parent" if name is None else f"parent {name} ({parent})"
+    started_by = _supervision(_supervisor(place, parent)) or started_by
     # Leave out the interpreter and its options.
     first = next((number for number, word in enumerate(words) if word.rpartition("/")[2] in _PROGRAMS), 0)
     text = " ".join(words[first:])

@@ -66,13 +66,16 @@ class Others:
         found = self._by_pid.items()
         return tuple(RivalStatus(pid, clock.seconds(other.since), tuple(other.shared)) for pid, other in found)
 
-    def appeared(self, pid: int, subject: str, text: str) -> None:
-        """Count and report a process that also serves the link or the IRQ directory `subject`."""
+    def appeared(self, pid: int, subject: str, text: str, what: str | None = None) -> None:
+        """Count and report a process that also serves the link or the IRQ directory `subject`.
+
+        `what` describes the process; if it is None, this call describes it.
+        """
         if self._is_closed():
             return
         other = self._by_pid.get(pid)
         if other is None:
-            other = self._by_pid[pid] = _Other(real_clock.monotonic_ns(), described(pid))
+            other = self._by_pid[pid] = _Other(real_clock.monotonic_ns(), described(pid) if what is None else what)
             self._counters.rivals += 1
             if other.what:
                 # Record this separately, because a record has room for little text.

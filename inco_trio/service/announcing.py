@@ -56,7 +56,7 @@ def _left(requests: Sequence[RivalRequest], process: Process) -> Iterator[socket
         yield sock
         if dial(sock, path):
             sock.send(b"".join(map(encode_request, requests)))
-            text = "process %d does not answer: it records that this process shares its link once it continues"
+            text = "process %d does not answer: it may record that this process shares its link once it continues"
             logger.info(text, process.pid)
 
 

@@ -151,7 +151,7 @@ class Daemon:
         """Handle SIGCONT. This is called in the signal handler, before the event loop reads anything else."""
         for proxy in self._boards.proxies().values():
             proxy._continued()
-            token.run_sync_soon(proxy._note_continued)
+            token.run_sync_soon(proxy._note_continued, idempotent=True)
 
     @asynccontextmanager
     async def _answering(self, runner: Runner) -> AsyncIterator[Listener | None]:
@@ -239,10 +239,12 @@ class Daemon:
 
         Raises OSError, IncoError, or trio.RunFinishedError if this process stops.
         """
+        from inco_trio.linux.processes import described
         from inco_trio.service.announcing import announce
 
+        what = {pid: described(pid) for pid in dict.fromkeys(rival.process.pid for rival in found)}
         for rival in found:
-            token.run_sync_soon(_appeared, proxies[rival.board], rival)
+            token.run_sync_soon(_appeared, proxies[rival.board], rival, what[rival.process.pid])
         concerned = [proxies[number] for number in dict.fromkeys(rival.board for rival in found)]
         self._met = dict.fromkeys(rival.process.pid for rival in found), concerned
         token.run_sync_soon(met.set)
@@ -257,8 +259,8 @@ class Daemon:
                 nursery.start_soon(_record_end, pid, proxies)
 
 
-def _appeared(proxy: Proxy, rival: Rival) -> None:
-    proxy._rivals().appeared(rival.process.pid, rival.subject, rival.text)
+def _appeared(proxy: Proxy, rival: Rival, what: str) -> None:
+    proxy._rivals().appeared(rival.process.pid, rival.subject, rival.text, what)
 
 
 async def _record_end(pid: int, proxies: Collection[Proxy]) -> None:

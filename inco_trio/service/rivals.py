@@ -41,6 +41,8 @@ __all__ = [
     "users_of_socket",
     "watchers",
 ]
+_REPORTED = 16
+"""How many other proxies of a link or a directory are reported."""
 
 
 @attrs.frozen
@@ -209,9 +211,10 @@ def _names(link: str, command: Sequence[str]) -> bool:
 
 
 def _rival(board: int, subject: str, proxies: Sequence[Process], what: str) -> Iterator[Rival]:
-    for process in proxies:
-        if process.pid != os.getpid():
-            stop = superfluous(proxies).stop
-            remedy = REMEDY if stop is None else f"run: {stop}"
-            text = f"process {named([process])} {what}: {remedy}"
-            yield Rival(board, subject, process, text, is_link=what == OF_LINK)
+    others = [process for process in proxies if process.pid != os.getpid()]
+    stop = superfluous(proxies).stop if others else None
+    remedy = REMEDY if stop is None else f"run: {stop}"
+    # Another user can start any number of processes that look like proxies.
+    for process in others[:_REPORTED]:
+        text = f"process {named([process])} {what}: {remedy}"
+        yield Rival(board, subject, process, text, is_link=what == OF_LINK)
