@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -327,6 +328,38 @@ def test_recovered_notifications_become_pending_unless_a_predecessor_reported_th
         assert first == second
         # The others may have waited since the predecessor was last active.
         assert ((first, third < 0) if older_is_reported else (third, first < 0)) == (since, True)
+
+    run(main)
+
+
+@pytest.mark.parametrize("noted", ["clock", "dropped"])
+def test_the_bound_after_a_crash_begins_before_the_events_of_the_start(
+    board: Board, noted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with board.proxy(), board.peer() as peer:
+            board.trigger("redun")
+            await peer.receive(1)
+            await stuck()
+        memory = board.memory()
+        memory.times[:] = memoryview(array("Q", [0, 0, 0]))  # A killed process stores no times.
+        if noted == "dropped":
+            memory.pending[b"removed"] = 1
+        memory.close()
+        killed_before = time.monotonic_ns()
+        board.trigger("crash")
+        if noted == "clock":
+            monkeypatch.setattr("inco_trio.real_clock.time_ns", lambda: time.time_ns() + 60 * 10**9)
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported) as proxy:
+            await peer.receive(1)
+            await stuck()
+            recorder = proxy._recorder()
+            assert recorder is not None
+            assert noted in [note.kind for note in recorder.notes(killed_before)]
+        ((name, since),) = reported.delivered
+        assert name == "crash"
+        assert 0 < -since < killed_before
 
     run(main)
 

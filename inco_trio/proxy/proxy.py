@@ -565,7 +565,7 @@ def _build(
 
 def _find_unread(inflight: Inflight, recorder: Recorder | None) -> None:
     """Store since when the previous process may not have read the kernel's queues, unless it stored this itself."""
-    if recorder is not None and (last := recorder.last_ns if recorder.inherited else 0):
+    if recorder is not None and (last := recorder.inherited_ns):
         # The previous process was killed. While the link did not accept its frames, it read no triggers.
         blocked = [abs(bank.pending_since) for bank in inflight.events if bank.pending_since]
         inflight.times[UNREAD_FRAMES] = inflight.times[UNREAD_FRAMES] or last
