@@ -16,11 +16,11 @@ from inco_trio.counters import Counters
 from inco_trio.frame import encode
 from inco_trio.links.link import Link
 from inco_trio.linux.inotify import Inotify
-from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.inflight import PENDING, Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.registers.registers import Registers
-from inco_trio.registers.states import StateFile
+from inco_trio.registers.states import RUNS, StateFile
 from inco_trio.signals import SignalTable, builtin_signals
 from netns.hang import HANG
 
@@ -69,19 +69,23 @@ class World:
     """The built-in state files, and the inbound direction without its tasks."""
 
     def __init__(self, irq: Path, ending: ExitStack) -> None:
-        counters, inotify, inflight = Counters(), Inotify(), Inflight.open()
-        self.registers = Registers(inotify, inflight, counters)
-        for part in (inflight, inotify, self.registers):
+        counters, inotify, self.inflight = Counters(), Inotify(), Inflight.open()
+        self.registers = Registers(inotify, self.inflight, counters)
+        for part in (self.inflight, inotify, self.registers):
             ending.callback(part.close)
         self.registers.open(SignalTable(builtin_signals(irq)))
         self.link = FakeLink(ending)
         self.reported: list[tuple[str, int]] = []
-        self.handoff = Handoff[StateFile](inflight.watches, self.report)
+        self.handoff = Handoff[StateFile](self.inflight.watches, self.report)
         self.registers.states.delivered_late = lambda files, since: self.report(files, (), since)
-        self.inbound = Inbound(self.handoff, cast(Link, self.link), self.registers.states, inflight, counters)
+        self.inbound = Inbound(self.handoff, cast(Link, self.link), self.registers.states, self.inflight, counters)
 
     def report(self, files: Sequence[StateFile], _frames: Sequence[bytes], since: int) -> None:
         self.reported += [(file.signal.name, since) for file in files]
+
+    def restore(self) -> None:
+        """Write the pending notifications."""
+        assert all(self.registers.states.write_pending(self.registers.states.file_of(RESET).directory))
 
     def receive(self) -> None:
         """Read the link until it is empty, and write the state files."""
@@ -115,3 +119,41 @@ def test_a_stop_just_after_the_queue_was_emptied_marks_the_following_notificatio
     world.link.put(RESET)
     world.receive()
     assert world.reported[first:] == [(HWWD, -since), (RESET, 0)]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_notification_that_waited_in_the_kernel_and_then_becomes_pending_has_no_exact_delay(
+    world: World, number: int
+) -> None:
+    file = world.registers.states.file_of(RESET)
+    state = file.signal.path
+    state.unlink()
+    state.mkdir()
+    world.link.put(RESET)
+    world.receive()
+    ((exactly_since, _),) = file.runs
+    # For example, no event was recorded since this time, and SIGSTOP had stopped the process.
+    since = exactly_since - 10**9
+    world.handoff.leave_unread(since)
+    world.link.put(*[RESET] * number)
+    world.receive()
+    assert world.inflight.times[PENDING] == since
+    world.link.put(RESET)
+    world.receive()
+    state.rmdir()
+    state.touch()
+    world.restore()
+    last = world.reported.pop()
+    assert world.reported == [(RESET, exactly_since), *[(RESET, -since)] * number]
+    assert last[1] > exactly_since
+
+
+def test_merged_times_are_no_later_than_each_of_them(world: World) -> None:
+    file = world.registers.states.file_of(RESET)
+    times = [number * 10**6 - (number % 3 == 1) * 5 * 10**6 for number in range(10, 10 + 3 * RUNS)]
+    for number, since in enumerate(times):
+        file.pend(-since if number % 2 else since)
+    found = [since for since, number in file.unpend(len(times)) for _ in range(number)]
+    assert len(found) == len(times)
+    for since, bound in zip(times, found, strict=True):
+        assert bound == since or 0 < -bound <= since

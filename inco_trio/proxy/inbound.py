@@ -204,7 +204,7 @@ class Inbound:
         states = self._states
         file = states.by_frame.get(self._lone_key.tobytes()) or self._decode(room, length)
         if file is not None:
-            outcomes = states.write_alone(file)
+            outcomes = states.write_alone(file, self._handoff.unread_since)
             frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
             if outcomes is None:
                 self._handoff.report((file,), frames, self._handoff.unread_since)
@@ -223,7 +223,7 @@ class Inbound:
             health.well()
 
     def _deliver(self, batch: Batch[StateFile]) -> None:
-        if (outcomes := self._states.write(batch.items)) is not None:
+        if (outcomes := self._states.write(batch.items, batch.pending_since)) is not None:
             self._report_outcomes(batch, outcomes)
         self._handoff.finish(batch)
 
