@@ -364,6 +364,34 @@ def test_the_bound_after_a_crash_begins_before_the_events_of_the_start(
     run(main)
 
 
+def test_the_bound_after_a_crash_ignores_pending_notifications_that_were_sent(board: Board) -> None:
+    async def main() -> None:
+        async with board.proxy():
+            await stuck()
+            board.trigger("redun")
+            await stuck()
+            async with board.peer() as peer:
+                await peer.receive(1)
+                await stuck()
+                sent_before = time.monotonic_ns()
+                board.trigger("crash")
+                await peer.receive(1)
+                await stuck()
+        memory = board.memory()
+        memory.times[:] = memoryview(array("Q", [0, 0, 0]))  # A killed process stores no times.
+        memory.close()
+        board.trigger("uart")
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported):
+            await peer.receive(1)
+            await stuck()
+        ((name, since),) = reported.delivered
+        assert name == "uart"
+        assert -since > sent_before
+
+    run(main)
+
+
 def test_new_events_do_not_overwrite_recovered_ones(board: Board) -> None:
     async def main() -> None:
         await leave_in_flight(board, ["redun", "crash"], ["uart"])
