@@ -148,6 +148,22 @@ def test_a_notification_that_waited_in_the_kernel_and_then_becomes_pending_has_n
     assert last[1] > exactly_since
 
 
+def test_the_times_of_many_pending_notifications_are_equally_exact(world: World) -> None:
+    file = world.registers.states.file_of(RESET)
+    for total in range(1, 20 * RUNS):
+        file.pend()
+        numbers = [number for _, number in file.runs]
+        assert sum(numbers) == total
+        assert len(set(numbers[:-1])) <= 1
+        assert numbers[-1] <= numbers[0]
+        assert min(total, RUNS // 2) <= len(numbers) <= RUNS
+    for _ in file.unpend(total):
+        pass
+    for _ in range(RUNS):
+        file.pend()
+    assert [number for _, number in file.runs] == [1] * RUNS
+
+
 def test_merged_times_are_no_later_than_each_of_them(world: World) -> None:
     file = world.registers.states.file_of(RESET)
     times = [number * 10**6 - (number % 3 == 1) * 5 * 10**6 for number in range(10, 10 + 3 * RUNS)]

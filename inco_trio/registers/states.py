@@ -53,6 +53,8 @@ class StateFile:
     The oldest notification of a pair became pending at that time, the others later. A negative time means that all of
     them became pending at `-time` or later.
     """
+    _stride: int = attrs.field(init=False, default=1)
+    """Maximum number of notifications in a new pair of `runs`. It doubles whenever `runs` is full."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -97,11 +99,18 @@ class StateFile:
 
     def pend(self, since: int = 0) -> None:
         """Record that a notification has become pending. `since` is a time as in `runs`, or 0 for now."""
+        since = since or real_clock.monotonic_ns()
+        if not self.runs:
+            self._stride = 1
+        elif (last := self.runs[-1])[1] < self._stride:
+            last[:] = _merged(last[0], since), last[1] + 1
+            return
         if len(self.runs) == RUNS:
-            # Remember every second time only, so that the times of all notifications stay equally exact.
+            # Remember every second time only, and do the same from now on. All times then stay equally exact.
+            self._stride *= 2
             pairs = zip(*[iter(self.runs)] * 2, strict=True)
             self.runs = deque([_merged(first, second), few + more] for (first, few), (second, more) in pairs)
-        self.runs.append([since or real_clock.monotonic_ns(), 1])
+        self.runs.append([since, 1])
 
     def unpend(self, number: int) -> Iterator[tuple[int, int]]:
         """Forget the oldest `number` pending notifications. Yield their times (see `Listener.carried`) and counts."""
