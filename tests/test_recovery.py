@@ -364,6 +364,25 @@ def test_the_bound_after_a_crash_begins_before_the_events_of_the_start(
     run(main)
 
 
+def test_recovered_notifications_of_a_lost_inotify_descriptor_have_no_exact_delay(board: Board) -> None:
+    """Events of lost watches may stand for any trigger, so the proxy sends a frame for each trigger."""
+
+    async def main() -> None:
+        await leave_in_flight(board, ["redun"], ["uart"])
+        memory = board.memory()
+        memory.events[0].pending_since = since = time.monotonic_ns()
+        memory.close()
+        board.store.remove("inotify")
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported):
+            await peer.receive(len(OUTBOUND))
+            await stuck()
+        assert {name for name, _ in reported.delivered} == set(OUTBOUND)
+        assert all(0 < -bound <= since for _, bound in reported.delivered)
+
+    run(main)
+
+
 def test_the_bound_after_a_crash_ignores_pending_notifications_that_were_sent(board: Board) -> None:
     async def main() -> None:
         async with board.proxy():
