@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -272,6 +273,43 @@ def test_a_notification_that_waited_for_a_blocked_link_is_reported_as_late(
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_stop_just_after_a_read_marks_the_following_notification(
+    world: World, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler of SIGCONT runs after the proxy has read the first events, and before it has processed them."""
+    reported: list[tuple[str, int]] = []
+    world.handoff.report = lambda signals, _frames, since: reported.extend((each.name, since) for each in signals)
+    read_into, since = world.inotify.read_into, time.monotonic_ns()
+
+    def read_and_stop(buffer: memoryview) -> int:
+        length = read_into(buffer)
+        if length:
+            monkeypatch.undo()
+            write(world.uart)
+            world.handoff.leave_unread(since)
+        return length
+
+    monkeypatch.setattr(world.inotify, "read_into", read_and_stop)
+    world.run(lambda: write(*[world.notify, world.uart][:first]), lambda: write(world.notify))
+    assert reported[first:] == [("uart_irq", -since), ("redun_notify_irq", 0)]
+
+
+def test_a_stop_while_the_queue_is_examined_marks_the_following_notification(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = time.monotonic_ns(), time.monotonic_ns()
+
+    def stop(_: Inotify) -> int:
+        world.handoff.leave_unread(second)
+        return 0
+
+    monkeypatch.setattr(Inotify, "queued", property(stop))
+    world.handoff.leave_unread(first)
+    world.outbound.check_unread()
+    assert 0 < -world.handoff.unread_since <= second
 
 
 class SlowLink(FakeLink):

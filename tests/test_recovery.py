@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -327,6 +328,85 @@ def test_recovered_notifications_become_pending_unless_a_predecessor_reported_th
         assert first == second
         # The others may have waited since the predecessor was last active.
         assert ((first, third < 0) if older_is_reported else (third, first < 0)) == (since, True)
+
+    run(main)
+
+
+@pytest.mark.parametrize("noted", ["clock", "dropped"])
+def test_the_bound_after_a_crash_begins_before_the_events_of_the_start(
+    board: Board, noted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with board.proxy(), board.peer() as peer:
+            board.trigger("redun")
+            await peer.receive(1)
+            await stuck()
+        memory = board.memory()
+        memory.times[:] = memoryview(array("Q", [0, 0, 0]))  # A killed process stores no times.
+        if noted == "dropped":
+            memory.pending[b"removed"] = 1
+        memory.close()
+        killed_before = time.monotonic_ns()
+        board.trigger("crash")
+        if noted == "clock":
+            monkeypatch.setattr("inco_trio.real_clock.time_ns", lambda: time.time_ns() + 60 * 10**9)
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported) as proxy:
+            await peer.receive(1)
+            await stuck()
+            recorder = proxy._recorder()
+            assert recorder is not None
+            assert noted in [note.kind for note in recorder.notes(killed_before)]
+        ((name, since),) = reported.delivered
+        assert name == "crash"
+        assert 0 < -since < killed_before
+
+    run(main)
+
+
+def test_recovered_notifications_of_a_lost_inotify_descriptor_have_no_exact_delay(board: Board) -> None:
+    """Events of lost watches may stand for any trigger, so the proxy sends a frame for each trigger."""
+
+    async def main() -> None:
+        await leave_in_flight(board, ["redun"], ["uart"])
+        memory = board.memory()
+        memory.events[0].pending_since = since = time.monotonic_ns()
+        memory.close()
+        board.store.remove("inotify")
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported):
+            await peer.receive(len(OUTBOUND))
+            await stuck()
+        assert {name for name, _ in reported.delivered} == set(OUTBOUND)
+        assert all(0 < -bound <= since for _, bound in reported.delivered)
+
+    run(main)
+
+
+def test_the_bound_after_a_crash_ignores_pending_notifications_that_were_sent(board: Board) -> None:
+    async def main() -> None:
+        async with board.proxy():
+            await stuck()
+            board.trigger("redun")
+            await stuck()
+            async with board.peer() as peer:
+                await peer.receive(1)
+                await stuck()
+                sent_before = time.monotonic_ns()
+                board.trigger("crash")
+                await peer.receive(1)
+                await stuck()
+        memory = board.memory()
+        memory.times[:] = memoryview(array("Q", [0, 0, 0]))  # A killed process stores no times.
+        memory.close()
+        board.trigger("uart")
+        reported = Reported()
+        async with board.peer() as peer, board.proxy(reported):
+            await peer.receive(1)
+            await stuck()
+        ((name, since),) = reported.delivered
+        assert name == "uart"
+        assert -since > sent_before
 
     run(main)
 

@@ -226,6 +226,9 @@ class Inflight:
         Replace unfinished events of these watches by `LOST`, so that each trigger is sent at least once.
         """
         first, second = self.events
+        times = [abs(bank.pending_since) for bank in self.events if bank.pending_since and parse_events(bank.view)]
+        # It is unknown which of the triggers were pending.
+        first.pending_since = -min(times, default=0)
         if len(self.queue) or any(parse_events(bank.view) for bank in self.events):
             first.view[:] = LOST + first.blank[len(LOST) :]
             second.clear(len(second.view))

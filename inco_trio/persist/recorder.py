@@ -163,6 +163,8 @@ class Recorder:
         self._written = self._noted = 0
         self.inherited = False
         """Whether an earlier process wrote to this recorder."""
+        self.inherited_ns = 0
+        """The value of `last_ns` at the end of the earlier process, or 0 if it is unknown."""
         self._damaged = False
         self._has_deleted = False
         """Whether records were deleted because the table of names was full."""
@@ -183,6 +185,7 @@ class Recorder:
         self._kept, self._events_kept = self._numbers[_KEPT], self._numbers[_EVENTS_KEPT]
         self._written, self._noted = self._numbers[_WRITTEN], self._numbers[_NOTED]
         self._sequence = before[-1].sequence if before else 0
+        self.inherited_ns = self.last_ns if self.inherited else 0
         written = [(record.monotonic_ns, record.time_ns) for record in before[-1:]]
         written += [(note.monotonic_ns, note.time_ns) for note in notes[-1:]]
         if written:

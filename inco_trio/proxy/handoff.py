@@ -74,9 +74,10 @@ class Handoff(Generic[Item]):
         self.unread_since = -min(self._unread[0], real_clock.monotonic_ns())
         """The `since` of the next notifications to read; see `Listener.carried`.
 
-        It is negative if nothing may have read the kernel's queue since then. The reading task resets it once it has
-        emptied the queue.
+        It is negative if nothing may have read the kernel's queue since then. `check_unread` resets it.
         """
+        self._times_left = 0
+        """The number of calls of `leave_unread`."""
         self._handing: set[trio.CancelScope] = set()
         self.unfinished: set[Batch[Item]] = set()
 
@@ -124,8 +125,20 @@ class Handoff(Generic[Item]):
             self.leave_unread(batch.offered)
 
     def leave_unread(self, since: int) -> None:
-        """Record that nothing may have read the kernel's queue since this time."""
-        self.unread_since = -min(since, -self.unread_since or since)
+        """Record that nothing may have read the kernel's queue since this time. Signal handlers may call this."""
+        self._times_left += 1
+        # Call nothing between the comparison and the assignment: CPython runs signal handlers after a call.
+        if not self.unread_since or since < -self.unread_since:
+            self.unread_since = -since
+
+    def check_unread(self, is_queued: Callable[[], object]) -> None:
+        """Reset `unread_since`, unless a notification is queued or a signal handler calls `leave_unread` meanwhile.
+
+        `is_queued` may process events (see `proxy.share`), so keep `unread_since` until it returns.
+        """
+        before = self._times_left
+        if not is_queued() and self._times_left == before:
+            self.unread_since = 0
 
     async def _refuse(self) -> NoReturn:
         """Raise Cancelled or ClosedError to stop the reading task before it overwrites unfinished batches."""

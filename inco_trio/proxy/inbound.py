@@ -99,7 +99,8 @@ class Inbound:
         bank.begin(self._fills + 1)
         lengths = link.receive_into(rooms, SHORT)
         if not lengths:
-            self._handoff.unread_since = 0
+            if self._handoff.unread_since:
+                self.check_unread()
             return None
         self._fills += 1
         self._counters.received += len(lengths)
@@ -112,8 +113,8 @@ class Inbound:
             files = [file for file in found if file is not None]
         batch = Batch(files, ((bank, used),), drained=len(lengths) < self._at_once and lengths[-1] <= SHORT)
         batch.pending_since = self._handoff.unread_since
-        if batch.drained:
-            self._handoff.unread_since = 0
+        if batch.drained and batch.pending_since:
+            self.check_unread()
         if self._listener.wants_frames:
             batch.frames = self._frames_of(files, bank.view, lengths)
         return self._handoff.begin(batch)
@@ -167,11 +168,13 @@ class Inbound:
 
     def check_unread(self) -> None:
         """Reset `unread_since` if no frame is queued."""
+        self._handoff.check_unread(self._is_queued)
+
+    def _is_queued(self) -> bool:
         poll = select.poll()
         if self._link.fd >= 0:
             poll.register(self._link.fd, select.POLLIN)
-        if not poll.poll(0):
-            self._handoff.unread_since = 0
+        return bool(poll.poll(0))
 
     async def _receive_queued(self) -> None:
         if not self._handoff.unfinished and not self._receive_lone():
@@ -195,12 +198,13 @@ class Inbound:
         room = self._lone_room
         length = self._link.receive_one(room)
         if length < 0:
-            self._handoff.unread_since = 0
+            if self._handoff.unread_since:
+                self.check_unread()
             return False
         states = self._states
         file = states.by_frame.get(self._lone_key.tobytes()) or self._decode(room, length)
         if file is not None:
-            outcomes = states.write_alone(file)
+            outcomes = states.write_alone(file, self._handoff.unread_since)
             frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
             if outcomes is None:
                 self._handoff.report((file,), frames, self._handoff.unread_since)
@@ -219,7 +223,7 @@ class Inbound:
             health.well()
 
     def _deliver(self, batch: Batch[StateFile]) -> None:
-        if (outcomes := self._states.write(batch.items)) is not None:
+        if (outcomes := self._states.write(batch.items, batch.pending_since)) is not None:
             self._report_outcomes(batch, outcomes)
         self._handoff.finish(batch)
 

@@ -124,8 +124,7 @@ class Outbound:
 
     def check_unread(self) -> None:
         """Reset `unread_since` if no event is queued."""
-        if not self._inotify.queued:
-            self._handoff.unread_since = 0
+        self._handoff.check_unread(lambda: self._inotify.queued)
 
     async def _read_queued(self) -> None:
         """Read inotify until the queue is empty, and send or hand over the triggered signals."""
@@ -137,8 +136,8 @@ class Outbound:
                 return
             last = length <= LAST_EVENTS
             since = self._handoff.unread_since
-            if last:
-                self._handoff.unread_since = 0
+            if since and last:
+                self.check_unread()
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
             # If all earlier notifications are finished and no more are queued, a hand-over would only delay these
             # signals.
@@ -159,8 +158,11 @@ class Outbound:
             await trio.lowlevel.checkpoint()
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """If `events` reports only one closed trigger and no batch is in progress, send the frame and return True."""
-        if self._handoff.unfinished:
+        """If `events` reports only one closed trigger and no batch is in progress, send the frame and return True.
+
+        Return False if the event may have waited: only `_read_queued` may examine the kernel's queue afterwards.
+        """
+        if self._handoff.unfinished or self._handoff.unread_since:
             return False
         signal = self._triggers.closed_alone(events, length)
         if signal is None:
@@ -171,8 +173,7 @@ class Outbound:
             return False  # The task `send` will retry and handle errors.
         self._counters.triggered += 1
         self._counters.sent += 1
-        self._handoff.report((signal,), (), self._handoff.unread_since)
-        self._handoff.unread_since = 0
+        self._handoff.report((signal,), (), 0)
         return True
 
     def _send_now(self, signals: Sequence[Signal], since: int) -> int:

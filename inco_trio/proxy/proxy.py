@@ -24,7 +24,7 @@ from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
-from inco_trio.linux.inotify import Inotify, Watcher
+from inco_trio.linux.inotify import Inotify, Watcher, parse_events
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
@@ -565,9 +565,11 @@ def _build(
 
 def _find_unread(inflight: Inflight, recorder: Recorder | None) -> None:
     """Store since when the previous process may not have read the kernel's queues, unless it stored this itself."""
-    if recorder is not None and (last := recorder.last_ns if recorder.inherited else 0):
-        # The previous process was killed. While the link did not accept its frames, it read no triggers.
-        blocked = [abs(bank.pending_since) for bank in inflight.events if bank.pending_since]
+    if recorder is not None and (last := recorder.inherited_ns):
+        # The previous process was killed. While the link did not accept its frames, it read no triggers. Ignore the
+        # time of a batch that it had sent; such a batch has no events any more.
+        banks = [bank for bank in inflight.events if bank.pending_since and parse_events(bank.view)]
+        blocked = [abs(bank.pending_since) for bank in banks]
         inflight.times[UNREAD_FRAMES] = inflight.times[UNREAD_FRAMES] or last
         inflight.times[UNREAD_EVENTS] = inflight.times[UNREAD_EVENTS] or min([last, *blocked])
 

@@ -53,6 +53,8 @@ class StateFile:
     The oldest notification of a pair became pending at that time, the others later. A negative time means that all of
     them became pending at `-time` or later.
     """
+    _stride: int = attrs.field(init=False, default=1)
+    """Maximum number of notifications in a new pair of `runs`. It doubles whenever `runs` is full."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -95,13 +97,20 @@ class StateFile:
         directory.checked.add(register)
         return os.open(register, WRITE_FLAGS, dir_fd=directory.fd)
 
-    def pend(self) -> None:
-        """Record that a notification has become pending."""
+    def pend(self, since: int = 0) -> None:
+        """Record that a notification has become pending. `since` is a time as in `runs`, or 0 for now."""
+        since = since or real_clock.monotonic_ns()
+        if not self.runs:
+            self._stride = 1
+        elif (last := self.runs[-1])[1] < self._stride:
+            last[:] = _merged(last[0], since), last[1] + 1
+            return
         if len(self.runs) == RUNS:
-            # Remember every second time only, so that the times of all notifications stay equally exact.
+            # Remember every second time only, and do the same from now on. All times then stay equally exact.
+            self._stride *= 2
             pairs = zip(*[iter(self.runs)] * 2, strict=True)
-            self.runs = deque([since, number + further] for (since, number), (_, further) in pairs)
-        self.runs.append([real_clock.monotonic_ns(), 1])
+            self.runs = deque([_merged(first, second), few + more] for (first, few), (second, more) in pairs)
+        self.runs.append([since, 1])
 
     def unpend(self, number: int) -> Iterator[tuple[int, int]]:
         """Forget the oldest `number` pending notifications. Yield their times (see `Listener.carried`) and counts."""
@@ -133,6 +142,11 @@ class StateFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _merged(first: int, second: int) -> int:
+    """Return the time of a pair in `StateFile.runs` that replaces two pairs with these times."""
+    return first if abs(first) <= abs(second) else -abs(second)
 
 
 class StateFiles:
@@ -206,15 +220,16 @@ class StateFiles:
     def file_of(self, name: str) -> StateFile:
         return self._files[name]
 
-    def write(self, files: Sequence[StateFile]) -> list[str | None] | None:
+    def write(self, files: Sequence[StateFile], since: int = 0) -> list[str | None] | None:
         """Write one notification to each file, in order. Notifications that cannot be written become pending.
 
+        `since` is 0, or negative if the notifications may have waited since the time `-since`.
         Return None if all were written. Otherwise, return one outcome per file: "" if the file was written, the reason
         if the notification is pending, or None if the table no longer contains the signal.
         """
         written = Counter(files)
         if not written.keys() <= self._current:
-            return self._write_renewed(files)
+            return self._write_renewed(files, since)
         pending, unwritten = self._pending, []
         any_pending = bool(pending.places)
         reopened: dict[Directory, int] = {}
@@ -230,7 +245,7 @@ class StateFiles:
                     self._failed(file, error)
                     if file.directory.wd != before:
                         reopened[file.directory] = number
-            self._pend(file)
+            self._pend(file, since)
             any_pending = True
             unwritten.append(number)
         if len(unwritten) == len(files):
@@ -250,42 +265,43 @@ class StateFiles:
         for number, file in enumerate(files):
             if not outcomes[number] and (file.directory in replaced or number < reopened.get(file.directory, 0)):
                 # The directory was replaced during the write, which may have gone to the old directory.
-                self._pend(file)
+                self._pend(file, since)
                 outcomes[number] = REPLACED
         for directory in replaced:
             self._directories.look(directory)
         return outcomes
 
-    def write_alone(self, file: StateFile) -> list[str | None] | None:
+    def write_alone(self, file: StateFile, since: int = 0) -> list[str | None] | None:
         """Do the same as `write` for one notification, but faster."""
         if self._pending.places or file not in self._current:
-            return self.write((file,))
+            return self.write((file,), since)
         try:
             file.write()
         except OSError as error:
             self._failed(file, error)
-            self._pend(file)
+            self._pend(file, since)
             return [file.reason]
         self._counters.delivered += 1
         file.count_written(1)
         if file.directory.current:
             return None
-        self._pend(file)
+        self._pend(file, since)
         self._directories.look(file.directory)
         return [REPLACED]
 
-    def _pend(self, file: StateFile) -> None:
-        if not self._pending.places:
-            self._times[PENDING] = real_clock.monotonic_ns()
+    def _pend(self, file: StateFile, since: int) -> None:
+        earliest = abs(since) or real_clock.monotonic_ns()
+        if not self._pending.places or earliest < self._times[PENDING]:
+            self._times[PENDING] = earliest
         self._pending[file.signal.name.encode()] += 1
-        file.pend()
+        file.pend(since)
 
-    def _write_renewed(self, files: Sequence[StateFile]) -> list[str | None]:
+    def _write_renewed(self, files: Sequence[StateFile], since: int) -> list[str | None]:
         """Write to the current files of the signals. Some of `files` belong to a table that a reload has replaced."""
         renewed = [self._files.get(file.signal.name) for file in files]
         known = [file for file in renewed if file is not None]
         self._counters.unknown += len(files) - len(known)
-        outcomes = iter(self.write(known) or [""] * len(known))
+        outcomes = iter(self.write(known, since) or [""] * len(known))
         return [None if file is None else next(outcomes) for file in renewed]
 
     def _failed(self, file: StateFile, error: OSError) -> None:
