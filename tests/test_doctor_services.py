@@ -736,3 +736,29 @@ def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys
         subprocess.run(["sh", "-ec", result["fix"]], check=True, timeout=HANG)
         assert stored() == {labels[1]}
         assert found() == found(links[0]) == []
+
+
+@pytest.mark.s6
+@pytest.mark.parametrize("name", ["rpmsg", "inco-trio-x"])  # The latter is the name for the link x.
+def test_the_descriptors_of_a_service_in_another_directory_are_not_deleted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir, link = tmp_path / "scan", f"unix:{tmp_path}/a.0,peer={tmp_path}/a.1"
+    write_scandir(scandir, link, write_udrv(tmp_path / "u.json", tmp_path / "irq"))
+    label, store = parse_address(link).label, scandir / services.FD_STORE / "s"
+    directory = (scandir / f"inco-trio-{label}").rename(scandir / name)
+
+    def found(*words: str) -> list[str]:
+        main(["doctor", *words, "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        return [each["found"] for each in results if each["subject"] == str(store)]
+
+    with Service(Here(), scandir, label) as service:  # type: ignore[arg-type]
+        service.directory = directory
+        service.wait("U")
+        assert f"inco-trio/{label}/" in subprocess.check_output(["s6-fdholder-list", store], text=True)
+        assert found() == found(link) == []
+        service.control("-d")
+        service.wait("D")
+        # While the service is down, the fd store keeps its notifications.
+        assert found() == found(link) == []
