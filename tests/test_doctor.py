@@ -11,6 +11,7 @@ import pwd
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, REMEDY
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.service.descriptions import reading
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust
@@ -1060,6 +1062,45 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
     config.chmod(0o600)
     subprocess.run(["sh", "-ec", share], check=True)
     assert register_files.unreadable(config, proxy) is None
+
+
+def test_a_file_is_shared_without_more_rights_for_its_group(tmp_path: Path) -> None:
+    path, uid = tmp_path / "a b", os.geteuid() + 1
+    acl, share = f"setfacl -m u:{uid}:r '{path}'", f"chgrp 5 '{path}' && chmod g+r '{path}'"
+    path.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        status = path.stat()
+        for mode, gid, command in (
+            (0o600, 0, share),
+            (0o640, 0, share),
+            (0o600, 5, share),
+            (0o660, 0, acl),  # The user could write to the file.
+            (0o620, 0, acl),
+            (0o640, 12345, acl),  # The group 12345 would lose the file.
+        ):
+            found = os.stat_result([stat.S_IFREG | mode, *status[1:5], gid, *status[6:]])
+            patch.setattr(Path, "stat", lambda _, found=found: found)
+            assert reading(path, uid, 5) == command
+    tmp_path.chmod(0o770)
+    gid = tmp_path.stat().st_gid
+    assert reading(tmp_path, uid, gid + 1) == f"setfacl -m u:{uid}:rx {tmp_path}"
+
+
+def test_a_file_is_shared_with_a_group_of_the_process(searchable: Path) -> None:
+    config, nobody = searchable / "u.json", pwd.getpwnam("nobody")
+    config.touch(0o600)
+    proxy = process(3, "inco-trio run l0", uid=nobody.pw_uid)
+    for groups in ({12345, 12346}, {12345, nobody.pw_gid}):
+        gid = nobody.pw_gid if nobody.pw_gid in groups else 12345
+        found = register_files.unreadable(config, attrs.evolve(proxy, groups=frozenset(groups)))
+        assert found is not None
+        # The group of the file is that of the tests' user.
+        share = f"chgrp {gid} {config} && chmod g+r {config}"
+        assert found[1] == (share if config.stat().st_gid == 0 else f"setfacl -m u:{nobody.pw_uid}:r {config}")
+
+
+def test_no_command_is_advised_for_a_removed_file(tmp_path: Path) -> None:
+    assert reading(tmp_path / "gone", os.geteuid() + 1, 5) is None
 
 
 @pytest.mark.parametrize("place", ["u.json", ""])

@@ -185,7 +185,9 @@ def unreadable(path: Path, proxy: Process) -> tuple[str, str | None] | None:
         return f"{text}: change its owner or mode", None
     gid = min(proxy.groups)
     with contextlib.suppress(KeyError):
-        gid = pwd.getpwuid(proxy.uid).pw_gid
+        # The process need not have the group of its user in the user database.
+        if (own := pwd.getpwuid(proxy.uid).pw_gid) in proxy.groups:
+            gid = own
     return text, reading(path, proxy.uid, gid)
 
 
