@@ -1171,6 +1171,10 @@ def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Pa
     assert link in subjects
 
 
+OTHER_UID = os.geteuid() + 1
+"""A user ID that is neither root nor that of the tests."""
+
+
 @pytest.mark.parametrize(
     ("parent", "cgroup", "stop"),
     [
@@ -1183,6 +1187,9 @@ def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Pa
         ),
         ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/root"}, "0::/", None),
         ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", None),
+        # Another user can give a process this name and this working directory.
+        ({"name": "s6-supervise", "cwd": "/run/service/x", "pid": 7, "uid": OTHER_UID}, "0::/", "kill 30"),
+        ({"name": "s6-supervise", "cwd": "/home/x", "pid": 7, "uid": os.geteuid()}, "0::/", "s6-svc -d /home/x"),
         ({"name": "runsv", "cwd": "/etc/service/irq"}, "0::/", "sv down /etc/service/irq"),
         ({"name": "supervise", "cwd": "/service/irq"}, "0::/", "svc -d /service/irq"),
         ({"name": "systemd"}, "0::/system.slice/inco-trio-l0.service", "systemctl stop inco-trio-l0.service"),
@@ -1206,7 +1213,7 @@ def test_the_command_of_the_supervisor_stops_a_process(
     tree: Tree, parent: dict[str, Any], cgroup: str, stop: str | None
 ) -> None:
     above = parent.get("pid", 1)
-    tree.process(above, parent.get("command", "init"), name=parent["name"])
+    tree.process(above, parent.get("command", "init"), name=parent["name"], uid=parent.get("uid", 0))
     if "cwd" in parent:
         (tree.root / f"proc/{above}/cwd").symlink_to(parent["cwd"])
     tree.process(30, "inco_proxy l0", parent=above)
