@@ -623,6 +623,17 @@ def test_registers_must_be_regular_files(tmp_path: Path) -> None:
         assert only(register_files.kinds(signals)) == fine
 
 
+def test_a_mount_point_is_unmounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").symlink_to("/")
+    assert register_files.removal(tmp_path / "root/proc", stat.S_IFDIR) == f"umount {tmp_path}/root/proc"
+    # A symlink to a mount point is not one.
+    (tmp_path / "link").symlink_to("/proc")
+    assert register_files.removal(tmp_path / "link", stat.S_IFLNK) == f"rm {tmp_path}/link"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(space, "lines_of", lambda _: [""])  # /proc/self/mountinfo cannot be read.
+    assert register_files.removal(tmp_path / "file", stat.S_IFIFO) == f"rm {tmp_path}/file"
+
+
 MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
 
 

@@ -15,7 +15,7 @@ from inco_trio import real_clock
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.linux.processes import lines_of
 
-__all__ = ["mount_point", "space"]
+__all__ = ["mount_point", "mount_points", "space"]
 
 ENTRIES_MAX = 20_000
 """Maximum number of directory entries that the search reads."""
@@ -25,7 +25,8 @@ _NAMED = 3
 """Maximum number of files or directories that a result names."""
 
 
-def _mount_points() -> set[Path]:
+def mount_points() -> set[Path]:
+    """Return the mount points of this mount namespace without symlinks, or an empty set if they are unknown."""
     # The kernel writes a space as \040 (proc_pid_mountinfo(5)). The mount point is the fifth field.
     fields = (line.split(" ") for line in lines_of(Path("/proc/self/mountinfo")) if line)
     return {Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field[4])) for field in fields}
@@ -33,7 +34,7 @@ def _mount_points() -> set[Path]:
 
 def mount_point(path: Path) -> Path:
     """Return the mount point of the filesystem that contains `path`."""
-    around = [point for point in _mount_points() if path.resolve().is_relative_to(point)]
+    around = [point for point in mount_points() if path.resolve().is_relative_to(point)]
     return max(around, key=lambda point: len(point.parts), default=path)
 
 
@@ -92,7 +93,7 @@ def _search(path: Path, mount: Path) -> tuple[dict[Path, int], dict[Path, int]]:
     Search `path` first. The search ends after ENTRIES_MAX entries or PATIENCE.
     """
     files, entries = dict[Path, int](), dict[Path, int]()
-    others, deadline, total = _mount_points(), real_clock.monotonic() + PATIENCE, 0
+    others, deadline, total = mount_points(), real_clock.monotonic() + PATIENCE, 0
     queue = deque(dict.fromkeys((path.resolve(), mount)))
     while queue:
         directory = queue.popleft()
