@@ -7,7 +7,9 @@ import os
 import pwd
 import select
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -736,6 +738,28 @@ def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys
         subprocess.run(["sh", "-ec", result["fix"]], check=True, timeout=HANG)
         assert stored() == {labels[1]}
         assert found() == found(links[0]) == []
+
+
+@pytest.mark.s6
+def test_the_command_that_writes_the_service_again_fits_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir = tmp_path / "scan"
+    write_scandir(scandir, "l0", write_udrv(tmp_path / "u.json", tmp_path / "irq"))
+    shutil.rmtree(scandir / "inco-trio-l0")
+    store = scandir / services.FD_STORE / "s"
+    with Service(Here(), scandir, "fdholder") as service, socket.socket() as stored:  # type: ignore[arg-type]
+        service.wait("U")
+        for name in ("lx/link.1", "boards-1/link.1", "wire-b/link.1", "another/program/link.1"):
+            subprocess.run(["s6-fdholder-store", store, f"inco-trio/{name}"], stdin=stored.fileno(), check=True)
+        stored.close()
+        main(["doctor", "--json"])
+        results = [each for each in json.loads(capsys.readouterr().out)["results"] if each["subject"] == str(store)]
+        written = {each["found"].split("`")[1].partition(" && ")[0] for each in results}
+        assert written == {
+            f"inco-trio service s6 {scandir} {words}"
+            for words in ("LINK --config FILE", "--boards DIR", "LINK --mqtt-link URL --end CORE")
+        }
 
 
 @pytest.mark.s6

@@ -60,7 +60,7 @@ _HARM = {
 }
 """What does not work while a process of s6 is stopped."""
 
-_STORED = re.compile(r"inco-trio/(.+)/[^/]+")
+_STORED = re.compile(r"inco-trio/([^/]+)/[^/]+")
 """The name of an entry in the fd store of s6, with the label of its service."""
 
 _Links = tuple[tuple[InterfaceAddress | UnixAddress, Path | None], ...]
@@ -184,7 +184,11 @@ def leftovers(
             if not os.path.lexists(store.directory.with_name(f"{PREFIX}{owner}")):
                 scandir = str(store.directory.parent)
                 link = owner if Path("/sys/class/net", owner).exists() else "LINK"
-                unknown = ("--boards", "DIR") if owner.startswith("boards-") else (link, "--config", "FILE")
+                unknown: Sequence[str] = (link, "--config", "FILE")
+                if owner.startswith("boards-"):
+                    unknown = ("--boards", "DIR")
+                elif owner.startswith("wire-"):
+                    unknown = ("LINK", "--mqtt-link", "URL", "--end", "CORE")
                 write = shlex.join(["inco-trio", "service", "s6", scandir, *(options or unknown)])
                 text = f"keeps {len(entries)} descriptors of {PREFIX}{owner}, a service that was removed, with its"
                 text += " notifications: to deliver and send them, write the service again: "
