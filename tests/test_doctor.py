@@ -923,6 +923,31 @@ def test_the_search_for_large_files_is_limited(monkeypatch: pytest.MonkeyPatch, 
     assert entries == {tmp_path / "irq": 2}
 
 
+def test_a_full_filesystem_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("b1", "b2"):
+        (tmp_path / f"irq/{name}").mkdir(parents=True)
+        board = {"link": f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1", "irq_dir": str(tmp_path / "irq" / name)}
+        (tmp_path / "boards").mkdir(exist_ok=True)
+        (tmp_path / f"boards/{name}.json").write_text(json.dumps(board))
+    searches, search = list[Path](), space._search
+
+    def counted(path: Path, mount: Path) -> space._Found:
+        searches.append(path)
+        return search(path, mount)
+
+    monkeypatch.setattr(space, "_search", counted)
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 100, 100, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    # Another run searches again.
+    for runs in (1, 2):
+        main(["doctor", "--boards", str(tmp_path / "boards")])
+        assert searches == [tmp_path / "irq/b1"] * runs
+    for name in ("b1", "b2"):
+        (result,) = space.space(tmp_path / "irq" / name)
+        assert result.subject == str(tmp_path / "irq" / name)
+    assert searches[2:] == [tmp_path / "irq/b1", tmp_path / "irq/b2"]
+
+
 def test_a_removed_service_is_named_if_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.doctor.survey.silent_services", lambda: ["rpmsg4000"])
     monkeypatch.setattr("inco_trio.doctor.survey.find_services", lambda _: [])

@@ -9,13 +9,14 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 from inco_trio import real_clock
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.linux.processes import lines_of
 
-__all__ = ["mount_point", "mount_points", "space"]
+__all__ = ["mount_point", "mount_points", "searching_once", "space"]
 
 ENTRIES_MAX = 20_000
 """Maximum number of directory entries that the search reads."""
@@ -23,6 +24,11 @@ PATIENCE = 1.0
 """Maximum time in seconds that the search takes. A single slow system call can exceed it."""
 _NAMED = 3
 """Maximum number of files or directories that a result names."""
+
+_Found = tuple[dict[Path, int], dict[Path, int]]
+"""The sizes of files, and the numbers of entries of directories."""
+_known: ContextVar[dict[Path, _Found] | None] = ContextVar("inco_trio.searched", default=None)
+"""What was found in each filesystem, by its mount point, or None outside `searching_once`."""
 
 
 def mount_points() -> set[Path]:
@@ -55,7 +61,7 @@ def space(path: Path, registers: Collection[str] = (), problems: Collection[str]
     if not (no_space or no_inodes or has_failed or over_quota):
         return
     mount = mount_point(path)
-    files, entries = _search(path, mount)
+    files, entries = _searched(path, mount)
     for name in registers:
         files.pop(path.resolve() / name, None)
     quoted, cannot = shlex.quote(str(mount)), "cannot" if has_failed else "may be unable to"
@@ -87,7 +93,26 @@ def _most(what: str, numbers: Mapping[Path, int], texts: Mapping[Path, object] |
     return f"; {what}: " + ", ".join(f"{path} ({(texts or numbers)[path]})" for path in largest) if largest else ""
 
 
-def _search(path: Path, mount: Path) -> tuple[dict[Path, int], dict[Path, int]]:
+@contextlib.contextmanager
+def searching_once() -> Iterator[None]:
+    """Search each filesystem only once while the block runs: a machine can have many IRQ directories in one."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _searched(path: Path, mount: Path) -> _Found:
+    """Return copies of the results of `_search`, or of an earlier search in the same filesystem."""
+    known = _known.get()
+    found = _search(path, mount) if known is None or mount not in known else known[mount]
+    if known is not None:
+        known[mount] = found
+    return dict(found[0]), dict(found[1])
+
+
+def _search(path: Path, mount: Path) -> _Found:
     """Return the size in bytes of files, and the number of entries of directories, in the filesystem at `mount`.
 
     Search `path` first. The search ends after ENTRIES_MAX entries or PATIENCE.
