@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from inco_trio.doctor import services
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.doctor.services import FoundService, find_services, services_of
 from inco_trio.links.address import parse_address
-from inco_trio.linux.processes import Processes, look
+from inco_trio.linux.processes import Process, Processes, look
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.core1 import Here
@@ -786,3 +786,23 @@ def test_the_descriptors_of_a_service_in_another_directory_are_not_deleted(
         service.wait("D")
         # While the service is down, the fd store keeps its notifications.
         assert found() == found(link) == []
+
+
+def test_an_fd_store_whose_users_are_unknown_may_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, own = Path("/run/service", services.FD_STORE), Path("/run/service/inco-trio-l0")
+    places = {1: store, 2: store, 3: own, 4: Path("/root")}
+    monkeypatch.setattr(services, "working_directory", places.get)
+    supervisor, holder = process(1, name="s6-supervise", sockets=(9,)), process(2, name="s6-fdholderd", sockets=(8, 9))
+    proxy, other = process(3, sockets=(8,)), process(4, sockets=(9,))
+
+    def is_shared(*found: Process, labels: Sequence[str] = ("l0", "l1")) -> bool:
+        return services._is_shared(store, labels, Processes(found, unseen=False, mounted=True))
+
+    # All processes can inherit the socket 9 from s6-svscan as their output.
+    assert not is_shared(supervisor, holder, proxy, other)
+    assert is_shared(supervisor, holder, proxy, labels=["l1"])
+    assert is_shared(supervisor, holder, proxy, attrs.evolve(other, sockets=frozenset({8})))
+    # The descriptors of these processes are hidden.
+    hidden = attrs.evolve(other, hidden=True, command=("inco-trio", "run", "l1", "--fd-holder", "s"))
+    assert is_shared(supervisor, holder, hidden)
+    assert is_shared(supervisor, attrs.evolve(holder, hidden=True))
