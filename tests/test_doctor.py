@@ -11,6 +11,7 @@ import pwd
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -51,6 +52,7 @@ from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.service.descriptions import reading
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust
@@ -629,6 +631,17 @@ def test_registers_must_be_regular_files(tmp_path: Path) -> None:
         assert only(register_files.kinds(signals)) == fine
 
 
+def test_a_mount_point_is_unmounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").symlink_to("/")
+    assert register_files.removal(tmp_path / "root/proc", stat.S_IFDIR) == f"umount {tmp_path}/root/proc"
+    # A symlink to a mount point is not one.
+    (tmp_path / "link").symlink_to("/proc")
+    assert register_files.removal(tmp_path / "link", stat.S_IFLNK) == f"rm {tmp_path}/link"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(space, "lines_of", lambda _: [""])  # /proc/self/mountinfo cannot be read.
+    assert register_files.removal(tmp_path / "file", stat.S_IFIFO) == f"rm {tmp_path}/file"
+
+
 MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
 
 
@@ -918,6 +931,31 @@ def test_the_search_for_large_files_is_limited(monkeypatch: pytest.MonkeyPatch, 
     assert entries == {tmp_path / "irq": 2}
 
 
+def test_a_full_filesystem_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("b1", "b2"):
+        (tmp_path / f"irq/{name}").mkdir(parents=True)
+        board = {"link": f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1", "irq_dir": str(tmp_path / "irq" / name)}
+        (tmp_path / "boards").mkdir(exist_ok=True)
+        (tmp_path / f"boards/{name}.json").write_text(json.dumps(board))
+    searches, search = list[Path](), space._search
+
+    def counted(path: Path, mount: Path) -> space._Found:
+        searches.append(path)
+        return search(path, mount)
+
+    monkeypatch.setattr(space, "_search", counted)
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 100, 100, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    # Another run searches again.
+    for runs in (1, 2):
+        main(["doctor", "--boards", str(tmp_path / "boards")])
+        assert searches == [tmp_path / "irq/b1"] * runs
+    for name in ("b1", "b2"):
+        (result,) = space.space(tmp_path / "irq" / name)
+        assert result.subject == str(tmp_path / "irq" / name)
+    assert searches[2:] == [tmp_path / "irq/b1", tmp_path / "irq/b2"]
+
+
 def test_a_removed_service_is_named_if_no_proxy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.doctor.survey.silent_services", lambda: ["rpmsg4000"])
     monkeypatch.setattr("inco_trio.doctor.survey.find_services", lambda _: [])
@@ -942,15 +980,20 @@ def test_each_counter_of_a_state_says_whether_the_state_is_over() -> None:
     over = {name: text if name in events else f"{text} (over)" for name, text in numbers.items()}
     assert found() == [*over.values()]
     inbound = SignalStatus("s", Direction.INBOUND, "/irq/s", 1, None, 2, 1, None)
-    task = TaskStatus("send", 1, "No buffer space available; restarting the task", None)
+    busy = (inbound, attrs.evolve(inbound, direction=Direction.OUTBOUND))
+    failing = attrs.evolve(inbound, problem="cannot write: No space left on device")
+    task = TaskStatus("receive", 1, "Network is down; restarting the task", None)
+    sending = TaskStatus("send", 0, "cannot send: Network is down; notifications are kept", None)
     states: dict[str, dict[str, Any]] = {
-        "write_failures": {"signals": (inbound,)},
-        "send_failures": {"signals": (attrs.evolve(inbound, direction=Direction.OUTBOUND),)},
+        "write_failures": {"signals": (failing,)},
         "link_downs": {"running": False},
         "rivals": {"rivals": (RivalStatus(3, 1.0, ("l0",)),)},
         "restarts": {"tasks": (task,)},
     }
-    assert states.keys() == {*names} - events
+    assert states.keys() == {*names} - events - {"send_failures"}
+    # A busy proxy has pending notifications although the cause of the failures is over.
+    assert found(signals=busy) == [*over.values()]
+    assert f"{numbers['send_failures']} (continues)" in found(tasks=(sending,))
     for name, more in states.items():
         assert found(**more) == [*{**over, name: f"{numbers[name]} (continues)"}.values()]
 
@@ -1070,6 +1113,45 @@ def test_no_reload_is_advised_for_a_file_that_the_proxy_may_not_read(searchable:
     assert register_files.unreadable(config, proxy) is None
 
 
+def test_a_file_is_shared_without_more_rights_for_its_group(tmp_path: Path) -> None:
+    path, uid = tmp_path / "a b", os.geteuid() + 1
+    acl, share = f"setfacl -m u:{uid}:r '{path}'", f"chgrp 5 '{path}' && chmod g+r '{path}'"
+    path.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        status = path.stat()
+        for mode, gid, command in (
+            (0o600, 0, share),
+            (0o640, 0, share),
+            (0o600, 5, share),
+            (0o660, 0, acl),  # The user could write to the file.
+            (0o620, 0, acl),
+            (0o640, 12345, acl),  # The group 12345 would lose the file.
+        ):
+            found = os.stat_result([stat.S_IFREG | mode, *status[1:5], gid, *status[6:]])
+            patch.setattr(Path, "stat", lambda _, found=found: found)
+            assert reading(path, uid, 5) == command
+    tmp_path.chmod(0o770)
+    gid = tmp_path.stat().st_gid
+    assert reading(tmp_path, uid, gid + 1) == f"setfacl -m u:{uid}:rx {tmp_path}"
+
+
+def test_a_file_is_shared_with_a_group_of_the_process(searchable: Path) -> None:
+    config, nobody = searchable / "u.json", pwd.getpwnam("nobody")
+    config.touch(0o600)
+    proxy = process(3, "inco-trio run l0", uid=nobody.pw_uid)
+    for groups in ({12345, 12346}, {12345, nobody.pw_gid}):
+        gid = nobody.pw_gid if nobody.pw_gid in groups else 12345
+        found = register_files.unreadable(config, attrs.evolve(proxy, groups=frozenset(groups)))
+        assert found is not None
+        # The group of the file is that of the tests' user.
+        share = f"chgrp {gid} {config} && chmod g+r {config}"
+        assert found[1] == (share if config.stat().st_gid == 0 else f"setfacl -m u:{nobody.pw_uid}:r {config}")
+
+
+def test_no_command_is_advised_for_a_removed_file(tmp_path: Path) -> None:
+    assert reading(tmp_path / "gone", os.geteuid() + 1, 5) is None
+
+
 @pytest.mark.parametrize("place", ["u.json", ""])
 def test_a_reload_is_advised_for_a_file_with_an_acl(place: str, searchable: Path) -> None:
     config, proxy = searchable / "u.json", process(3, "inco-trio run l0", uid=os.geteuid() + 1)
@@ -1138,6 +1220,10 @@ def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Pa
     assert link in subjects
 
 
+OTHER_UID = os.geteuid() + 1
+"""A user ID that is neither root nor that of the tests."""
+
+
 @pytest.mark.parametrize(
     ("parent", "cgroup", "stop"),
     [
@@ -1150,6 +1236,9 @@ def test_an_invalid_link_in_a_command_line_does_not_end_the_command(tmp_path: Pa
         ),
         ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0", "child": "/root"}, "0::/", None),
         ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", None),
+        # Another user can give a process this name and this working directory.
+        ({"name": "s6-supervise", "cwd": "/run/service/x", "pid": 7, "uid": OTHER_UID}, "0::/", "kill 30"),
+        ({"name": "s6-supervise", "cwd": "/home/x", "pid": 7, "uid": os.geteuid()}, "0::/", "s6-svc -d /home/x"),
         ({"name": "runsv", "cwd": "/etc/service/irq"}, "0::/", "sv down /etc/service/irq"),
         ({"name": "supervise", "cwd": "/service/irq"}, "0::/", "svc -d /service/irq"),
         ({"name": "systemd"}, "0::/system.slice/inco-trio-l0.service", "systemctl stop inco-trio-l0.service"),
@@ -1173,7 +1262,7 @@ def test_the_command_of_the_supervisor_stops_a_process(
     tree: Tree, parent: dict[str, Any], cgroup: str, stop: str | None
 ) -> None:
     above = parent.get("pid", 1)
-    tree.process(above, parent.get("command", "init"), name=parent["name"])
+    tree.process(above, parent.get("command", "init"), name=parent["name"], uid=parent.get("uid", 0))
     if "cwd" in parent:
         (tree.root / f"proc/{above}/cwd").symlink_to(parent["cwd"])
     tree.process(30, "inco_proxy l0", parent=above)

@@ -688,7 +688,8 @@ def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tm
     boards = tmp_path / "boards"
     boards.mkdir()
     for name in ("b1", "b2"):
-        board = {"link": unix_link(tmp_path, name), "irq_dir": str(tmp_path / name)}
+        # An IRQ directory can be in the directory of the boards.
+        board = {"link": unix_link(tmp_path, name), "irq_dir": str(boards / name)}
         (boards / f"{name}.json").write_text(json.dumps(board))
     with closing(Proxy(cores.core0, ["--boards", str(boards)], {}, tmp_path / "proxy.log")) as running:
         running.wait_ready()
@@ -699,6 +700,7 @@ def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tm
         files = [each for each in found if each["check"] in ("reload", "configuration")]
         assert [(each["subject"], each["fix"]) for each in files] == [(str(changed), f"kill -HUP {running.pid}")]
         assert {each["subject"] for each in found if each["check"] == "counters"} == {"b1"}
+        assert {each["subject"] for each in found if each["check"] == "directory"} == {str(boards / "b1")}
 
 
 REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done"

@@ -7,11 +7,13 @@ import os
 import pwd
 import select
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from inco_trio.doctor import services
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.doctor.services import FoundService, find_services, services_of
 from inco_trio.links.address import parse_address
-from inco_trio.linux.processes import Processes, look
+from inco_trio.linux.processes import Process, Processes, look
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.core1 import Here
@@ -736,3 +738,71 @@ def test_the_descriptors_of_a_removed_service_are_deleted(tmp_path: Path, capsys
         subprocess.run(["sh", "-ec", result["fix"]], check=True, timeout=HANG)
         assert stored() == {labels[1]}
         assert found() == found(links[0]) == []
+
+
+@pytest.mark.s6
+def test_the_command_that_writes_the_service_again_fits_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir = tmp_path / "scan"
+    write_scandir(scandir, "l0", write_udrv(tmp_path / "u.json", tmp_path / "irq"))
+    shutil.rmtree(scandir / "inco-trio-l0")
+    store = scandir / services.FD_STORE / "s"
+    with Service(Here(), scandir, "fdholder") as service, socket.socket() as stored:  # type: ignore[arg-type]
+        service.wait("U")
+        for name in ("lx/link.1", "boards-1/link.1", "wire-b/link.1", "another/program/link.1"):
+            subprocess.run(["s6-fdholder-store", store, f"inco-trio/{name}"], stdin=stored.fileno(), check=True)
+        stored.close()
+        main(["doctor", "--json"])
+        results = [each for each in json.loads(capsys.readouterr().out)["results"] if each["subject"] == str(store)]
+        written = {each["found"].split("`")[1].partition(" && ")[0] for each in results}
+        assert written == {
+            f"inco-trio service s6 {scandir} {words}"
+            for words in ("LINK --config FILE", "--boards DIR", "LINK --mqtt-link URL --end CORE")
+        }
+
+
+@pytest.mark.s6
+@pytest.mark.parametrize("name", ["rpmsg", "inco-trio-x"])  # The latter is the name for the link x.
+def test_the_descriptors_of_a_service_in_another_directory_are_not_deleted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir, link = tmp_path / "scan", f"unix:{tmp_path}/a.0,peer={tmp_path}/a.1"
+    write_scandir(scandir, link, write_udrv(tmp_path / "u.json", tmp_path / "irq"))
+    label, store = parse_address(link).label, scandir / services.FD_STORE / "s"
+    directory = (scandir / f"inco-trio-{label}").rename(scandir / name)
+
+    def found(*words: str) -> list[str]:
+        main(["doctor", *words, "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        return [each["found"] for each in results if each["subject"] == str(store)]
+
+    with Service(Here(), scandir, label) as service:  # type: ignore[arg-type]
+        service.directory = directory
+        service.wait("U")
+        assert f"inco-trio/{label}/" in subprocess.check_output(["s6-fdholder-list", store], text=True)
+        assert found() == found(link) == []
+        service.control("-d")
+        service.wait("D")
+        # While the service is down, the fd store keeps its notifications.
+        assert found() == found(link) == []
+
+
+def test_an_fd_store_whose_users_are_unknown_may_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, own = Path("/run/service", services.FD_STORE), Path("/run/service/inco-trio-l0")
+    places = {1: store, 2: store, 3: own, 4: Path("/root")}
+    monkeypatch.setattr(services, "working_directory", places.get)
+    supervisor, holder = process(1, name="s6-supervise", sockets=(9,)), process(2, name="s6-fdholderd", sockets=(8, 9))
+    proxy, other = process(3, sockets=(8,)), process(4, sockets=(9,))
+
+    def is_shared(*found: Process, labels: Sequence[str] = ("l0", "l1")) -> bool:
+        return services._is_shared(store, labels, Processes(found, unseen=False, mounted=True))
+
+    # All processes can inherit the socket 9 from s6-svscan as their output.
+    assert not is_shared(supervisor, holder, proxy, other)
+    assert is_shared(supervisor, holder, proxy, labels=["l1"])
+    assert is_shared(supervisor, holder, proxy, attrs.evolve(other, sockets=frozenset({8})))
+    # The descriptors of these processes are hidden.
+    hidden = attrs.evolve(other, hidden=True, command=("inco-trio", "run", "l1", "--fd-holder", "s"))
+    assert is_shared(supervisor, holder, hidden)
+    assert is_shared(supervisor, attrs.evolve(holder, hidden=True))

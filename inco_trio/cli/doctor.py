@@ -18,6 +18,7 @@ from inco_trio.cli.streams import say, say_text
 from inco_trio.cli.terminal import wants_color
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.result import Level, Result, ok, refused, summarize
+from inco_trio.doctor.space import searching_once
 from inco_trio.errors import IncoError
 from inco_trio.links.address import parse_address
 from inco_trio.linux.processes import look
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         results = _one(args)
     else:
         results = _boards(options.boards_directory(args, "IFACE", "--config", "--irq-dir"))
-    found = summarize(results, _as_root(args))
+    with searching_once():
+        found = summarize(results, _as_root(args))
     counts = Counter(result.level for result in found)
     if args.json:
         summary = {name: counts[level] for level, name in NAMES.items()}

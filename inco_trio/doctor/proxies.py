@@ -241,11 +241,12 @@ def counters(board: BoardStatus) -> Iterator[Result]:
         yield fail("board", board.board, f"not open: {board.problem}")
         return
     faults = []
-    waiting_for = {signal.direction for signal in status.signals if signal.problem is not None or signal.pending}
-    # The other counters count single events.
+    # Pending notifications alone do not show a failure: a busy proxy always has some. The other counters count single
+    # events.
     continues = {
-        "write_failures": Direction.INBOUND in waiting_for,
-        "send_failures": Direction.OUTBOUND in waiting_for,
+        "write_failures": any(each.problem and each.direction is Direction.INBOUND for each in status.signals),
+        # A failure to send concerns all signals, so the task has the problem.
+        "send_failures": any(task.problem for task in status.tasks if task.task == "send"),
         "link_downs": not status.running,
         "rivals": bool(status.rivals),
         "restarts": any(task.problem for task in status.tasks),

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
-from inco_trio.doctor.space import mount_point, space
+from inco_trio.doctor.space import mount_point, mount_points, space
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process
@@ -80,7 +80,8 @@ def _is_read_only(path: Path) -> bool:
 def removal(path: Path, mode: int) -> str:
     """Return the command that frees a path. It moves a directory that is not empty. `mode` is from lstat(2)."""
     quoted = shlex.quote(str(path))
-    if mount_point(path) == path:
+    # A mount point is never a symlink, but its parent can be one.
+    if path.parent.resolve() / path.name in mount_points():
         return f"umount {quoted}"
     if not stat.S_ISDIR(mode):
         return f"rm {quoted}"
@@ -185,7 +186,9 @@ def unreadable(path: Path, proxy: Process) -> tuple[str, str | None] | None:
         return f"{text}: change its owner or mode", None
     gid = min(proxy.groups)
     with contextlib.suppress(KeyError):
-        gid = pwd.getpwuid(proxy.uid).pw_gid
+        # The process need not have the group of its user in the user database.
+        if (own := pwd.getpwuid(proxy.uid).pw_gid) in proxy.groups:
+            gid = own
     return text, reading(path, proxy.uid, gid)
 
 

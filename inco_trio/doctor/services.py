@@ -10,7 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -60,7 +60,7 @@ _HARM = {
 }
 """What does not work while a process of s6 is stopped."""
 
-_STORED = re.compile(r"inco-trio/(.+)/[^/]+")
+_STORED = re.compile(r"inco-trio/([^/]+)/[^/]+")
 """The name of an entry in the fd store of s6, with the label of its service."""
 
 _Links = tuple[tuple[InterfaceAddress | UnixAddress, Path | None], ...]
@@ -165,19 +165,30 @@ def leftovers(
 
     `options` contains the arguments with which `inco-trio service s6 SCANDIR` writes this service.
     """
+    services = tuple(services)
     for store in services:
-        if not store.is_fd_store or store.directory is None or _is_shared(store.directory, processes):
+        if not store.is_fd_store or store.directory is None:
             continue
         path = store.directory / "s"
         found: dict[str, list[str]] = {}
         for entry in (_output("s6-fdholder-list", "-t", "1000", str(path)) or "").splitlines():
-            if (match := _STORED.fullmatch(entry)) and label in (None, match[1]):
+            if match := _STORED.fullmatch(entry):
                 found.setdefault(match[1], []).append(entry)
+        if _is_shared(store.directory, found, processes):
+            continue
+        # A service directory can have another name than `inco-trio service` gives it.
+        served = {address.label for each in services if each.boards is None for address, _ in each.links}
         for owner, entries in found.items():
+            if label not in (None, owner) or owner in served:
+                continue
             if not os.path.lexists(store.directory.with_name(f"{PREFIX}{owner}")):
                 scandir = str(store.directory.parent)
                 link = owner if Path("/sys/class/net", owner).exists() else "LINK"
-                unknown = ("--boards", "DIR") if owner.startswith("boards-") else (link, "--config", "FILE")
+                unknown: Sequence[str] = (link, "--config", "FILE")
+                if owner.startswith("boards-"):
+                    unknown = ("--boards", "DIR")
+                elif owner.startswith("wire-"):
+                    unknown = ("LINK", "--mqtt-link", "URL", "--end", "CORE")
                 write = shlex.join(["inco-trio", "service", "s6", scandir, *(options or unknown)])
                 text = f"keeps {len(entries)} descriptors of {PREFIX}{owner}, a service that was removed, with its"
                 text += " notifications: to deliver and send them, write the service again: "
@@ -187,13 +198,31 @@ def leftovers(
                 yield warn("descriptors", path, text, f"for id in {shlex.join(entries)}; do {delete}; done")
 
 
-def _is_shared(store: Path, processes: Processes) -> bool:
-    """Return whether a process that is in no service of a scan directory has stored descriptors in its fd store."""
-    places = {each.pid: working_directory(each.pid) for each in processes.all if each.sockets}
-    kept = {inode for each in processes.all if places.get(each.pid) == store for inode in each.sockets}
-    users = [each for each in processes.all if each.sockets & kept and value_of("--fd-holder", each.command)]
-    return any(
-        (place := places[each.pid]) is None or place.parent != store.parent or not place.exists() for each in users
+def _is_shared(store: Path, labels: Collection[str], processes: Processes) -> bool:
+    """Return whether an fd store may have users that are not the services named after the stored `labels`.
+
+    Such a user is a process without a supervisor, or a service of s6 whose directory has another name. Its descriptors
+    cannot be distinguished from those of a removed service.
+    """
+    places = {each.pid: working_directory(each.pid) for each in processes.all}
+    in_store = [each for each in processes.all if places[each.pid] == store]
+    holders = [each for each in in_store if each.is_holder and not each.hidden]
+    if not holders:
+        return True
+    # The holder can inherit a socket as its output, as all services of the scan directory can.
+    inherited = {inode for each in in_store if not each.is_holder for inode in each.sockets}
+    kept = {inode for each in holders for inode in each.sockets} - inherited
+    own = {store.with_name(f"{PREFIX}{label}") for label in labels}
+    users = [
+        each
+        for each in processes.all
+        if places[each.pid] != store
+        and (each.sockets & kept or (each.hidden and value_of("--fd-holder", each.command)))
+    ]
+    return any(places[each.pid] not in own for each in users) or any(
+        "--fd-holder" in (read(script) or "")
+        for script in store.parent.glob("*/run")
+        if not script.parent.name.startswith(PREFIX) and script.is_file()
     )
 
 

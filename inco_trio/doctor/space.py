@@ -9,13 +9,14 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 from inco_trio import real_clock
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.linux.processes import lines_of
 
-__all__ = ["mount_point", "space"]
+__all__ = ["mount_point", "mount_points", "searching_once", "space"]
 
 ENTRIES_MAX = 20_000
 """Maximum number of directory entries that the search reads."""
@@ -24,8 +25,14 @@ PATIENCE = 1.0
 _NAMED = 3
 """Maximum number of files or directories that a result names."""
 
+_Found = tuple[dict[Path, int], dict[Path, int]]
+"""The sizes of files, and the numbers of entries of directories."""
+_known: ContextVar[dict[Path, _Found] | None] = ContextVar("inco_trio.searched", default=None)
+"""What was found in each filesystem, by its mount point, or None outside `searching_once`."""
 
-def _mount_points() -> set[Path]:
+
+def mount_points() -> set[Path]:
+    """Return the mount points of this mount namespace without symlinks, or an empty set if they are unknown."""
     # The kernel writes a space as \040 (proc_pid_mountinfo(5)). The mount point is the fifth field.
     fields = (line.split(" ") for line in lines_of(Path("/proc/self/mountinfo")) if line)
     return {Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field[4])) for field in fields}
@@ -33,7 +40,7 @@ def _mount_points() -> set[Path]:
 
 def mount_point(path: Path) -> Path:
     """Return the mount point of the filesystem that contains `path`."""
-    around = [point for point in _mount_points() if path.resolve().is_relative_to(point)]
+    around = [point for point in mount_points() if path.resolve().is_relative_to(point)]
     return max(around, key=lambda point: len(point.parts), default=path)
 
 
@@ -54,7 +61,7 @@ def space(path: Path, registers: Collection[str] = (), problems: Collection[str]
     if not (no_space or no_inodes or has_failed or over_quota):
         return
     mount = mount_point(path)
-    files, entries = _search(path, mount)
+    files, entries = _searched(path, mount)
     for name in registers:
         files.pop(path.resolve() / name, None)
     quoted, cannot = shlex.quote(str(mount)), "cannot" if has_failed else "may be unable to"
@@ -86,13 +93,32 @@ def _most(what: str, numbers: Mapping[Path, int], texts: Mapping[Path, object] |
     return f"; {what}: " + ", ".join(f"{path} ({(texts or numbers)[path]})" for path in largest) if largest else ""
 
 
-def _search(path: Path, mount: Path) -> tuple[dict[Path, int], dict[Path, int]]:
+@contextlib.contextmanager
+def searching_once() -> Iterator[None]:
+    """Search each filesystem only once while the block runs: a machine can have many IRQ directories in one."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _searched(path: Path, mount: Path) -> _Found:
+    """Return copies of the results of `_search`, or of an earlier search in the same filesystem."""
+    known = _known.get()
+    found = _search(path, mount) if known is None or mount not in known else known[mount]
+    if known is not None:
+        known[mount] = found
+    return dict(found[0]), dict(found[1])
+
+
+def _search(path: Path, mount: Path) -> _Found:
     """Return the size in bytes of files, and the number of entries of directories, in the filesystem at `mount`.
 
     Search `path` first. The search ends after ENTRIES_MAX entries or PATIENCE.
     """
     files, entries = dict[Path, int](), dict[Path, int]()
-    others, deadline, total = _mount_points(), real_clock.monotonic() + PATIENCE, 0
+    others, deadline, total = mount_points(), real_clock.monotonic() + PATIENCE, 0
     queue = deque(dict.fromkeys((path.resolve(), mount)))
     while queue:
         directory = queue.popleft()

@@ -72,7 +72,8 @@ def survey_link(
             directory, own = Path(answers.by_pid[process.pid].name), {f"{each.board}.json" for each in boards}
             for result in _answering(process, boards, processes, answers, services):
                 path = Path(result.subject)
-                if path.parent != directory or path.name in own:
+                # The directory can also contain IRQ directories.
+                if path.parent != directory or path.suffix != ".json" or path.name in own:
                     yield result
         elif process in users.proxies and process.pid not in answers.by_pid:
             yield from answers.problems

@@ -271,7 +271,9 @@ def _supervisor(place: Path, parent: str) -> str:
     """Return the supervisor's command that stops a process, or an empty string if the process has no supervisor."""
     above = place.parent / parent
     name = read(above / "comm") or ""
-    if stop := _S6_STYLE.get(name):
+    # Any user can give a process the name of a supervisor, and the directory of a service as its working directory.
+    is_trusted = status_of(above).get("Uid", "-1 -1").split()[1] in ("0", str(os.geteuid()))
+    if is_trusted and (stop := _S6_STYLE.get(name)):
         # The service directory is the working directory of the supervisor and of the process that it starts. This user
         # may be unable to see the former. The supervisor's last argument is only the name of the service.
         service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]

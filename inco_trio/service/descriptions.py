@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -222,8 +223,8 @@ def access_warnings(
         if path.exists() and not _may(account, "-r", path):
             above = (*reversed(path.parents), *reversed(path.resolve().parents))
             closed = next((f" or enter {parent}" for parent in above if not _may(account, "-x", parent)), "")
-            if path in service.reads and not closed:
-                remedy = f"run as root: {reading(path, account.pw_uid, account.pw_gid)}"
+            if path in service.reads and not closed and (share := reading(path, account.pw_uid, account.pw_gid)):
+                remedy = f"run as root: {share}"
             yield f"warning: {path}: the user {user} may not read it{closed}, so the service cannot start: {remedy}"
     directories: dict[Path, list[Signal]] = {}
     for signal in service.signals if check_directories else ():
@@ -251,11 +252,21 @@ def _register_warnings(signals: Iterable[Signal], account: pwd.struct_passwd) ->
                 yield f"warning: {signal.path}: the user {account.pw_name} may not {verb} it: run as root: {command}"
 
 
-def reading(path: Path, uid: int, gid: int) -> str:
-    """Return the command that lets a user, whose group is `gid`, read a file or directory."""
-    quoted, bits = shlex.quote(str(path)), "rx" if path.is_dir() else "r"
-    if path.stat().st_uid == uid:
+def reading(path: Path, uid: int, gid: int) -> str | None:
+    """Return the command that lets a user, whose group is `gid`, read a file or directory.
+
+    Return None if the path was removed or cannot be inspected.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    quoted, bits = shlex.quote(str(path)), "rx" if stat.S_ISDIR(status.st_mode) else "r"
+    if status.st_uid == uid:
         return f"chmod u+{bits} {quoted}"
+    # A new group would let the user write to the path, or take the path from its present group.
+    if status.st_gid != gid and (status.st_mode & stat.S_IWGRP or status.st_gid != 0):
+        return f"setfacl -m u:{uid}:{bits} {quoted}"
     return f"chgrp {gid} {quoted} && chmod g+{bits} {quoted}"
 
 
