@@ -62,10 +62,10 @@ def _pages() -> dict[Path, str]:
 
 def _signals() -> list[str]:
     """Return a table of the built-in signals, with the keys of udrv.json that change their registers."""
-    rows = ["| signal | direction | key of its register | default |", "|---|---|---|---|"]
+    rows = ["| signal | direction | key of its register | file without the key |", "|---|---|---|---|"]
     for each in BUILTIN:
         key = f"misc.ihub_config_dev.regs.{each.reg}.reg"
-        rows.append(f"| `{each.name}` | {each.direction.value} | `{key}` | `ihub-irq-dev.{each.register}` |")
+        rows.append(f"| `{each.name}` | {each.direction.value} | `{key}` | `{each.register}` |")
     return rows
 
 
