@@ -18,9 +18,11 @@ import mqtt5
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from trio.testing import MockClock
 
 from inco_trio.config import Config
+from inco_trio.control.follower import Conversation
 from inco_trio.control.place import listening
 from inco_trio.control.protocol import SendRequest
 from inco_trio.control.server import Control
@@ -28,7 +30,7 @@ from inco_trio.cores.core1 import Core1
 from inco_trio.counters import Counters
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
-from inco_trio.mqtt.gateway import Gateway
+from inco_trio.mqtt.gateway import FLUSH_PATIENCE, Gateway
 from inco_trio.mqtt.publishing import BATCH, Publisher
 from inco_trio.mqtt.session import Received
 from inco_trio.mqtt.topics import Topics
@@ -316,6 +318,98 @@ def test_the_last_notifications_of_a_proxy_are_published_before_those_of_the_oth
     run(main)
 
 
+@asynccontextmanager
+async def unread(process: Process, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Let the gateway read nothing from `process` in this block."""
+    await_line, may_read = Conversation._await_line, trio.Event()
+
+    async def wait_and_read(conversation: Conversation) -> None:
+        if conversation.path == process.path:
+            await may_read.wait()
+        await await_line(conversation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "_await_line", wait_and_read)
+        await trio.testing.wait_all_tasks_blocked()
+        # A read that has already begun returns the next event.
+        process.open_board("other")
+        await trio.testing.wait_all_tasks_blocked()
+        yield
+        may_read.set()
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("number", [1, BATCH + 3])
+@pytest.mark.parametrize("known", [True, False], ids=["opened before", "opened first"])
+@pytest.mark.parametrize("late", ["first", "second"])
+def test_a_board_moves_without_loss_in_whatever_order_the_events_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str, known: bool, number: int
+) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            first, second = bench.first, bench.second
+            if known:
+                first.open_board()
+                await bench.settle()
+                first.deliver()
+                await bench.settle()
+                first.close_board()
+                await bench.settle()
+            second.open_board()
+            await bench.settle()
+            assert bench.source() is second
+            async with unread(getattr(bench, late), monkeypatch):
+                second.deliver(number)
+                second.close_board()
+                first.open_board()
+                first.deliver(number)
+                await bench.settle()
+            await bench.settle()
+            assert bench.source() is first
+            bench.check()
+
+    run(main)
+
+
+def test_a_proxy_that_does_not_answer_does_not_delay_another_one_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            async with unread(bench.first, monkeypatch):
+                bench.second.open_board()
+                bench.second.deliver()
+                await bench.settle()
+                assert bench.source() is bench.first
+                await trio.sleep(FLUSH_PATIENCE)  # The clock is simulated.
+                await bench.settle()
+                assert bench.source() is bench.second
+                bench.check()
+
+    run(main)
+
+
+def test_what_an_ended_proxy_has_delivered_is_published_before_another_one_replaces_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            bench.first.deliver(BATCH + 3)
+            await trio.sleep(LATER)  # The clock is simulated, and the broker does not answer yet.
+            await bench.first.stop()
+            await trio.sleep(LATER)  # The clock is simulated.
+            bench.second.open_board()
+            bench.second.deliver(2)
+            await trio.sleep(LATER)  # The clock is simulated.
+            await bench.settle()
+            assert bench.source() is bench.second
+            bench.check()
+
+    run(main)
+
+
 def test_other_boards_stay_with_the_proxy_that_opened_them_last(tmp_path: Path) -> None:
     async def main() -> None:
         async with benched(tmp_path) as bench:
@@ -336,7 +430,7 @@ def test_other_boards_stay_with_the_proxy_that_opened_them_last(tmp_path: Path) 
 def test_requests_are_sent_to_a_proxy_that_has_the_board_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, object]] = []
 
-    class Conversation:
+    class Asked:
         def __init__(self, path: Path) -> None:
             self.path = path
 
@@ -347,12 +441,12 @@ def test_requests_are_sent_to_a_proxy_that_has_the_board_open(tmp_path: Path, mo
             return []
 
     @asynccontextmanager
-    async def converse(path: Path) -> AsyncIterator[tuple[Conversation, None]]:
-        yield Conversation(path), None
+    async def converse(path: Path) -> AsyncIterator[tuple[Asked, None]]:
+        yield Asked(path), None
 
     monkeypatch.setattr("inco_trio.mqtt.gateway.converse", converse)
     gateway, board = Gateway(BROKER, GatewayConfig(send={"*": ["s1"]})), Board("b1")
-    board.source, other = Conversation(tmp_path / "closed"), Conversation(tmp_path / "open")  # type: ignore[assignment]
+    board.source, other = Asked(tmp_path / "closed"), Asked(tmp_path / "open")  # type: ignore[assignment]
     board.owners[other] = None  # type: ignore[index]
     request = Received("lab/b1/send/s1", b"", False, None, None, 1)
     assert trio.run(gateway._try_to_send, board, "s1", request) == {"sent": 1}

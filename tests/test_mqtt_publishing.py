@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import mqtt5
@@ -64,6 +65,8 @@ class Connection:
 
 class Source:
     """A stand-in for a connection to a proxy."""
+
+    path = Path("/control.sock")
 
     def __init__(self) -> None:
         self.acknowledged: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import attrs
@@ -36,11 +37,15 @@ class Board:
 
     name: str
     source: Conversation | None = None
-    """The connection to the proxy that last opened the board, even if the proxy has closed it."""
+    """The connection to the proxy that the board is published from, even if the proxy has closed the board."""
+    path: Path | None = None
+    """The control socket of the last `source`, whose events are in the queue."""
     owners: dict[Conversation, None] = attrs.Factory(dict)
     """The connections to all proxies that have the board open, last opened last. Normally there is at most one."""
     is_open: bool = False
     """Whether the proxy has the board open."""
+    may_replace: bool = False
+    """Whether another proxy that has the board open may replace `source`: the last events of `source` were read."""
     running: bool | None = None
     """Whether the link is up, or None if unknown."""
     status: BoardStatus | None = None
@@ -67,7 +72,7 @@ class Board:
 
     def follow(self, source: Conversation) -> None:
         """Take events from a new connection. The proxy repeats all unacknowledged events on this connection."""
-        self.source, self.is_open = source, True
+        self.source, self.path, self.is_open, self.may_replace = source, source.path, True, False
         self.waiting.clear()
         self.generation += 1
         self.change()
@@ -87,13 +92,17 @@ class Board:
     def heir(self) -> Conversation | None:
         """Return the owner that should replace `source`, or None. The caller calls this method at regular intervals.
 
-        The source is replaced if it no longer has the board open. Before that, the broker must have acknowledged the
-        queued events, and none may have arrived between two calls.
+        A source that has closed the board is replaced once the broker has acknowledged the queued events, and none
+        have arrived between two calls. A source that has the board open is replaced if `may_replace` is set.
         """
         before, self._left = self._left, None
-        if self.owners and self.source not in self.owners and not self.waiting:
-            self._left = self.source, self.published
-        return None if self._left is None or self._left != before else next(reversed(self.owners))
+        heir = next(reversed(self.owners), None)
+        if heir is None or heir is self.source:
+            self.may_replace = False
+        elif self.source not in self.owners:
+            self._left = None if self.waiting else (self.source, self.published)
+            self.may_replace = self._left is not None and self._left == before
+        return heir if self.may_replace else None
 
     def change(self) -> None:
         """Wake the tasks that wait for `changed`."""

@@ -10,9 +10,11 @@ last will, so that boards do not wait for one another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -68,6 +70,8 @@ SHORT_ONES = 3
 """Number of consecutive short connections after which the log mentions another gateway."""
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
+FLUSH_PATIENCE = 10.0
+"""Timeout in seconds for a proxy to send its last events of a board that another proxy has opened."""
 TWO_PROXIES = 1.0
 """Seconds for which two proxies must have the same board open before the gateway logs it. One of them may be ending."""
 
@@ -84,6 +88,8 @@ class Gateway:
         """For each socket path, an event that is set after the first attempt to follow the proxy."""
         self._connections: dict[Conversation, trio.CancelScope] = {}
         """For each connection to a proxy, a scope whose cancellation makes the gateway connect again."""
+        self._flushes: defaultdict[Conversation, deque[trio.Event]] = defaultdict(deque)
+        """For each connection to a proxy, events that the next `flushed` events of the proxy set, in this order."""
         self._misunderstood: dict[Path, str] = {}
         """For each socket path, the last process (`Greeting.boot`) that sent a line that the gateway cannot decode."""
         self._problems = Problems()
@@ -158,6 +164,7 @@ class Gateway:
                     raise
                 finally:
                     del self._connections[source]
+                    self._flushes.pop(source, None)
                     source.acknowledge_at_end()
                     for board in mine:
                         board.leave(source)
@@ -165,7 +172,7 @@ class Gateway:
         return scope.cancelled_caught
 
     def _replace_sources(self) -> None:
-        """Replace the source of each board that its source has closed, but that another proxy has open.
+        """Replace the source of each board that another proxy has open, if the source may be replaced.
 
         The gateway has discarded events of that proxy. It connects to the proxy again, so that the proxy repeats them.
         """
@@ -178,31 +185,48 @@ class Gateway:
     ) -> Board:
         """Return the board `name` of a proxy, and publish it from this proxy. Start the task of a new board.
 
-        In some cases, this must wait until `_replace_sources` has connected to the proxy again. With `was_open`, this
-        connection has reported the board before. With `is_again`, `_replace_sources` has caused the connection.
+        If another proxy is the source, or if its events are queued, this must wait until `_replace_sources` has
+        connected to the proxy again. With `was_open`, this connection has reported the board before, and the gateway
+        may have discarded events of it. With `is_again`, `_replace_sources` has caused the connection.
         """
         board = self._boards.get(name)
         if board is None:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
-        is_published = board.source in board.owners
-        # A source that has closed the board may be unable to repeat the queued events.
-        must_wait = is_again if is_published else board.source is not None and bool(board.waiting)
         board.owners.pop(source, None)
         board.owners[source] = None
         if len(board.owners) > 1:
             nursery.start_soon(self._compare_later, board)
+        is_free = board.source is None and (board.path == source.path or not board.waiting)
         if board.source is source:
             # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
-            board.is_open = True
+            board.is_open, board.may_replace = True, False
             board.change()
-        elif was_open:
-            # The gateway has discarded events of this connection. An acknowledgement of later ones would include them.
-            if is_published:
-                board.release()
-        elif not must_wait:
+        elif (is_free and (is_again or not was_open)) or (is_again and board.may_replace):
             board.follow(source)
+        elif board.source in board.owners and not is_again:
+            nursery.start_soon(self._flush, board, board.source, nursery)
         return board
+
+    async def _flush(self, board: Board, source: Conversation, nursery: trio.Nursery) -> None:
+        """Let another proxy replace `source` once the events that `source` has sent so far were read.
+
+        `source` may have closed the board before the other proxy opened it, because the gateway can read the events of
+        two proxies in any order.
+        """
+        if board.source is not source:
+            return
+        flushed = trio.Event()
+        self._flushes[source].append(flushed)
+        nursery.start_soon(self._request_flush, source)
+        with trio.move_on_after(FLUSH_PATIENCE):
+            await flushed.wait()
+        if board.source is source and source in board.owners:
+            board.may_replace = True
+
+    async def _request_flush(self, source: Conversation) -> None:
+        with contextlib.suppress(IncoError):  # `_follow_once` handles the end of the connection.
+            await source.write(protocol.FlushRequest())
 
     async def _compare_later(self, board: Board) -> None:
         await trio.sleep(TWO_PROXIES)
@@ -234,6 +258,9 @@ class Gateway:
             opened = self._have(reply.board, source, nursery, was_open=was_open)
             if not was_open:
                 mine.append(opened)
+            return
+        if reply.event == "flushed" and self._flushes[source]:
+            self._flushes[source].popleft().set()
             return
         board = self._boards.get(reply.board)
         if board is not None and reply.event == "closed":
