@@ -23,8 +23,9 @@ from trio.testing import MockClock
 
 from inco_trio.config import Config
 from inco_trio.control.follower import Conversation
+from inco_trio.control.monitors import AHEAD
 from inco_trio.control.place import listening
-from inco_trio.control.protocol import SendRequest
+from inco_trio.control.protocol import Reply, SendRequest
 from inco_trio.control.server import Control
 from inco_trio.cores.core1 import Core1
 from inco_trio.counters import Counters
@@ -46,6 +47,7 @@ from netns.hang import HANG
 from tests.test_mqtt_publishing import Connection
 
 BROKER = parse_broker("mqtt://h/lab")
+READ = Conversation.read
 SIGNAL = Signal("s_irq", Direction.INBOUND, Path("/irq"), "s_state")
 STATUS = Status("c0", 0.0, 0.0, True, "", None, Counters().snapshot(), (), ())
 LATER = 5.0
@@ -138,6 +140,21 @@ class Bench:
     published: dict[str, list[tuple[str, int]]]
     unanswered: dict[str, list[mqtt5.PublishPacket]]
     connections: dict[str, Connection]
+    held: dict[Path, trio.Event] = attrs.Factory(dict)
+    """For each control socket that the gateway does not read now, an event that is set when it may read again."""
+
+    @asynccontextmanager
+    async def unread(self, process: Process) -> AsyncIterator[None]:
+        """Let the gateway handle nothing that `process` sends in this block."""
+        self.held[process.path] = trio.Event()
+        yield
+        self.held.pop(process.path).set()
+
+    async def read(self, conversation: Conversation) -> list[Reply]:
+        replies = await READ(conversation)
+        if (held := self.held.get(conversation.path)) is not None:
+            await held.wait()
+        return replies
 
     async def serve(self, board: Board) -> None:
         """Publish a board to a broker that answers when the test calls `answer`."""
@@ -184,18 +201,20 @@ class Bench:
 async def benched(tmp_path: Path) -> AsyncIterator[Bench]:
     first, second = Process(tmp_path / "first.sock"), Process(tmp_path / "second.sock")
     gateway = Gateway(BROKER, GatewayConfig(status_seconds=1), [first.path, second.path])
-    async with trio.open_nursery() as nursery:
-        bench = Bench(gateway, nursery, first, second, {}, {}, {})
-        gateway._serve = bench.serve  # type: ignore[method-assign]
-        for process in (first, second):
-            process.start(nursery)
-        await nursery.start(_run, gateway)
-        try:
-            yield bench
-        finally:
+    with pytest.MonkeyPatch.context() as patch:
+        async with trio.open_nursery() as nursery:
+            bench = Bench(gateway, nursery, first, second, {}, {}, {})
+            gateway._serve = bench.serve  # type: ignore[method-assign]
+            patch.setattr(Conversation, "read", lambda conversation: bench.read(conversation))
             for process in (first, second):
-                process.remove_socket()
-        nursery.cancel_scope.cancel()
+                process.start(nursery)
+            await nursery.start(_run, gateway)
+            try:
+                yield bench
+            finally:
+                for process in (first, second):
+                    process.remove_socket()
+            nursery.cancel_scope.cancel()
 
 
 async def _run(gateway: Gateway, task_status: trio.TaskStatus[None]) -> None:
@@ -318,32 +337,11 @@ def test_the_last_notifications_of_a_proxy_are_published_before_those_of_the_oth
     run(main)
 
 
-@asynccontextmanager
-async def unread(process: Process, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """Let the gateway read nothing from `process` in this block."""
-    await_line, may_read = Conversation._await_line, trio.Event()
-
-    async def wait_and_read(conversation: Conversation) -> None:
-        if conversation.path == process.path:
-            await may_read.wait()
-        await await_line(conversation)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Conversation, "_await_line", wait_and_read)
-        await trio.testing.wait_all_tasks_blocked()
-        # A read that has already begun returns the next event.
-        process.open_board("other")
-        await trio.testing.wait_all_tasks_blocked()
-        yield
-        may_read.set()
-    await trio.lowlevel.checkpoint()
-
-
 @pytest.mark.parametrize("number", [1, BATCH + 3])
 @pytest.mark.parametrize("known", [True, False], ids=["opened before", "opened first"])
 @pytest.mark.parametrize("late", ["first", "second"])
 def test_a_board_moves_without_loss_in_whatever_order_the_events_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str, known: bool, number: int
+    tmp_path: Path, late: str, known: bool, number: int
 ) -> None:
     async def main() -> None:
         async with benched(tmp_path) as bench:
@@ -358,12 +356,14 @@ def test_a_board_moves_without_loss_in_whatever_order_the_events_are_read(
             second.open_board()
             await bench.settle()
             assert bench.source() is second
-            async with unread(getattr(bench, late), monkeypatch):
+            async with bench.unread(getattr(bench, late)):
                 second.deliver(number)
                 second.close_board()
                 first.open_board()
                 first.deliver(number)
                 await bench.settle()
+                board = bench.gateway._boards["b1"]
+                assert (board.source in board.owners) is (late == "second")
             await bench.settle()
             assert bench.source() is first
             bench.check()
@@ -371,14 +371,12 @@ def test_a_board_moves_without_loss_in_whatever_order_the_events_are_read(
     run(main)
 
 
-def test_a_proxy_that_does_not_answer_does_not_delay_another_one_forever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_that_does_not_answer_does_not_delay_another_one_forever(tmp_path: Path) -> None:
     async def main() -> None:
         async with benched(tmp_path) as bench:
             bench.first.open_board()
             await bench.settle()
-            async with unread(bench.first, monkeypatch):
+            async with bench.unread(bench.first):
                 bench.second.open_board()
                 bench.second.deliver()
                 await bench.settle()
@@ -387,6 +385,74 @@ def test_a_proxy_that_does_not_answer_does_not_delay_another_one_forever(
                 await bench.settle()
                 assert bench.source() is bench.second
                 bench.check()
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_proxy_that_is_slow_to_answer_again_replaces_the_other_one(tmp_path: Path, is_closed: bool) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            bench.second.open_board()
+            bench.second.deliver()
+            if is_closed:
+                bench.first.close_board()
+            await trio.testing.wait_all_tasks_blocked()
+            assert bench.source() is bench.first
+            connection = next(reversed(bench.gateway._boards["b1"].owners))
+            async with bench.unread(bench.second):
+                await bench.settle()  # The gateway connects to the second proxy again.
+                assert connection not in bench.gateway._connections
+            await bench.settle()
+            assert bench.source() is bench.second
+            bench.check()
+
+    run(main)
+
+
+def test_what_was_published_after_the_end_of_a_proxy_is_not_published_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            bench.first.deliver(5)
+            await trio.sleep(LATER)  # The clock is simulated, and the broker does not answer yet.
+            await bench.first.stop()
+            bench.second.open_board()
+            bench.second.deliver()
+            await bench.settle()
+            bench.first.start(bench.nursery)
+            bench.first.open_board()
+            bench.first.deliver()
+            await bench.settle()
+            assert bench.source() is bench.first
+            bench.check()
+            assert len(bench.published["b1"]) == 7
+
+    run(main)
+
+
+def test_two_proxies_that_swap_boards_lose_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            for process, name in ((bench.first, "b1"), (bench.second, "b2")):
+                process.open_board(name)
+            await bench.settle()
+            bench.first.deliver(AHEAD + 3, "b1")  # The proxy sends the last 3 after the first acknowledgement.
+            await trio.sleep(LATER)  # The clock is simulated, and the broker does not answer yet.
+            bench.first.close_board("b1")
+            bench.second.close_board("b2")
+            bench.first.open_board("b2")
+            bench.second.open_board("b1")
+            bench.first.deliver(2, "b2")
+            bench.second.deliver(2, "b1")
+            await trio.sleep(LATER)  # The clock is simulated.
+            await bench.settle()
+            assert (bench.source("b1"), bench.source("b2")) == (bench.second, bench.first)
+            for name, process in (("b1", bench.first), ("b1", bench.second), ("b2", bench.first)):
+                assert bench.published_by(process, name) == [*range(1, process.delivered(name)[1] + 1)]
 
     run(main)
 

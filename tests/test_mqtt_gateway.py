@@ -28,9 +28,8 @@ REQUEST = Received("lab/b1/send/s1", b"", False, None, None, 1)
 class Conversation:
     """A stand-in for the gateway's connection to a proxy."""
 
-    path = Path("/control.sock")
-
-    def __init__(self, *replies: Response) -> None:
+    def __init__(self, *replies: Response, path: str = "/control.sock") -> None:
+        self.path = Path(path)
         self.replies, self.requests = list(replies), list[Any]()
 
     async def write(self, request: object) -> None:
@@ -48,7 +47,7 @@ async def _never(*_: object, **__: object) -> None:
 def test_two_proxies_are_reported_only_if_both_have_the_board(
     ending: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway, first, second = Gateway(BROKER, GatewayConfig()), Conversation(), Conversation()
+    gateway, first, second = Gateway(BROKER, GatewayConfig()), Conversation(), Conversation(path="/2.sock")
     monkeypatch.setattr(gateway, "_serve", _never)
 
     async def main() -> None:

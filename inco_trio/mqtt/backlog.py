@@ -17,6 +17,9 @@ from inco_trio.signals import Direction
 
 __all__ = ["Board", "Entry"]
 
+HISTORIES = 16
+"""For how many histories of a board the gateway remembers what it has published."""
+
 
 class Entry(NamedTuple):
     """A notification, or several merged notifications."""
@@ -44,8 +47,10 @@ class Board:
     """The connections to all proxies that have the board open, last opened last. Normally there is at most one."""
     is_open: bool = False
     """Whether the proxy has the board open."""
-    may_replace: bool = False
-    """Whether another proxy that has the board open may replace `source`: the last events of `source` were read."""
+    replacement: Path | None = None
+    """The control socket of the proxy that replaces `source` as soon as the gateway has connected to it again."""
+    is_drained: bool = False
+    """Whether `source` has closed the board, and no events have arrived between the last two calls of `heir`."""
     running: bool | None = None
     """Whether the link is up, or None if unknown."""
     status: BoardStatus | None = None
@@ -65,14 +70,15 @@ class Board:
     """How many times the gateway has published the response to `unanswered`."""
     push: Callable[[], None] = do_nothing
     """A function that publishes the queue without waiting; see `Publisher.push`."""
-    _last: tuple[str, int] = ("", 0)
-    """The history (`Event.boot`) and sequence number of the last published notification."""
+    _last: dict[str, int] = attrs.Factory(dict)
+    """The sequence number of the last published notification for each of the last histories (`Event.boot`)."""
     _left: tuple[Conversation | None, int] | None = None
-    """`source` and `published` at the last call of `heir`, if only other proxies had the board open then."""
+    """`source` and `published` at the last call of `heir`, if `source` had closed the board and no event was queued."""
 
     def follow(self, source: Conversation) -> None:
         """Take events from a new connection. The proxy repeats all unacknowledged events on this connection."""
-        self.source, self.path, self.is_open, self.may_replace = source, source.path, True, False
+        self.source, self.path, self.is_open = source, source.path, True
+        self.replacement, self.is_drained = None, False
         self.waiting.clear()
         self.generation += 1
         self.change()
@@ -85,24 +91,32 @@ class Board:
 
     def release(self) -> None:
         """Stop taking events from `source`. The queued events are still published."""
-        self.source = self.running = None
+        self.source = self.running = self.replacement = None
         self.is_open = False
+        self.change()
+
+    def close(self) -> None:
+        """Record that `source` has closed the board. Its last notifications may still arrive."""
+        self.is_open = self.running = False
+        self.replacement = None
         self.change()
 
     def heir(self) -> Conversation | None:
         """Return the owner that should replace `source`, or None. The caller calls this method at regular intervals.
 
         A source that has closed the board is replaced once the broker has acknowledged the queued events, and none
-        have arrived between two calls. A source that has the board open is replaced if `may_replace` is set.
+        have arrived between two calls. `Gateway._flush` decides when another source is replaced.
         """
         before, self._left = self._left, None
-        heir = next(reversed(self.owners), None)
-        if heir is None or heir is self.source:
-            self.may_replace = False
-        elif self.source not in self.owners:
-            self._left = None if self.waiting else (self.source, self.published)
-            self.may_replace = self._left is not None and self._left == before
-        return heir if self.may_replace else None
+        if self.source not in self.owners and not self.waiting:
+            self._left = self.source, self.published
+        self.is_drained = self._left is not None and self._left == before
+        if self.source not in self.owners:
+            if not self.is_drained:
+                self.replacement = None
+            elif self.owners:
+                self.replacement = next(reversed(self.owners)).path
+        return next((owner for owner in self.owners if owner.path == self.replacement), None)
 
     def change(self) -> None:
         """Wake the tasks that wait for `changed`."""
@@ -128,8 +142,7 @@ class Board:
 
     def is_duplicate(self, entry: Entry) -> bool:
         """Return whether a notification has already been published."""
-        boot, number = self._last
-        return not entry.merged and entry.boot == boot and entry.sequence <= number
+        return not entry.merged and entry.sequence <= self._last.get(entry.boot, 0)
 
     def finish(self, entry: Entry, generation: int, *, counts: bool) -> None:
         """Remove `entry` from the queue unless a new `generation` has begun. With `counts`, count it as published."""
@@ -138,4 +151,6 @@ class Board:
         if counts:
             self.published += entry.merged or 1
             self.merged += entry.merged
-            self._last = entry.boot, entry.sequence
+            if entry.boot not in self._last and len(self._last) == HISTORIES:
+                del self._last[next(iter(self._last))]
+            self._last[entry.boot] = entry.sequence

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -71,7 +71,7 @@ SHORT_ONES = 3
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 FLUSH_PATIENCE = 10.0
-"""Timeout in seconds for a proxy to send its last events of a board that another proxy has opened."""
+"""Timeout in seconds for a proxy to report that it has closed a board that another proxy has opened."""
 TWO_PROXIES = 1.0
 """Seconds for which two proxies must have the same board open before the gateway logs it. One of them may be ending."""
 
@@ -124,10 +124,11 @@ class Gateway:
 
     async def _follow(self, path: Path, nursery: trio.Nursery) -> None:
         """Follow the proxy at `path` until it exits."""
-        followed, is_again = self._proxies[path], False
+        followed = self._proxies[path]
+        again: frozenset[str] | None = frozenset()
         try:
-            while await self._follow_once(path, nursery, followed, is_again=is_again):
-                is_again = True
+            while again is not None:
+                again = await self._follow_once(path, nursery, followed, again)
         except IncoError as error:
             if isinstance(error, ProxyNotFoundError) and not isinstance(error, ProtocolError):
                 logger.debug("%s", error)
@@ -140,9 +141,14 @@ class Gateway:
             del self._proxies[path]
 
     async def _follow_once(
-        self, path: Path, nursery: trio.Nursery, followed: trio.Event, *, is_again: bool = False
-    ) -> bool:
-        """Follow the proxy at `path`. Return True if the gateway must connect again; see `_replace_sources`."""
+        self, path: Path, nursery: trio.Nursery, followed: trio.Event, again: Collection[str]
+    ) -> frozenset[str] | None:
+        """Follow the proxy at `path`. Return None if the proxy has ended.
+
+        Otherwise, the gateway must connect again; see `_replace_sources`. The result contains the boards that the proxy
+        had open, and is the argument `again` of the next call.
+        """
+        was_open = frozenset[str]()
         with trio.CancelScope() as scope:
             async with converse(path) as (source, greeting):
                 mine: list[Board] = []
@@ -151,7 +157,7 @@ class Gateway:
                     response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
                     if self._misunderstood.get(path) != greeting.boot:
                         self._problems.well(path)
-                    mine += [self._have(name, source, nursery, is_again=is_again) for name in response.follow]
+                    mine += [self._have(name, source, nursery, is_again=name in again) for name in response.follow]
                     followed.set()
                     async with plain_nursery() as asking:
                         asking.start_soon(self._count, source, mine)
@@ -166,18 +172,22 @@ class Gateway:
                     del self._connections[source]
                     self._flushes.pop(source, None)
                     source.acknowledge_at_end()
+                    was_open = frozenset(board.name for board in mine if source in board.owners)
                     for board in mine:
                         board.leave(source)
                         self._compare(board)
-        return scope.cancelled_caught
+        return was_open if scope.cancelled_caught else None
 
     def _replace_sources(self) -> None:
         """Replace the source of each board that another proxy has open, if the source may be replaced.
 
         The gateway has discarded events of that proxy. It connects to the proxy again, so that the proxy repeats them.
         """
-        for board in self._boards.values():
-            if (heir := board.heir()) is not None:
+        heirs = [heir for board in self._boards.values() if (heir := board.heir()) is not None]
+        # A new connection does not repeat the last notifications of a board that the proxy has closed.
+        busy = {board.source for board in self._boards.values() if not (board.is_open or board.is_drained)}
+        for heir in heirs:
+            if heir not in busy:
                 self._connections[heir].cancel()
 
     def _have(
@@ -197,22 +207,28 @@ class Gateway:
         board.owners[source] = None
         if len(board.owners) > 1:
             nursery.start_soon(self._compare_later, board)
-        is_free = board.source is None and (board.path == source.path or not board.waiting)
+        is_published = board.source in board.owners
+        if board.source is None:
+            is_free = not board.waiting or board.path == source.path  # A proxy repeats its own queued events.
+        else:
+            is_free = board.is_drained and not board.waiting
+        may_replace = board.replacement == source.path and (is_published or not board.waiting)
         if board.source is source:
             # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
-            board.is_open, board.may_replace = True, False
+            board.is_open, board.replacement = True, None
             board.change()
-        elif (is_free and (is_again or not was_open)) or (is_again and board.may_replace):
+        elif (is_free and not was_open) or (may_replace and is_again):
             board.follow(source)
-        elif board.source in board.owners and not is_again:
-            nursery.start_soon(self._flush, board, board.source, nursery)
+        elif is_published and not is_again and board.source is not None:
+            board.replacement = None
+            nursery.start_soon(self._flush, board, board.source, source, nursery)
         return board
 
-    async def _flush(self, board: Board, source: Conversation, nursery: trio.Nursery) -> None:
-        """Let another proxy replace `source` once the events that `source` has sent so far were read.
+    async def _flush(self, board: Board, source: Conversation, heir: Conversation, nursery: trio.Nursery) -> None:
+        """Let `heir` replace `source`, unless `source` had already closed the board when `heir` opened it.
 
-        `source` may have closed the board before the other proxy opened it, because the gateway can read the events of
-        two proxies in any order.
+        The gateway can read the events of two proxies in any order. A proxy sends `flushed` after an earlier `closed`.
+        The last notifications of the board may follow, so that `Board.heir` waits for them.
         """
         if board.source is not source:
             return
@@ -221,8 +237,8 @@ class Gateway:
         nursery.start_soon(self._request_flush, source)
         with trio.move_on_after(FLUSH_PATIENCE):
             await flushed.wait()
-        if board.source is source and source in board.owners:
-            board.may_replace = True
+        if board.source is source and source in board.owners and heir is next(reversed(board.owners)):
+            board.replacement = heir.path
 
     async def _request_flush(self, source: Conversation) -> None:
         with contextlib.suppress(IncoError):  # `_follow_once` handles the end of the connection.
@@ -271,9 +287,7 @@ class Gateway:
         if reply.event in ("notification", "merged"):
             board.add(reply)
         elif reply.event == "closed":
-            # The last notifications of the board may still arrive.
-            board.is_open = board.running = False
-            board.change()
+            board.close()
         elif reply.event == "link":
             board.running = reply.running
             board.change()
