@@ -144,3 +144,11 @@ def test_where_to_read_is_short() -> None:
         files = paths(where)
         assert 0 < len(files) <= (FILES_OF_A_RELOAD if "reload" in question else FILES), question
         assert len(files) == len(set(files)), question
+
+
+def test_each_unmeasured_test_exists() -> None:
+    tests = Path(__file__).parent
+    lines = (tests / "unmeasured.txt").read_text().splitlines()
+    assert lines == sorted(set(lines))
+    texts = {line.partition("::")[0]: (tests.parent / line.partition("::")[0]).read_text() for line in lines}
+    assert [line for line in lines if f"def {line.partition('::')[2]}(" not in texts[line.partition("::")[0]]] == []
