@@ -732,14 +732,17 @@ def test_each_form_of_the_command_prints_the_same(cores: Cores, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "check", "fix"),
     [
-        ("mv {irq} {irq}.old; install -d -o 12345 -g 12345 {irq}", "trusted", "chown 0 {irq}"),
-        ("rm {trigger}; install -m 600 -o 12345 /dev/null {trigger}", "registers", "chmod a+r {trigger}"),
+        ("install -d -o 12345 -g 12345 {irq}.new; mv {irq} {irq}.old; mv {irq}.new {irq}", "trusted", "chown 0 {irq}"),
+        ("install -m 600 -o 12345 /dev/null {irq}.new; mv {irq}.new {trigger}", "registers", "chmod a+r {trigger}"),
     ],
 )
 def test_the_fix_gives_a_proxy_its_files_back(
     cores: Cores, tmp_path: Path, irq_dir: Path, change: str, check: str, fix: str
 ) -> None:
-    """A reload would not help."""
+    """A reload would not help.
+
+    `mv` replaces the directory or the file at once. The proxy must not open it before its owner changes.
+    """
     names = {"irq": str(irq_dir), "trigger": f"{irq_dir}/message_6_trig"}
     lost = "-dac_override,-dac_read_search"
     prefix = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}"]
