@@ -21,8 +21,8 @@ import trio
 
 from inco_trio.control import place
 from inco_trio.control.client import answering
-from inco_trio.control.monitors import AHEAD, WAITING_MAX, Monitor
-from inco_trio.control.protocol import LINE_MAX, event_now
+from inco_trio.control.monitors import WAITING_MAX, Monitor
+from inco_trio.control.protocol import AHEAD, LINE_MAX, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX

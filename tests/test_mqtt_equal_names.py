@@ -23,13 +23,12 @@ from trio.testing import MockClock
 
 from inco_trio.config import Config
 from inco_trio.control.follower import Conversation
-from inco_trio.control.monitors import AHEAD
 from inco_trio.control.place import listening
-from inco_trio.control.protocol import Reply, SendRequest
+from inco_trio.control.protocol import AHEAD, Reply, SendRequest
 from inco_trio.control.server import Control
 from inco_trio.cores.core1 import Core1
 from inco_trio.counters import Counters
-from inco_trio.mqtt.backlog import Board
+from inco_trio.mqtt.backlog import HISTORIES, Board, Entry
 from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
 from inco_trio.mqtt.gateway import FLUSH_PATIENCE, Gateway
 from inco_trio.mqtt.publishing import BATCH, Publisher
@@ -104,6 +103,9 @@ class Process:
         await self.control.closed.wait()
         self.control = None
         self.remove_socket()
+
+    def lose_histories(self) -> None:
+        self._memories.clear()
 
     def remove_socket(self) -> None:
         self._stopping.close()
@@ -187,12 +189,17 @@ class Bench:
         boot = process.delivered(name)[0]
         return [*dict.fromkeys(number for each, number in self.published.get(name, []) if each == boot)]
 
+    def boots(self, name: str = "b1") -> list[str]:
+        """Return the histories of a board in the order of publication."""
+        return [*dict.fromkeys(boot for boot, _ in self.published[name])]
+
     def source(self, name: str = "b1") -> Process | None:
         source = self.gateway._boards[name].source
         return next((each for each in (self.first, self.second) if source and source.path == each.path), None)
 
     def check(self, name: str = "b1") -> None:
-        """Check that each delivered notification was published, in order and without a gap."""
+        """Check that each delivered notification was published once, in order and without a gap."""
+        assert len(set(self.published.get(name, ()))) == len(self.published.get(name, ()))
         for process in (self.first, self.second):
             assert self.published_by(process, name) == [*range(1, process.delivered(name)[1] + 1)]
 
@@ -472,8 +479,79 @@ def test_what_an_ended_proxy_has_delivered_is_published_before_another_one_repla
             await bench.settle()
             assert bench.source() is bench.second
             bench.check()
+            assert bench.boots() == [process.delivered()[0] for process in (bench.first, bench.second)]
 
     run(main)
+
+
+def test_two_proxies_that_open_each_other_s_boards_are_published_from_the_last_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            for process, name in ((bench.first, "b1"), (bench.second, "b2")):
+                process.open_board(name)
+            await bench.settle()
+            bench.first.open_board("b2")
+            bench.second.open_board("b1")
+            bench.first.deliver(2, "b2")
+            bench.second.deliver(2, "b1")
+            await bench.settle()
+            assert (bench.source("b1"), bench.source("b2")) == (bench.second, bench.first)
+            for name, process in (("b1", bench.second), ("b2", bench.first)):
+                assert bench.published_by(process, name) == [1, 2]
+
+    run(main)
+
+
+@pytest.mark.parametrize("number", [1, 300])
+def test_a_board_that_was_open_for_a_moment_loses_nothing(tmp_path: Path, number: int) -> None:
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.second.open_board()
+            await bench.settle()
+            bench.second.close_board()
+            await bench.settle()
+            bench.second.open_board()
+            bench.second.deliver(number)
+            bench.second.close_board()
+            bench.first.open_board()
+            bench.first.deliver()
+            await bench.settle()
+            assert bench.source() is bench.first
+            bench.check()
+
+    run(main)
+
+
+def test_what_the_history_before_contained_is_published_first(tmp_path: Path) -> None:
+    """The proxy has no store for its history."""
+
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            bench.first.deliver(5)
+            await trio.sleep(LATER)  # The clock is simulated, and the broker does not answer yet.
+            before, _ = bench.first.delivered()
+            await bench.first.stop()
+            bench.first.lose_histories()
+            bench.first.start(bench.nursery)
+            bench.first.open_board()
+            await trio.sleep(LATER)  # The clock is simulated. The gateway makes the proxy keep its notifications.
+            bench.first.deliver(2)
+            await trio.sleep(LATER)  # The clock is simulated.
+            await bench.settle()
+            after, _ = bench.first.delivered()
+            assert bench.published["b1"] == [*((before, n) for n in range(1, 6)), (after, 1), (after, 2)]
+
+    run(main)
+
+
+def test_a_board_remembers_its_last_histories() -> None:
+    board = Board("b1")
+    for number in [0, *range(1, HISTORIES), 0, HISTORIES, HISTORIES + 1]:
+        board.finish(Entry(f"boot {number}", 1, None, "s", 0), generation=-1, counts=True)
+    entries = [Entry(f"boot {number}", 1, None, "s", 0) for number in range(HISTORIES + 2)]
+    assert [board.is_duplicate(entry) for entry in entries] == [True, False, False, *[True] * (HISTORIES - 1)]
 
 
 def test_other_boards_stay_with_the_proxy_that_opened_them_last(tmp_path: Path) -> None:

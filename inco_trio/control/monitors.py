@@ -10,7 +10,7 @@ import trio
 
 from inco_trio import real_clock
 from inco_trio.control.feed import Batch
-from inco_trio.control.protocol import Event, encode_alone, encode_event, encode_notifications, event_now
+from inco_trio.control.protocol import AHEAD, Event, encode_alone, encode_event, encode_notifications, event_now
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History, Merged, Record
 from inco_trio.persist.recorder import waited
@@ -26,8 +26,6 @@ PAUSE = 0.02
 """Maximum pause in seconds between writes to a follower. Each write wakes the follower, which delays notifications."""
 PAUSE_EACH = 0.005
 """Seconds to pause for each notification in the last write. After a single notification, the pause is short."""
-AHEAD = 1024
-"""Maximum number of unacknowledged notifications that a follower receives for each board."""
 
 
 @attrs.define(eq=False)

@@ -23,7 +23,7 @@ from inco_trio.signals import Direction
 from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
 
 __all__ = [
-    "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
+    "AHEAD", "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
     "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryRequest", "HistoryStatus",
     "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "ReloadRequest", "Reply", "Request",
     "RequestError", "Response", "RivalRequest", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply",
@@ -38,6 +38,8 @@ LINE_MAX = 65_536
 """Maximum length of a line from a client, in bytes."""
 REPLY_MAX = 1 << 25
 """Maximum length of a line from a proxy, in bytes. The status of 5,000 boards needs 20 MB."""
+AHEAD = 1024
+"""Maximum number of unacknowledged notifications that a follower receives for each board."""
 _T = TypeVar("_T")
 
 

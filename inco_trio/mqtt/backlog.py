@@ -11,14 +11,14 @@ import attrs
 import trio
 
 from inco_trio.control.follower import Conversation
-from inco_trio.control.protocol import BoardStatus, Event, Notifications
+from inco_trio.control.protocol import AHEAD, BoardStatus, Event, Notifications
 from inco_trio.mqtt.session import Received, do_nothing
 from inco_trio.signals import Direction
 
 __all__ = ["Board", "Entry"]
 
 HISTORIES = 16
-"""For how many histories of a board the gateway remembers what it has published."""
+"""Maximum number of histories of a board for which the gateway remembers the last published notification."""
 
 
 class Entry(NamedTuple):
@@ -41,16 +41,16 @@ class Board:
     name: str
     source: Conversation | None = None
     """The connection to the proxy that the board is published from, even if the proxy has closed the board."""
-    path: Path | None = None
-    """The control socket of the last `source`, whose events are in the queue."""
+    wanted: Path | None = None
+    """The control socket of the proxy that opened the board last."""
     owners: dict[Conversation, None] = attrs.Factory(dict)
     """The connections to all proxies that have the board open, last opened last. Normally there is at most one."""
     is_open: bool = False
     """Whether the proxy has the board open."""
     replacement: Path | None = None
     """The control socket of the proxy that replaces `source` as soon as the gateway has connected to it again."""
-    is_drained: bool = False
-    """Whether `source` has closed the board, and no events have arrived between the last two calls of `heir`."""
+    is_idle: bool = False
+    """Whether no event arrived between the last two calls of `heir`, and the proxy has no more events to send."""
     running: bool | None = None
     """Whether the link is up, or None if unknown."""
     status: BoardStatus | None = None
@@ -71,16 +71,21 @@ class Board:
     push: Callable[[], None] = do_nothing
     """A function that publishes the queue without waiting; see `Publisher.push`."""
     _last: dict[str, int] = attrs.Factory(dict)
-    """The sequence number of the last published notification for each of the last histories (`Event.boot`)."""
-    _left: tuple[Conversation | None, int] | None = None
-    """`source` and `published` at the last call of `heir`, if `source` had closed the board and no event was queued."""
+    """For each history (`Event.boot`), the sequence number of the last published notification."""
+    _before: tuple[Conversation | None, int, int] | None = None
+    """`source`, `published` and the length of the queue at the last call of `heir`, or None after an event."""
 
     def follow(self, source: Conversation) -> None:
         """Take events from a new connection. The proxy repeats all unacknowledged events on this connection."""
-        self.source, self.path, self.is_open = source, source.path, True
-        self.replacement, self.is_drained = None, False
+        self.source = source
         self.waiting.clear()
         self.generation += 1
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Record that `source` has opened the board."""
+        self.is_open, self.is_idle = True, False
+        self.replacement = self._before = None
         self.change()
 
     def leave(self, source: Conversation) -> None:
@@ -97,26 +102,29 @@ class Board:
 
     def close(self) -> None:
         """Record that `source` has closed the board. Its last notifications may still arrive."""
-        self.is_open = self.running = False
-        self.replacement = None
+        self.is_open = self.running = self.is_idle = False
+        self.replacement = self._before = None
         self.change()
+
+    def repeats(self, boot: str | None) -> bool:
+        """Return whether a proxy whose history is `boot` sends all queued events again."""
+        return all(entry.boot == boot for entry in self.waiting)
 
     def heir(self) -> Conversation | None:
         """Return the owner that should replace `source`, or None. The caller calls this method at regular intervals.
 
         A source that has closed the board is replaced once the broker has acknowledged the queued events, and none
-        have arrived between two calls. `Gateway._flush` decides when another source is replaced.
+        have arrived between two calls. `Gateway._flush` decides when a source that has the board open is replaced.
         """
-        before, self._left = self._left, None
-        if self.source not in self.owners and not self.waiting:
-            self._left = self.source, self.published
-        self.is_drained = self._left is not None and self._left == before
+        now = self.source, self.published, len(self.waiting)
+        self.is_idle, self._before = now == self._before and len(self.waiting) < AHEAD, now
+        paths = {owner.path: owner for owner in self.owners}
         if self.source not in self.owners:
-            if not self.is_drained:
+            if self.waiting or not self.is_idle:
                 self.replacement = None
-            elif self.owners:
-                self.replacement = next(reversed(self.owners)).path
-        return next((owner for owner in self.owners if owner.path == self.replacement), None)
+            elif paths:
+                self.replacement = self.wanted if self.wanted in paths else next(reversed(paths))
+        return None if self.replacement is None else paths.get(self.replacement)
 
     def change(self) -> None:
         """Wake the tasks that wait for `changed`."""
@@ -151,6 +159,6 @@ class Board:
         if counts:
             self.published += entry.merged or 1
             self.merged += entry.merged
-            if entry.boot not in self._last and len(self._last) == HISTORIES:
+            if self._last.pop(entry.boot, None) is None and len(self._last) == HISTORIES:
                 del self._last[next(iter(self._last))]
-            self._last[entry.boot] = entry.sequence
+            self._last[entry.boot] = entry.sequence  # The last key is that of the last published history.

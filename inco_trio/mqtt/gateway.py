@@ -157,7 +157,10 @@ class Gateway:
                     response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
                     if self._misunderstood.get(path) != greeting.boot:
                         self._problems.well(path)
-                    mine += [self._have(name, source, nursery, is_again=name in again) for name in response.follow]
+                    mine += [
+                        self._have(name, source, nursery, boot=history.boot, is_again=name in again)
+                        for name, history in response.follow.items()
+                    ]
                     followed.set()
                     async with plain_nursery() as asking:
                         asking.start_soon(self._count, source, mine)
@@ -185,19 +188,27 @@ class Gateway:
         """
         heirs = [heir for board in self._boards.values() if (heir := board.heir()) is not None]
         # A new connection does not repeat the last notifications of a board that the proxy has closed.
-        busy = {board.source for board in self._boards.values() if not (board.is_open or board.is_drained)}
+        busy = {board.source for board in self._boards.values() if not (board.is_open or board.is_idle)}
         for heir in heirs:
             if heir not in busy:
                 self._connections[heir].cancel()
 
     def _have(
-        self, name: str, source: Conversation, nursery: trio.Nursery, *, is_again: bool = False, was_open: bool = False
+        self,
+        name: str,
+        source: Conversation,
+        nursery: trio.Nursery,
+        *,
+        boot: str | None = None,
+        is_again: bool = False,
+        was_open: bool = False,
     ) -> Board:
         """Return the board `name` of a proxy, and publish it from this proxy. Start the task of a new board.
 
         If another proxy is the source, or if its events are queued, this must wait until `_replace_sources` has
         connected to the proxy again. With `was_open`, this connection has reported the board before, and the gateway
-        may have discarded events of it. With `is_again`, `_replace_sources` has caused the connection.
+        may have discarded events of it. With `is_again`, `_replace_sources` has caused the connection. `boot` is the
+        history of the board, if known.
         """
         board = self._boards.get(name)
         if board is None:
@@ -207,19 +218,16 @@ class Gateway:
         board.owners[source] = None
         if len(board.owners) > 1:
             nursery.start_soon(self._compare_later, board)
-        is_published = board.source in board.owners
-        if board.source is None:
-            is_free = not board.waiting or board.path == source.path  # A proxy repeats its own queued events.
-        else:
-            is_free = board.is_drained and not board.waiting
-        may_replace = board.replacement == source.path and (is_published or not board.waiting)
+        if not is_again:
+            board.wanted = source.path
+        is_free = board.source is None and board.repeats(boot)
+        is_heir = is_again and board.replacement == source.path and (board.source in board.owners or not board.waiting)
         if board.source is source:
             # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
-            board.is_open, board.replacement = True, None
-            board.change()
-        elif (is_free and not was_open) or (may_replace and is_again):
+            board.reopen()
+        elif (is_free and not was_open) or is_heir:
             board.follow(source)
-        elif is_published and not is_again and board.source is not None:
+        elif board.source is not None and board.source in board.owners and board.wanted == source.path:
             board.replacement = None
             nursery.start_soon(self._flush, board, board.source, source, nursery)
         return board
@@ -237,7 +245,7 @@ class Gateway:
         nursery.start_soon(self._request_flush, source)
         with trio.move_on_after(FLUSH_PATIENCE):
             await flushed.wait()
-        if board.source is source and source in board.owners and heir is next(reversed(board.owners)):
+        if board.source is source and source in board.owners and board.wanted == heir.path:
             board.replacement = heir.path
 
     async def _request_flush(self, source: Conversation) -> None:
