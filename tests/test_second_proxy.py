@@ -21,8 +21,9 @@ from inco_trio.control.answering import Connection
 from inco_trio.control.client import Client
 from inco_trio.control.protocol import Event, HistoryRequest
 from inco_trio.control.server import Peer
+from inco_trio.counters import Counters
 from inco_trio.linux.processes import look
-from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS
+from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, Others
 from inco_trio.proxy_status import Status
 from inco_trio.service.announcing import _own_sockets, announce, wait_for_end
 from inco_trio.service.rivals import Rival
@@ -144,6 +145,26 @@ def test_a_stopped_proxy_records_a_second_proxy_once_it_continues(
     assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
     assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
     assert status_of(tmp_path / "one").counters.rivals == 1
+
+
+def test_a_search_that_ends_after_the_second_proxy_does_not_report_it_again() -> None:
+    """The second proxy has reported itself through the control socket."""
+    events, counters = list[str](), Counters()
+
+    def note(kind: str, text: str, level: int) -> tuple[int, int]:
+        events.append(f"{kind} {text} {level}")
+        return 0, 0
+
+    others = Others("b1", counters, note, lambda: False)
+    for pid in (1, 2):
+        others.appeared(pid, "link", OF_LINK, "a proxy")
+    others.ended(1)
+    recorded = len(events)
+    for pid in (1, 2):
+        others.found(pid, "link", OF_LINK, "a proxy")
+    assert (len(events), counters.rivals) == (recorded, 2)
+    others.found(3, "link", OF_LINK, "a proxy")
+    assert (len(events) > recorded, counters.rivals) == (True, 3)
 
 
 def test_a_restart_is_no_second_proxy(proxy: StartProxy, tmp_path: Path) -> None:

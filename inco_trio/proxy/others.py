@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 OF_LINK = "also serves this link, so both proxies receive each frame"
 OF_TRIGGERS = "also watches its triggers, so both proxies send each notification"
+ENDED = 16
+"""For how many ended processes later results of a search are ignored."""
 REMEDY = "while both run, `inco-trio doctor` names the one to stop"
 
 
@@ -59,6 +62,8 @@ class Others:
         self._note = note
         self._is_closed = is_closed
         self._by_pid: dict[int, _Other] = {}
+        self._ended: deque[int] = deque(maxlen=ENDED)
+        """The PIDs of the last processes that have ended."""
 
     def status(self, clock: WallClock) -> tuple[RivalStatus, ...]:
         from inco_trio.proxy_status import RivalStatus
@@ -86,6 +91,11 @@ class Others:
             with working_for(self._board), noted_by(self._note):
                 report(logger, logging.WARNING, f"{subject}: {text}", "problem", cause=("rival", subject))
 
+    def found(self, pid: int, subject: str, text: str, what: str) -> None:
+        """Do the same as `appeared` for a process that a search found. It may have reported itself and ended since."""
+        if pid not in self._ended:
+            self.appeared(pid, subject, text, what)
+
     def claimed(
         self,
         pid: int,
@@ -110,6 +120,7 @@ class Others:
         """Report that a process has ended, if it was reported before."""
         if (other := self._by_pid.pop(pid, None)) is None or self._is_closed():
             return
+        self._ended.append(pid)
         seconds = (real_clock.monotonic_ns() - other.since) / 1e9
         text = f"process {pid} ended {seconds:.1f} s after it was noticed: it had shared {', '.join(other.shared)}"
         text += f"; it was: {other.what}" if other.what else ""

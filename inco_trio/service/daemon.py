@@ -260,7 +260,7 @@ class Daemon:
 
 
 def _appeared(proxy: Proxy, rival: Rival, what: str) -> None:
-    proxy._rivals().appeared(rival.process.pid, rival.subject, rival.text, what)
+    proxy._rivals().found(rival.process.pid, rival.subject, rival.text, what)
 
 
 async def _record_end(pid: int, proxies: Collection[Proxy]) -> None:
