@@ -25,7 +25,7 @@ from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
 from inco_trio.linux.processes import is_same_system, look, working_directory
 from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
-from inco_trio.simulation.world import Cores, Namespace, Peer
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
@@ -380,6 +380,16 @@ def test_a_full_filesystem_is_a_warning(
     assert found["level"] == "warn"
     expected = f"the filesystem {irq} has no free {what}, so the proxy may be unable to {text.format(irq)}"
     assert found["found"] == f"{expected}: remove or move what is not needed"
+
+
+@pytest.fixture
+def cores() -> Iterator[Cores]:
+    """Create two cores with a link that no other test uses.
+
+    Doctor attributes a service to a link of the same name if it cannot read which link the service uses.
+    """
+    with two_cores(f"rpmsg{os.getpid()}") as made:
+        yield made
 
 
 @pytest.fixture
