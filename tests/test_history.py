@@ -19,16 +19,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from inco_trio.config import Config
 from inco_trio.control.answering import Connection
 from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import PIECE, Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
 from inco_trio.control.server import Peer
+from inco_trio.errors import ResourceError
 from inco_trio.persist import followed as room
+from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
-from inco_trio.proxy.proxy import Proxy
+from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import Direction, Signal
+from inco_trio.testing.layout import make_layout
 from netns.hang import HANG
 
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
@@ -494,3 +498,21 @@ def test_no_event_follows_a_response_that_was_only_partly_written(monkeypatch: p
 
     status, event = trio.run(main)
     assert (len(status["status"]), event["message"]) == (len(missing), "shutting down")
+
+
+def test_a_board_whose_opening_failed_is_not_followed(tmp_path: Path) -> None:
+    class Full(NoFdStore):
+        def store(self, _name: str, _fd: int) -> None:
+            raise ResourceError("fd store", "no space")
+
+    layout, feed = make_layout(tmp_path, None, None), Feed(ServedBoard())
+    for signal in layout.signals:
+        signal.directory.mkdir(parents=True, exist_ok=True)
+
+    async def main() -> None:
+        async with open_supervised(Config(layout.address("core0", "core1"), layout.signals), Full(), feed):
+            pytest.fail("the proxy was opened")
+
+    with pytest.raises(ResourceError, match="no space"):
+        trio.run(main)
+    assert feed.histories_of == {}

@@ -80,12 +80,13 @@ class Process:
     def __init__(self, path: Path) -> None:
         self.name, self.path = "host", path
         self.open = dict[str, Any]()
+        self.is_ready = True
         self.control: Control | None = None
         self._memories = dict[str, bytearray]()
         self._stopping = contextlib.ExitStack()
 
     def proxies(self) -> Mapping[str, Any]:
-        return self.open
+        return self.open if self.is_ready else {}
 
     def not_open(self) -> Mapping[str, str]:
         return dict.fromkeys(self._memories.keys() - self.open.keys(), "closed by the test")
@@ -542,6 +543,47 @@ def test_what_the_history_before_contained_is_published_first(tmp_path: Path) ->
             await bench.settle()
             after, _ = bench.first.delivered()
             assert bench.published["b1"] == [*((before, n) for n in range(1, 6)), (after, 1), (after, 2)]
+
+    run(main)
+
+
+def test_a_board_that_was_opened_before_the_proxy_is_ready_is_published(tmp_path: Path) -> None:
+    """The link of the board does not exist yet, or the proxy is still opening other boards."""
+
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            await bench.first.stop()
+            bench.first.is_ready = False
+            bench.first.start(bench.nursery)
+            bench.first.open_board()
+            await bench.settle()
+            bench.first.is_ready = True
+            bench.first.deliver(2)
+            await bench.settle()
+            assert bench.published_by(bench.first) == [1, 2]
+
+    run(main)
+
+
+def test_a_board_that_is_opened_late_after_a_restart_is_published_at_once(tmp_path: Path) -> None:
+    """The broker does not answer, so that the queue still contains notifications of the same history."""
+
+    async def main() -> None:
+        async with benched(tmp_path) as bench:
+            bench.first.open_board()
+            await bench.settle()
+            bench.first.deliver(5)
+            await trio.sleep(LATER)  # The clock is simulated.
+            await bench.first.stop()
+            bench.first.start(bench.nursery)
+            await trio.sleep(LATER)  # The clock is simulated.
+            bench.first.open_board()
+            bench.first.deliver(2)
+            await trio.sleep(LATER)  # The clock is simulated.
+            assert bench.source() is bench.first
+            await bench.settle()
+            assert bench.published_by(bench.first) == [*range(1, 8)]
+            assert len(bench.published["b1"]) == 7
 
     run(main)
 

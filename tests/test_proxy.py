@@ -53,6 +53,7 @@ from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
 from netns.hang import HANG
+from tests.support_control import Client
 from tests.support_proxy import INBOUND, OUTBOUND, Cupboard, frame, mac_of, sockets_of, trigger, write_udrv
 
 pytestmark = pytest.mark.netns
@@ -636,6 +637,22 @@ def test_wait_link_waits_for_a_missing_link(proxy: StartProxy, cores: Cores, irq
     running.wait_ready()
     trigger(irq_dir / "message_6_trig")
     assert names(core1, 1) == [b"redun_notify_irq"]
+
+
+def test_a_follower_that_connects_before_the_link_exists_misses_nothing(
+    proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, tmp_path: Path
+) -> None:
+    cores.delete_link()
+    running = proxy("--irq-dir", irq_dir, "--wait-link", "--control", tmp_path / "control", ready=False)
+    running.wait_log("waiting for the link")
+    with contextlib.ExitStack() as stack:
+        client = Client(tmp_path / "control", stack)
+        assert [*client.ask({"request": "follow"})["follow"]] == [cores.link]
+        cores.make_link()
+        core1.rebind()
+        running.wait_ready()
+        trigger(irq_dir / "message_6_trig")
+        assert client.until(event="notification")["sequence"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -288,9 +288,10 @@ class Connection:
         )  # fmt: skip
         self._monitor = follower
         self._feed.add(follower)
-        for name, proxy in self._served.proxies().items():
+        # A board may have been opened before `proxies` contains it: its link does not exist, or other boards follow.
+        for name, keep in self._feed.histories_of.items():
             if follower.follows(name):
-                follower.begin(name, proxy._keep_history())
+                follower.begin(name, keep())
         return {
             name: protocol.Followed(c.history.boot, c.history.acknowledged, c.history.sequence)
             for name, c in follower.cursors.items()

@@ -86,6 +86,8 @@ class Feed:
         self.served = served
         self.monitors: set[Monitor] = set()
         self.followers: Sequence[Follower] = ()
+        self.histories_of: dict[str, Callable[[], History]] = {}
+        """For each board that has been opened, the argument of `opened`. The link of the board may not exist yet."""
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
         self.wants_frames = self.after_crash = False
@@ -149,12 +151,15 @@ class Feed:
         self.offer("link", at, running=running, message=text, duration=seconds)
 
     def opened(self, keep: Callable[[], History]) -> None:
+        self.histories_of[self._board] = keep
         for follower in self.followers:
             if follower.follows(self._board):
-                follower.begin(self._board, keep())
-                follower.offer_always(self._event("opened"))
+                history = keep()
+                follower.begin(self._board, history)
+                follower.offer_always(self._event("opened", boot=history.boot))
 
     def ended(self) -> None:
+        self.histories_of.pop(self._board, None)
         for follower in self.followers:
             follower.offer_always(self._event("closed"))
 

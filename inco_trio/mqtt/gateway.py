@@ -279,7 +279,7 @@ class Gateway:
             return
         if reply.event == "opened":
             was_open = self._boards.get(reply.board) in mine
-            opened = self._have(reply.board, source, nursery, was_open=was_open)
+            opened = self._have(reply.board, source, nursery, boot=reply.boot or None, was_open=was_open)
             if not was_open:
                 mine.append(opened)
             return

@@ -549,16 +549,19 @@ def _build(
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events)
     outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events)
     registers.states.delivered_late = events.written_late
-    events.listener.opened(events.keep)
-    inbound.recover()
-    outbound.recover()
-    if stale is not None:
-        logger.info("%s: the inherited socket no longer matches the link and is replaced", link.name)
-        inbound.drain(stale)
-        stale.close(remove=False)
-    for name, fd in (*ground.fds.items(), ("link", link.fd)):
-        if inherited.get(name) != fd:
-            fd_store.store(name, fd)
+    with ExitStack() as failed:
+        failed.callback(events.close)
+        events.listener.opened(events.keep)
+        inbound.recover()
+        outbound.recover()
+        if stale is not None:
+            logger.info("%s: the inherited socket no longer matches the link and is replaced", link.name)
+            inbound.drain(stale)
+            stale.close(remove=False)
+        for name, fd in (*ground.fds.items(), ("link", link.fd)):
+            if inherited.get(name) != fd:
+                fd_store.store(name, fd)
+        failed.pop_all()
     logger.info("%s: %d signals, %s", link.name, len(registers.table), link.description)
     return Proxy(config, _Parts(counters, fd_store, events, registers, link, handoffs, inbound, outbound))
 
