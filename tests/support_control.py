@@ -176,7 +176,9 @@ class Board:
         return Client(path or self.path, self._stack)
 
     def status(self) -> dict[str, Any]:
-        (board,) = self.client().ask({"request": "status"})["status"]
+        # Close the connection: tests call this function in loops, and a proxy accepts a limited number of clients.
+        with ExitStack() as stack:
+            (board,) = Client(self.path, stack).ask({"request": "status"})["status"]
         assert isinstance(board, dict)
         return board
 

@@ -25,7 +25,7 @@ from inco_trio.doctor import services
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.doctor.services import FoundService, find_services, services_of
 from inco_trio.links.address import parse_address
-from inco_trio.linux.processes import Process, Processes, look
+from inco_trio.linux.processes import Process, Processes, look, working_directory
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.core1 import Here
@@ -61,12 +61,10 @@ def run_fix(result: Result) -> None:
 
 def pid_of(service: Path) -> int:
     """Return the PID of a service's s6-supervise."""
-    (found,) = (each.pid for each in look().all if each.name == "s6-supervise" and cwd_of(each.pid) == service)
+    (found,) = (
+        each.pid for each in look().all if each.name == "s6-supervise" and working_directory(each.pid) == service
+    )
     return found
-
-
-def cwd_of(pid: int) -> Path:
-    return Path(f"/proc/{pid}/cwd").readlink()
 
 
 @contextmanager
@@ -376,7 +374,9 @@ def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
             wait_state(each, "up", "true")
         wait_path(service / "log/main/current")
         assert found_in(tmp_path) == []
-        (scanner,) = (each.pid for each in look().all if each.name == "s6-svscan" and cwd_of(each.pid) == tmp_path)
+        (scanner,) = (
+            each.pid for each in look().all if each.name == "s6-svscan" and working_directory(each.pid) == tmp_path
+        )
         supervisor, program, logger = pid_of(service), main_process(service), main_process(service / "log")
         stored = main_process(store)
         expected = {supervisor: "WARN", logger: "WARN", scanner: "WARN", stored: "FAIL", program: "FAIL"}
@@ -389,7 +389,10 @@ def test_a_stopped_process_of_s6_is_named(tmp_path: Path) -> None:
                 run_fix(result)
         assert found_in(tmp_path, link) == []
         with stopped(supervisor):
+            ended = os.pidfd_open(program)
             os.kill(program, signal.SIGKILL)
+            assert select.select([ended], [], [], HANG)[0] == [ended]
+            os.close(ended)
             (result,) = found_in(tmp_path, link)
             assert (result.level.name, result.fix) == ("FAIL", f"kill -CONT {supervisor}")
             assert "s6-svc has no effect, and the service is not restarted" in result.found

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from inco_trio.simulation.guest import FIRMWARE, MAC, Guest, GuestError, parse_c
 from inco_trio.simulation.world import Namespace, wait_running
 from netns.hang import HANG
 from tests.faults.processes import wait_idle
+from tests.support_proxy import thread_count
 
 pytestmark = pytest.mark.qemu
 
@@ -328,7 +328,7 @@ def test_an_idle_guest_uses_no_cpu(boot: Boot, host: Host) -> None:
 
 def test_a_closed_guest_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
     def held() -> tuple[list[str], int]:
-        return sorted(map(str, Path("/proc/self/fd").iterdir())), threading.active_count()
+        return sorted(map(str, Path("/proc/self/fd").iterdir())), thread_count()
 
     before = held()
     with Guest(host.netdev, log=tmp_path / "guest.log") as guest:

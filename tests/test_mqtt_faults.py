@@ -245,10 +245,11 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
         sock.recv(1000)
         sock.sendall(b"\x20\x06\0\0\x03\x13" + seconds.to_bytes(2))
         while packet := sock.recv(1000):
-            if packet == b"\xc0\0":
+            while packet.startswith(b"\xc0\0"):  # A packet can follow in the same data.
                 sock.sendall(b"\xd0\0")
                 trio.from_thread.run_sync(pinged)
-            elif packet[0] == 0x32:  # PUBLISH at QoS 1; the packet identifier follows the topic.
+                packet = packet[2:]
+            if packet.startswith(b"\x32"):  # PUBLISH at QoS 1; the packet identifier follows the topic.
                 sock.sendall(b"\x40\x02" + packet[9:11])
 
 

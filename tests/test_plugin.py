@@ -38,7 +38,7 @@ def test_an_application_answers(inco_board):
     inco_board.core1.send("ihub_hwwd_irq")
     inco_board.core0.expect("ihub_hwwd_irq")
     inco_board.core0.trigger("redun_notify_irq")  # the application under test would
-    inco_board.core1.expect("redun_notify_irq", timeout=1)
+    inco_board.core1.expect("redun_notify_irq", timeout=600)
     assert inco_board.core0.count("ihub_hwwd_irq") == 1
 
 @pytest.mark.inco_trio(signals={"door_irq": "inbound"})

@@ -208,7 +208,10 @@ def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     try:
         termios.tcsetwinsize(theirs, (5, 20))
-        command = [sys.executable, "-m", "inco_trio", "replay", str(path), "--irq-dir", str(irq), "--wait", "0"]
+        # Show the progress at once: the program may not run between the default delay and the second notification.
+        code = "import sys, inco_trio.cli.replay as replay; replay.SLOW = 0.0; from inco_trio.cli import main"
+        command = [sys.executable, "-c", f"{code}; sys.exit(main())", "replay", str(path), "--irq-dir", str(irq)]
+        command += ["--wait", "0"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=HANG)
         shown = os.read(ours, 65536).decode()
     finally:

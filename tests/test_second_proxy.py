@@ -59,6 +59,12 @@ def rivals_of(control: Path, board: str | None = None) -> dict[int, tuple[str, .
     return {rival.pid: rival.shared for rival in status_of(control, board).rivals}
 
 
+def is_report(event: Event, subject: str | Path, pid: int, what: str) -> bool:
+    """Return whether an event reports a second proxy. A proxy that found it itself also names its command."""
+    starts = (f"{subject}: process {pid} {what}: ", f"{subject}: process {pid} (")
+    return event.message.startswith(tuple(start[:TEXT_MAX] for start in starts))
+
+
 def start_two(proxy: StartProxy, tmp_path: Path, *options: str) -> tuple[Proxy, Proxy]:
     """Start two proxies of the same link and directory, and wait until both have noticed that there are two."""
     one, two = (proxy("--irq-dir", tmp_path / "irq", "--control", tmp_path / name, *options) for name in ("one", "two"))
@@ -79,8 +85,8 @@ def test_a_second_proxy_leaves_a_trace(
     two.stop(number)
     one.wait_log(ENDED)
     appeared, also, ended = events_of(tmp_path / "one")
-    assert appeared.message.startswith(f"{cores.link}: process {two.pid} {OF_LINK}: ")
-    assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
+    assert is_report(appeared, cores.link, two.pid, OF_LINK)
+    assert is_report(also, f"{tmp_path}/irq", two.pid, OF_TRIGGERS)
     assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
     assert [event.event for event in (appeared, also, ended)] == ["problem", "problem", "works"]
     # After its end, the history must still show what it was, so that you can prevent the next one.
@@ -141,8 +147,8 @@ def test_a_stopped_proxy_records_a_second_proxy_once_it_continues(
         two.stop(signal.SIGKILL)
     one.wait_log(ENDED)
     appeared, also, ended = events_of(tmp_path / "one")
-    assert appeared.message.startswith(f"{cores.link}: process {two.pid} {OF_LINK}: ")
-    assert also.message.startswith(f"{tmp_path}/irq: process {two.pid} {OF_TRIGGERS}: "[:TEXT_MAX])
+    assert is_report(appeared, cores.link, two.pid, OF_LINK)
+    assert is_report(also, f"{tmp_path}/irq", two.pid, OF_TRIGGERS)
     assert re.match(rf"process {two.pid} ended [0-9.]+{ENDED}{cores.link}, ", ended.message)
     assert status_of(tmp_path / "one").counters.rivals == 1
 

@@ -417,7 +417,7 @@ def test_wait_as_core1(board: Board) -> None:
         "--count",
         "20",
         "--timeout",
-        "15",
+        str(HANG),
         "--after",
         after,
     )

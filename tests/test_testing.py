@@ -45,6 +45,7 @@ from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
 from tests.support_control import no_threads
+from tests.support_proxy import thread_count
 
 RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
 FRAME = encode(RESET.encode(), bytes(6))
@@ -382,14 +383,14 @@ with open_board(Path(sys.argv[1])) as board:
 
 
 def test_a_second_board_in_the_directory_of_an_open_board_is_refused(board: Board) -> None:
-    threads, rigs = threading.active_count(), len(board._engine.watch._all())
+    threads, rigs = thread_count(), len(board._engine.watch._all())
     for _ in range(2):
         with (
             pytest.raises(ResourceError, match=rf"^{re.escape(str(board.directory))}: .*in use by"),
             open_board(board.directory, in_process=board._plan.in_process),
         ):
             pass
-    assert (threading.active_count(), len(board._engine.watch._all())) == (threads, rigs)
+    assert (thread_count(), len(board._engine.watch._all())) == (threads, rigs)
     board.core1.send(HWWD)
     board.core0.expect(HWWD)
     assert board.failure() is None

@@ -7,7 +7,6 @@ import select
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Canary, Consumer, Tcpdump
 from netns.hang import HANG
+from tests.support_proxy import thread_count
 
 pytestmark = pytest.mark.netns
 
@@ -104,11 +104,11 @@ def test_namespaces_end_with_their_descriptors(chain: bool, canary: Callable[[in
 
 
 def test_closed_cores_leave_no_descriptor_and_no_thread() -> None:
-    before = set(Path("/proc/self/fd").iterdir()), threading.active_count()
+    before = set(Path("/proc/self/fd").iterdir()), thread_count()
     with two_cores() as cores, cores.peer():
         cores.delete_link()
         cores.make_link()
-    assert (set(Path("/proc/self/fd").iterdir()), threading.active_count()) == before
+    assert (set(Path("/proc/self/fd").iterdir()), thread_count()) == before
 
 
 def test_a_namespace_ends_with_a_killed_process(canary: Callable[[int], Canary]) -> None:
