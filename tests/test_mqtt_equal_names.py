@@ -70,9 +70,6 @@ class Opened:
     def _history(self) -> History:
         return self.events.history
 
-    def _keep_history(self) -> History:
-        return self.events.keep()
-
 
 class Process:
     """A stand-in for a proxy process. Its control socket is real. The memory of its boards outlives the process."""

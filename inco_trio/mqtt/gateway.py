@@ -226,6 +226,7 @@ class Gateway:
             # The proxy has reopened the board. Keep the queue, which still contains the last events of the old history.
             board.reopen()
         elif (is_free and not was_open) or is_heir:
+            # With `was_open`, an acknowledgement of later events would include the discarded ones.
             board.follow(source)
         elif board.source is not None and board.source in board.owners and board.wanted == source.path:
             board.replacement = None

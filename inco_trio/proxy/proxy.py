@@ -265,10 +265,6 @@ class Proxy:
         """Stop sooner, because another proxy with the same `Ground` will finish the pending notifications."""
         self._successor = True
 
-    def _keep_history(self) -> History:
-        """Keep new notifications in the history until a client acknowledges them."""
-        return self._parts.events.keep()
-
     def _rivals(self) -> Others:
         """Return the record of other proxies that share the link or a directory."""
         if self._others is None:
