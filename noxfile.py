@@ -28,6 +28,9 @@ side_by_side = nox.session(allow_parallel=True)
 PROJECT = nox.project.load_toml("pyproject.toml")
 COVERAGE_DATA = Path(".nox/coverage-data").resolve()
 
+NOT_UNIT = "netns or s6 or qemu or tools"
+"""pytest's markers of the tests that need more than the package."""
+
 DEBIAN_PACKAGES = {
     "cc": ("gcc", "libc6-dev"),
     "chromedriver": ("chromium-driver",),
@@ -66,6 +69,9 @@ MACHINE_PACKAGES = {
 CONTAINER_PACKAGES = {"mmdebstrap": ("mmdebstrap",), "systemd-nspawn": ("systemd-container",)}
 """The Debian packages that build and boot a Debian system in a container."""
 
+# Compile the tests once. Otherwise, each of the processes that run tests would compile all of them.
+COMPILE = ("pytest", "tests", "--collect-only", "-qq")
+
 # Run four tests at a time, each with its own namespaces, directories and sockets. Most tests wait for other processes
 # and for the kernel, so two tests at a time would leave a CPU idle. Print the 10 slowest tests.
 FOUR_AT_A_TIME = ("-p", "xdist", "-n", "4", "--dist", "worksteal", "--durations", "10")
@@ -79,12 +85,17 @@ EIGHT_AT_A_TIME = (*FOUR_AT_A_TIME, "-n", "8")
 # the command line, configuration, the public API and the pytest plugin. A new test file runs with every version unless
 # it is added here.
 SAME_ON_EACH_PYTHON = (
-    *("bench", "test_boards.py", "test_boards_run.py", "test_clocks.py", "test_control.py", "test_design.py"),
-    *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_doctor_silence.py", "test_fresh.py"),
-    *("test_history.py", "test_history_command.py", "test_json_output.py", "test_limits.py", "test_linux.py"),
-    *("test_mutated_memory.py", "test_odd_input.py", "test_packages.py", "test_pages.py", "test_playing_core1.py"),
-    *("test_plot.py", "test_readme.py", "test_recovery.py", "test_registers_calm.py", "test_registers_machine.py"),
-    *("test_services.py", "test_status_monitor.py"),
+    *("bench", "test_boards.py", "test_boards_run.py", "test_bundle.py", "test_capture.py", "test_clocks.py"),
+    *("test_control.py", "test_design.py", "test_diagnose.py", "test_dissector.py", "test_doctor.py"),
+    *("test_doctor_services.py", "test_doctor_silence.py", "test_fdstore.py", "test_frame.py", "test_fresh.py"),
+    *("test_history.py", "test_history_command.py", "test_incomplete_store.py", "test_inflight.py"),
+    *("test_json_output.py", "test_limits.py", "test_linux.py", "test_mqtt_equal_names.py", "test_mqtt_gateway.py"),
+    *("test_mqtt_publishing.py", "test_mqtt_session.py", "test_mutated_memory.py", "test_name_filter.py"),
+    *("test_odd_input.py", "test_odd_registers.py", "test_outbound.py", "test_packages.py", "test_pages.py"),
+    *("test_playing_core1.py", "test_plot.py", "test_privileges.py", "test_readme.py", "test_recorder.py"),
+    *("test_recovery.py", "test_registers.py", "test_registers_calm.py", "test_registers_machine.py"),
+    *("test_sandbox.py", "test_scandir.py", "test_services.py", "test_share.py", "test_status_monitor.py"),
+    *("test_unix_link.py",),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
@@ -244,7 +255,8 @@ def run_unit(session: nox.Session, group: str, *args: str) -> None:
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
-        words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools", *args)
+        words = ("tests", "-m", f"not ({NOT_UNIT} or faults or thorough)", *args)
+        session.run(*COMPILE, *args, silent=True)
         # No line of the package depends on the Python version, so measure coverage on one version only.
         if is_first(session):
             run_pytest(session, *words, data="unit")
@@ -262,7 +274,7 @@ def oldest(session: nox.Session) -> None:
         *("uv", "pip", "install", "--upgrade", "--resolution", "lowest-direct"),
         *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
     )
-    words = ("tests", "-m", "not qemu and not faults")
+    words = ("tests", "-m", "not qemu and not faults and not thorough")
     session.run(*AS_ROOT, "python", "-m", "pytest", *words, *FOUR_AT_A_TIME, *session.posargs, external=True)
 
 
@@ -354,9 +366,16 @@ def netns(session: nox.Session) -> None:
     """Run the tests that need network namespaces, s6, a second core in QEMU or other system tools."""
     need_programs(session)
     install(session, "test")
-    # Compile the tests once. Otherwise, each of the eight processes would compile all of them.
-    session.run("pytest", "tests", "--collect-only", "-qq", silent=True)
-    run_pytest(session, "tests", "-m", "netns or s6 or qemu or tools", data="netns", root=True)
+    session.run(*COMPILE, silent=True)
+    run_pytest(session, "tests", "-m", f"({NOT_UNIT}) and not thorough", data="netns", root=True)
+
+
+@nox.session(default=False)
+def thorough(session: nox.Session) -> None:
+    """Run the long forms of tests: hundreds of boards, a million notifications, many restarts, the longest pages."""
+    need_programs(session)
+    install(session, "test")
+    session.run(*AS_ROOT, "pytest", "tests", "-m", "thorough", *EIGHT_AT_A_TIME, *session.posargs, external=True)
 
 
 @nox.session(default=False)
@@ -378,7 +397,7 @@ def faults_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU."""
+    """Run the full fault suite, and 10,000 instead of 300 round trips over each kind of link to QEMU."""
     run_faults(session, "tests", "-m", "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
@@ -390,7 +409,7 @@ def run_faults(session: nox.Session, *tests: str, **env: str) -> None:
 
 @nox.session(default=False)
 def loaded(session: nox.Session) -> None:
-    """Run all tests in random order while other processes keep CPUs busy. `-- --randomly-seed=N` repeats an order."""
+    """Run the default tests in random order next to busy processes. `-- --randomly-seed=N` repeats an order."""
     need_programs(session)
     install(session, "test", "loaded")
     count = 2 * (os.cpu_count() or 1)
@@ -398,7 +417,7 @@ def loaded(session: nox.Session) -> None:
     session.log(f"started {count} busy processes with a higher priority than the tests")
     try:
         session.run(
-            *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", *EIGHT_AT_A_TIME, *session.posargs),
+            *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", "-m", "not thorough", *EIGHT_AT_A_TIME, *session.posargs),
             env={"INCO_TRIO_FAULTS": "short"},
             external=True,
         )

@@ -25,7 +25,7 @@ from tests.support_proxy import trigger, write_udrv
 __all__ = ["SCENARIOS", "Board", "Scenario"]
 
 SIGNALS = 100
-ROUND_TRIPS = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "1000"))
+ROUND_TRIPS = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "300"))
 KILLS = 10
 FLOOD = 5_000  # Each frame causes two events, so a slow consumer's inotify queue (16,384 events) cannot overflow.
 

@@ -724,10 +724,19 @@ REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_sta
     ("setup", "wanted"),
     [
         (REPLACED, "rmdir {irq}/message_4_state"),
-        (f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
-        (f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
-        ("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
-        ("chown 12345 {irq}", "chown 0 {irq}"),
+        pytest.param(
+            *(f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            *(f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            *("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param("chown 12345 {irq}", "chown 0 {irq}", marks=pytest.mark.thorough),
         ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),
         ("pid=$(pgrep -f -- '[r]un_child.*run {link}'); kill -STOP $pid; trap \"kill -CONT $pid\" EXIT", "kill -CONT "),
         ("ip link set dev {link} down", "ip link set dev {link} up"),

@@ -738,6 +738,7 @@ ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
 """The number of faults in a random walk. Thousands of faults take minutes."""
 
 
+@pytest.mark.thorough
 def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:
     bridges = list(bench.joined())
     flow = Flow(*bench.cores)

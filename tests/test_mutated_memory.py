@@ -163,7 +163,7 @@ NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 
 )
 
 
-@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
 @example([("queue", 8, (2**63).to_bytes(8, "little"))])
 @example([("recorder", 8 * _WRITTEN, (2**64 - 1).to_bytes(8, "little"))])

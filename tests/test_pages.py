@@ -83,6 +83,7 @@ RUN_BY = {
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
 }
 """The test that runs each unmarked code block. The key is the page and the first characters of the block."""
+LONG_PAGES = {"recording", "supervision", "troubleshooting"}
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
@@ -114,7 +115,15 @@ def named(script: Script) -> str:
 @pytest.mark.netns
 @pytest.mark.s6
 @pytest.mark.tools
-@pytest.mark.parametrize("script", [script for page in PAGES for script in scripts(page)], ids=named)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=[pytest.mark.thorough] if script.page in LONG_PAGES else [])
+        for page in PAGES
+        for script in scripts(page)
+    ],
+    ids=named,
+)
 def test_the_commands_of_a_page_print_what_it_shows(cores: Cores, core1: Peer, tmp_path: Path, script: Script) -> None:
     with signalling(core1):
         done = run(cores, tmp_path, "\n".join(["exec 2>&1", *script.lines]))

@@ -320,6 +320,7 @@ def test_percentiles_of_more_values_than_are_sorted_at_once(monkeypatch: pytest.
 
 
 @pytest.mark.tools
+@pytest.mark.thorough
 def test_a_million_notifications_take_little_memory() -> None:
     # Limit the memory growth after the imports and a first picture. Two arrays need 16 bytes per notification (16 MiB);
     # a list of Python objects would need over 40 MiB.

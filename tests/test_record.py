@@ -452,7 +452,9 @@ def counts(path: Path) -> Counter[str]:
 
 
 # One record can hold a whole batch, so thousands of records can hold the whole flood, but 16 records cannot.
-@pytest.mark.parametrize("size", [65_536, 16, 0])
+@pytest.mark.parametrize(
+    "size", [65_536, pytest.param(16, marks=pytest.mark.thorough), pytest.param(0, marks=pytest.mark.thorough)]
+)
 def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     board: Board, start: Callable[..., Running], tmp_path: Path, size: int
 ) -> None:

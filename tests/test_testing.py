@@ -676,9 +676,10 @@ def test_an_application_runs_in_the_loop_of_an_async_test(board: Board, library:
 
 
 @pytest.mark.tools
-def test_200_boards_run_side_by_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.thorough)])
+def test_many_boards_run_side_by_side(tmp_path: Path, count: int) -> None:
     with ExitStack() as stack:
-        boards = [stack.enter_context(open_board(tmp_path / str(number), in_process=True)) for number in range(200)]
+        boards = [stack.enter_context(open_board(tmp_path / str(number), in_process=True)) for number in range(count)]
         for board in boards:
             board.core1.send(HWWD)
             board.core0.trigger(NOTIFY)
