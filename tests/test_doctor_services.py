@@ -21,7 +21,7 @@ import attrs
 import pytest
 
 from inco_trio.cli import main
-from inco_trio.doctor import services
+from inco_trio.doctor import services, survey
 from inco_trio.doctor.result import Result, fail, warn
 from inco_trio.doctor.services import FoundService, find_services, services_of
 from inco_trio.links.address import parse_address
@@ -52,6 +52,13 @@ def found_in(scandir: Path, label: str | None = None) -> list[Result]:
     chosen = found if label is None else services_of(label, found)
     results = (result for service in chosen for result in service.results)
     return [result for result in results if result.subject.startswith(f"{scandir}/")]
+
+
+def replace_services(monkeypatch: pytest.MonkeyPatch, *found: FoundService) -> None:
+    """Let the doctor find these services."""
+    # `survey` must not be imported first while the function is replaced: it would keep the replacement.
+    for module in (survey, services):
+        monkeypatch.setattr(module, "find_services", lambda *_: [*found])
 
 
 def run_fix(result: Result) -> None:
@@ -173,10 +180,77 @@ def test_the_units_of_systemd_are_reported(
     systemctl("exit")
     (tmp_path / "bin/systemctl").write_text("#!/bin/sh\nexit 1\n")
     assert units(tmp_path) == []
-    monkeypatch.setattr(services, "PATIENCE", 0.0)
-    assert units(tmp_path) == []
     monkeypatch.setenv("PATH", "")
     assert units(tmp_path) == []
+
+
+SLOW = "so {}: repeat the check once the host is less busy"
+"""The end of the warning for a program that does not end."""
+
+
+def let_hang(directory: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a program by one that does not end."""
+    directory.mkdir(exist_ok=True)
+    (directory / program).write_text("#!/bin/sh\nexec sleep infinity\n")
+    (directory / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    monkeypatch.setattr(services, "PATIENCE", 0.1)
+
+
+def test_a_systemctl_that_does_not_end_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    let_hang(tmp_path / "bin", "systemctl", monkeypatch)
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    (service,) = find_services(NONE, tmp_path)
+    (result,) = service.results
+    expected = "systemctl got no answer within 0.1 s, " + SLOW.format("the units inco-trio-*.service are not shown")
+    assert (result.level.name, result.subject, result.found) == ("WARN", "systemd", expected)
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    (boards / "b1.json").write_text(json.dumps({"link": link, "irq_dir": str(tmp_path / "irq")}))
+    replace_services(monkeypatch, service)
+    for words in ([link], ["--boards", str(boards)]):
+        main(["doctor", *words, "--json"])
+        results = json.loads(capsys.readouterr().out)["results"]
+        assert [each["found"] for each in results if each["subject"] == "systemd"] == [expected]
+
+
+def test_an_s6_svstat_that_does_not_end_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_hang(tmp_path / "bin", "s6-svstat", monkeypatch)
+    found = services._state_of_s6(services._Directory(tmp_path, process(3)), (), ())
+    assert isinstance(found, Result)
+    expected = SLOW.format("it is unknown whether the service is up")
+    assert found == warn("service", tmp_path, f"s6-svstat got no answer within 0.1 s, {expected}")
+
+
+def test_an_fd_store_that_does_not_answer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_hang(tmp_path / "bin", "s6-fdholder-list", monkeypatch)
+    store = FoundService(services.FD_STORE, tmp_path / services.FD_STORE)
+    (result,) = services.leftovers([store], NONE)
+    expected = SLOW.format("notifications of removed services may be there, but are not shown")
+    text = f"s6-fdholder-list got no answer within 0.1 s, {expected}"
+    assert result == warn("descriptors", tmp_path / services.FD_STORE / "s", text)
+
+
+def test_a_service_whose_supervisor_has_just_ended_is_not_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its network namespace is unknown: the service may serve an interface of this name in another one."""
+    tree, directory = Tree(tmp_path / "root"), write_service(tmp_path, "l0", "exec inco-trio run l0")
+    tree.process(30, "s6-supervise inco-trio-l0", name="s6-supervise", uid=os.geteuid())
+    (tree.root / "proc/30/cwd").symlink_to(directory)
+    processes = look(tree.root, BOOTED)
+    assert [each.directory for each in find_services(processes, tree.root)] == [directory]
+    read_links = services._links_of
+
+    def end(words: Sequence[str], supervisor: Process | None) -> services._Links:
+        (tree.root / "proc/30/cwd").unlink()
+        return read_links(words, supervisor)
+
+    monkeypatch.setattr(services, "_links_of", end)
+    assert find_services(processes, tree.root) == []
 
 
 def test_a_unit_that_a_start_does_not_fix_is_not_started(tmp_path: Path, systemctl: Callable[[str], None]) -> None:
@@ -285,7 +359,7 @@ def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     name = f"inco-trio-{parse_address(link).label}"
     for fix in ("s6-svc -u /s", None):
         service = FoundService(name, results=(warn("service", "/s", "it is down", fix),))
-        monkeypatch.setattr(services, "find_services", lambda *_, service=service: [service])
+        replace_services(monkeypatch, service)
         main(["doctor", link, "--irq-dir", str(tmp_path), "--json"])
         results = json.loads(capsys.readouterr().out)["results"]
         (found,) = (result for result in results if result["check"] == "proxy")
@@ -294,7 +368,7 @@ def test_the_fix_for_a_link_without_a_proxy_is_its_service(
     boards.mkdir()
     (boards / "b1.json").write_text(json.dumps({"link": link, "irq_dir": str(tmp_path)}))
     service = FoundService("inco-trio-boards-1", boards=boards, results=service.results)
-    monkeypatch.setattr(services, "find_services", lambda *_: [service])
+    replace_services(monkeypatch, service)
     main(["doctor", "--boards", str(boards), "--json"])
     results = json.loads(capsys.readouterr().out)["results"]
     assert [result["fix"] for result in results if result["check"] == "proxy"] == [None]
@@ -313,7 +387,7 @@ def test_the_services_of_a_directory_of_boards_are_found_with_their_fd_store(
         FoundService(services.FD_STORE, place / services.FD_STORE, results=(fail("service", place, "down", fix),))
         for place, fix in ((scandir, "s6-svc -u store"), (tmp_path, None))
     ), FoundService("inco-trio-b", scandir / "inco-trio-b", boards=boards)  # fmt: skip
-    monkeypatch.setattr(services, "find_services", lambda *_: [own, other, store])
+    replace_services(monkeypatch, own, other, store)
     for directory in (boards, tmp_path / "symlink"):
         main(["doctor", "--boards", str(directory), "--json"])
         results = json.loads(capsys.readouterr().out)["results"]
@@ -759,6 +833,15 @@ def test_the_command_that_writes_the_service_again_fits_its_kind(
         main(["doctor", "--json"])
         results = [each for each in json.loads(capsys.readouterr().out)["results"] if each["subject"] == str(store)]
         written = {each["found"].split("`")[1].partition(" && ")[0] for each in results}
+        # A stopped fd store does not answer.
+        holder = main_process(service.directory)
+        with stopped(holder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(services, "PATIENCE", 0.1)
+            (result,) = (
+                each for each in services.leftovers(find_services(look()), look()) if each.subject == str(store)
+            )
+        assert (result.level.name, result.fix) == ("WARN", f"kill -CONT {holder}")
+        assert result.found.startswith("s6-fdholder-list got no answer within 0.1 s, so notifications of removed ")
         assert written == {
             f"inco-trio service s6 {scandir} {words}"
             for words in ("LINK --config FILE", "--boards DIR", "LINK --mqtt-link URL --end CORE")

@@ -111,7 +111,7 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
-    from inco_trio.doctor.services import find_services, leftovers, services_of
+    from inco_trio.doctor.services import find_services, leftovers, services_of, unanswered
     from inco_trio.doctor.silence import silent
     from inco_trio.doctor.survey import survey, survey_link
 
@@ -125,6 +125,7 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
         every = find_services(processes)
         services = services_of(link, every)
         words = (link, "--config", "FILE" if config is None else str(config))
+        yield from unanswered(every)
         yield from leftovers(every, processes, parse_address(link).label, words)
     for service in services:
         yield from service.results
@@ -161,7 +162,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine, expected_trust
     from inco_trio.doctor.proxies import board_files
-    from inco_trio.doctor.services import find_services, leftovers, services_of_boards
+    from inco_trio.doctor.services import find_services, leftovers, services_of_boards, unanswered
     from inco_trio.doctor.silence import silent
 
     processes = look()
@@ -183,6 +184,7 @@ def _boards(directory: Path) -> Iterator[Result]:
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
     every = find_services(processes)
     services = services_of_boards(directory, every)
+    yield from unanswered(every)
     yield from leftovers(every, processes, options.boards_label(directory), ("--boards", str(directory)))
     for service in services:
         yield from service.results

@@ -32,7 +32,15 @@ from inco_trio.service.rivals import serving, users_of
 from inco_trio.signals import Signal
 from inco_trio.trust import Trust
 
-__all__ = ["FoundService", "find_services", "leftovers", "network_of", "services_of", "services_of_boards"]
+__all__ = [
+    "FoundService",
+    "find_services",
+    "leftovers",
+    "network_of",
+    "services_of",
+    "services_of_boards",
+    "unanswered",
+]
 
 PERMANENT = {str(code) for code in (os.EX_NOPERM, os.EX_CONFIG, 2)}
 """The exit codes after which the `finish` script keeps a service down. Other services that are down were stopped."""
@@ -41,6 +49,8 @@ _LASTING = {str(os.EX_NOPERM), "2"}
 PATIENCE = 5.0
 """Maximum time in seconds that a command of a supervisor may take."""
 FD_STORE = f"{PREFIX}fdholder"
+SYSTEMD = "systemd"
+"""The name of the service that has the results for systemd itself."""
 _MEANINGS = {
     "2": "the command line is wrong: write the service again",
     str(os.EX_UNAVAILABLE): "the interface or a program is missing, or another process uses the socket of the link",
@@ -126,6 +136,11 @@ def services_of(link: str, services: Iterable[FoundService], netns: Path | None 
     return _with_stores([each for each in services if _serves(each, label, netns)], services)
 
 
+def unanswered(services: Iterable[FoundService]) -> Iterator[Result]:
+    """Yield the warning of a supervisor that did not name its services."""
+    yield from (result for service in services if service.name == SYSTEMD for result in service.results)
+
+
 def services_of_boards(directory: Path, services: Iterable[FoundService]) -> list[FoundService]:
     """Return the services that serve a directory of boards, after the fd stores that they use."""
     services = tuple(services)
@@ -171,7 +186,16 @@ def leftovers(
             continue
         path = store.directory / "s"
         found: dict[str, list[str]] = {}
-        for entry in (_output("s6-fdholder-list", "-t", "1000", str(path)) or "").splitlines():
+        try:
+            listed = _output("s6-fdholder-list", str(path)) or ""
+        except subprocess.TimeoutExpired:
+            holders = [each.pid for each in processes.all if each.is_holder and is_stopped(each.pid)]
+            own = [pid for pid in holders if working_directory(pid) == store.directory]
+            effect = "notifications of removed services may be there, but are not shown"
+            fix = f"kill -CONT {own[0]}" if own else None
+            yield _unanswered("descriptors", path, "s6-fdholder-list", effect, fix)
+            continue
+        for entry in listed.splitlines():
             if match := _STORED.fullmatch(entry):
                 found.setdefault(match[1], []).append(entry)
         if _is_shared(store.directory, found, processes):
@@ -307,7 +331,13 @@ def _of_s6(processes: Processes, root: Path) -> Iterator[_Found]:
             directory = found.setdefault(real, _Directory(real, supervisors.get(real)))
             directory.scanner, directory.scandir, directory.is_symlink = process, place, path.is_symlink()
     for path in sorted(found):
-        yield _service_of_s6(found[path], places, processes, root)
+        made, running = (
+            _service_of_s6(found[path], places, processes, root),
+            found[path].supervisor or found[path].scanner,
+        )
+        # The network namespace of a process that has ended is unknown: it would seem to be that of this thread.
+        if running is not None and _probe(running, places[running.pid], root):
+            yield made
 
 
 def _is_trusted(process: Process) -> bool:
@@ -380,7 +410,10 @@ def _state_of_s6(directory: _Directory, words: tuple[str, ...], links: _Links) -
     if directory.supervisor is None:
         text = f"no s6-supervise runs for this service{log}"
         return _Down(path, text, words, links, f"s6-svscanctl -a {scandir}", remove)
-    answer = _output("s6-svstat", "-o", "up,wantedup,normallyup,exitcode,signum", str(path))
+    try:
+        answer = _output("s6-svstat", "-o", "up,wantedup,normallyup,exitcode,signum", str(path))
+    except subprocess.TimeoutExpired:
+        return _unanswered("service", path, "s6-svstat", "it is unknown whether the service is up")
     if answer is None:
         return hidden(f"the state of the service {path}")
     up, wanted, normally, code, number = answer.split()
@@ -405,7 +438,12 @@ def _user_of(directory: Path) -> str | None:
 
 def _of_systemd() -> Iterator[_Found]:
     properties = "Id,ActiveState,SubState,FreezerState,Result,ExecMainStatus,ExecStart,User"
-    answer = _output("systemctl", "show", f"--property={properties}", f"{PREFIX}*.service")
+    try:
+        answer = _output("systemctl", "show", f"--property={properties}", f"{PREFIX}*.service")
+    except subprocess.TimeoutExpired:
+        silence = _unanswered("service", SYSTEMD, "systemctl", f"the units {PREFIX}*.service are not shown")
+        yield FoundService(SYSTEMD, results=(silence,)), None
+        return
     for block in (answer or "").split("\n\n"):
         unit = dict(line.partition("=")[::2] for line in block.splitlines())
         if "Id" not in unit:
@@ -577,13 +615,19 @@ def _link_of(words: Sequence[str]) -> str | None:
     return None
 
 
+def _unanswered(check: str, subject: object, program: str, effect: str, fix: str | None = None) -> Result:
+    """Return the warning for a program of a supervisor that has not ended. `effect` says what is unknown therefore."""
+    text = f"{program} got no answer within {PATIENCE:g} s, so {effect}"
+    return warn(check, subject, text if fix else f"{text}: repeat the check once the host is less busy", fix)
+
+
 def _output(*command: str) -> str | None:
-    """Return the output of a command, or None if it fails, is missing or takes too long."""
+    """Return the output of a command, or None if it fails or is missing. Raises subprocess.TimeoutExpired."""
     if (program := shutil.which(command[0])) is None:
         return None
     try:
         done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
