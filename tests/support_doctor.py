@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import socket
+import struct
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from inco_trio.linux.processes import Process
+from inco_trio.control import client
+from inco_trio.doctor import services, space
+from inco_trio.errors import IncoError
+from inco_trio.linux.processes import Process, is_stopped
+from netns.hang import HANG
 
-__all__ = ["BOOTED", "FIRST", "Tree", "process"]
+__all__ = ["BOOTED", "DOCTOR", "FIRST", "Tree", "be_patient", "process"]
 
 BOOTED = 1_700_000_000
 FIRST = "         0          0 4294967295"
 """The uid_map of the initial user namespace."""
+
+PATIENT = """
+import sys
+from inco_trio.cli import main
+from tests.support_doctor import be_patient
+be_patient(setattr)
+sys.exit(main())
+"""
+"""A program that runs inco-trio after `be_patient`."""
+DOCTOR = (sys.executable, "-c", PATIENT, "doctor")
+"""The command `inco-trio doctor` after `be_patient`."""
+
+
+def be_patient(change: Callable[[object, str, object], None]) -> None:
+    """Let the doctor wait for slow programs, filesystems and proxies: on a slow machine, it must find the same.
+
+    A stopped proxy does not answer before it continues. The doctor still waits only SEARCH for it. `change` is setattr,
+    or the method of a MonkeyPatch.
+    """
+    for module in (services, space):
+        change(module, "PATIENCE", HANG)
+    change(client, "_attempt", _attempt)
+    change(client.Client.status, "__defaults__", (None, HANG))
+
+
+def _attempt(path: Path) -> client.Client | IncoError:
+    try:
+        return client.Client(path, client.SEARCH if _is_stopped(path) else HANG)
+    except IncoError as error:
+        return error
+
+
+def _is_stopped(path: Path) -> bool:
+    """Return whether the process that listens at `path` is stopped."""
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.connect(str(path))
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        return is_stopped(struct.unpack("iII", credentials)[0])
+    return False
 
 
 class Tree:

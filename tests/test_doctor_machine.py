@@ -30,7 +30,7 @@ from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process, wait_path, write_scandir
-from tests.support_doctor import FIRST, Tree
+from tests.support_doctor import DOCTOR, FIRST, Tree
 from tests.support_proxy import write_udrv
 from tests.test_privileges import restrictions
 
@@ -40,11 +40,12 @@ Found = dict[str, Any]
 
 DRIVER = """
 import json, subprocess, sys
+from tests.support_doctor import DOCTOR
 setup, check, subject, *words = sys.argv[1:]
 found = []
 subprocess.run(["sh", "-ec", setup], check=True)
 while len(found) < 5:
-    done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
+    done = subprocess.run([*DOCTOR, *words, "--json"], stdout=subprocess.PIPE)
     results = json.loads(done.stdout)["results"]
     (result,) = [result for result in results if (result["check"], result["subject"]) == (check, subject)]
     found.append(result)
@@ -68,7 +69,7 @@ def driven(
 
 def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[Found]:
     """Run the doctor and return all results."""
-    command = [*around, sys.executable, "-m", "inco_trio", "doctor", *map(str, words), "--json"]
+    command = [*around, *DOCTOR, *map(str, words), "--json"]
     done = core.run(lambda: subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE))
     found: list[Found] = json.loads(done.stdout)["results"]
     worst = {result["level"] for result in found}
@@ -102,7 +103,7 @@ def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     setup = "mount -t tmpfs inco-trio-test /proc"
     # Run the doctor before and after /proc is mounted.
     command = [*around, "sh", "-ec", setup + '; "$@" || mount -t proc proc /proc; "$@"', "sh"]
-    command += [sys.executable, "-m", "inco_trio", "doctor", cores.link]
+    command += [*DOCTOR, cores.link]
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
     lines = done.stdout.decode().splitlines()
     end = next(number for number, line in enumerate(lines) if line.endswith(" ok"))
@@ -595,6 +596,8 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
             write_scandir(tmp_path / name, cores.link, udrv)
             both.append(stack.enter_context(Service(cores.core0, tmp_path / name, cores.link)))
             both[-1].wait("U")
+            # The search for other proxies has ended, so that the first proxy cannot report itself to the second one.
+            restrictions(main_process(both[-1].directory))
         one, two = both
         # The proxy with the usual control socket stays.
         result = of(doctor(cores.core0, cores.link), "proxy", cores.link)
@@ -683,10 +686,11 @@ def test_a_service_without_its_control_socket_is_restarted_after_the_second_prox
 
 FORMS = """
 import json, subprocess, sys
+from tests.support_doctor import DOCTOR
 link, file, wanted = sys.argv[1:]
 shown = {}
 for words in ((), (link,), ("--config", file)):
-    done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
+    done = subprocess.run([*DOCTOR, *words, "--json"], stdout=subprocess.PIPE)
     found = [each for each in json.loads(done.stdout)["results"] if each["level"] != "ok"]
     shown[" ".join(words)] = sorted(found, key=str)
 first, *others = shown.values()
@@ -716,37 +720,47 @@ def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tm
         assert {each["subject"] for each in found if each["check"] == "directory"} == {str(boards / "b1")}
 
 
+def logged(text: str) -> str:
+    """Return a command that waits until the proxy has logged a text: before, the doctor finds less."""
+    return f"until grep -q '{text}' {{log}}; do :; done"
+
+
 REPLACED = "until mkdir {irq}/message_4_state 2>&1; do rm -f {irq}/message_4_state; done"
 """A command that replaces a register by a directory. The proxy may create the file again meanwhile."""
 
 
+FAULTS = [
+    (REPLACED, "rmdir {irq}/message_4_state"),
+    ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),
+    (
+        (
+            "pid=$(pgrep -f -- '[r]un_child.*run {link}'); kill -STOP $pid; trap \"kill -CONT $pid\" EXIT; "
+            "until grep -q '^State:.T' /proc/$pid/status; do :; done"
+        ),
+        "kill -CONT ",
+    ),
+    (f"ip link set dev {{link}} down; {logged('the link went down')}", "ip link set dev {link} up"),
+]
+MORE_FAULTS = [
+    (f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
+    (f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
+    (
+        "until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done; "
+        + logged("cannot watch: not a regular file"),
+        "rm {irq}/message_6_trig",
+    ),
+    (f"chown 12345 {{irq}}; {logged('not trusted')}", "chown 0 {irq}"),
+]
+
+
 @pytest.mark.parametrize(
-    ("setup", "wanted"),
-    [
-        (REPLACED, "rmdir {irq}/message_4_state"),
-        pytest.param(
-            *(f"{REPLACED}; touch {{irq}}/message_4_state/x", "mv {irq}/message_4_state {irq}/message_4_state.old1"),
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            *(f"{REPLACED}; mount -t tmpfs x {{irq}}/message_4_state", "umount {irq}/message_4_state"),
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            *("until mkfifo {irq}/message_6_trig 2>&1; do rm -f {irq}/message_6_trig; done", "rm {irq}/message_6_trig"),
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param("chown 12345 {irq}", "chown 0 {irq}", marks=pytest.mark.thorough),
-        ("sed -i s/ihub_hwwd_irq/other_irq/ {udrv}", "kill -HUP "),
-        ("pid=$(pgrep -f -- '[r]un_child.*run {link}'); kill -STOP $pid; trap \"kill -CONT $pid\" EXIT", "kill -CONT "),
-        ("ip link set dev {link} down", "ip link set dev {link} up"),
-    ],
+    ("setup", "wanted"), [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.thorough) for fault in MORE_FAULTS)]
 )
 def test_each_form_of_the_command_prints_the_same(cores: Cores, tmp_path: Path, setup: str, wanted: str) -> None:
     tmp_path.chmod(0o755)
     names = {"irq": tmp_path / "irq", "udrv": write_udrv(tmp_path / "u.json", tmp_path / "irq"), "link": cores.link}
-    (tmp_path / "forms.py").write_text(FORMS)
-    forms = [sys.executable, tmp_path / "forms.py", cores.link, names["udrv"], wanted.format_map(names)]
+    names["log"] = tmp_path / "0.log"
+    forms = [sys.executable, "-c", FORMS, cores.link, names["udrv"], wanted.format_map(names)]
     setup = f"{setup.format_map(names)}; {shlex.join(map(str, forms))}"
     survey(cores.core0, tmp_path, (cores.link, "--config", names["udrv"]), setup=setup)
 
@@ -791,6 +805,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from inco_trio.service.launch import Launched
 from netns.hang import HANG
+from tests.support_doctor import DOCTOR
 home, proxies, setup = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 subprocess.run(["mount", "-t", "tmpfs", "inco-trio-test", "/run/inco-trio"], check=True)
 with ExitStack() as stack:
@@ -799,7 +814,7 @@ with ExitStack() as stack:
         stack.callback(running.close)
         assert running.wait_ready(HANG), running.log
     subprocess.run(["sh", "-ec", setup], check=True, stdout=subprocess.DEVNULL)
-    sys.exit(subprocess.run([sys.executable, "-m", "inco_trio", "doctor", "--json"]).returncode)
+    sys.exit(subprocess.run([*DOCTOR, "--json"]).returncode)
 """
 """A program that starts proxies, runs a set-up command and then the doctor without arguments."""
 

@@ -31,10 +31,15 @@ from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process, wait_path, write_scandir
-from tests.support_doctor import BOOTED, Tree, process
+from tests.support_doctor import BOOTED, Tree, be_patient, process
 from tests.support_proxy import write_udrv
 
 NONE = Processes((), unseen=False, mounted=True)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch.setattr)
 
 
 def write_service(scandir: Path, label: str, run: str, finish: str = "exit 0") -> Path:
