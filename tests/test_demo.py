@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.cores.peer import Peer
+from inco_trio.cores.watch import Watch
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.simulation.demonstration import run_demo
-from inco_trio.simulation.traffic import duration, quantile
+from inco_trio.frame import encode
+from inco_trio.signals import Direction, Signal
+from inco_trio.simulation.demonstration import _play, run_demo
+from inco_trio.simulation.traffic import Applications, Traffic, duration, quantile, verdict
+from inco_trio.simulation.waiter import Waiter
 from netns.fixtures import Canary
 from netns.hang import HANG
 from tests.support_pages import comparable, parts
@@ -102,6 +108,47 @@ def test_all_notifications_arrive() -> None:
     assert len(table(shown)) == len(table(said))
     (line,) = (block.text for block in parts("installation") if block.value.endswith("test_all_notifications_arrive"))
     assert ALL_ARRIVED.fullmatch(line.rstrip("\n").replace("120", "30"))
+
+
+class _Stopping(Waiter):
+    """A waiter in whose first wait nothing happens. Then the process is stopped, and meanwhile `arrive` is called."""
+
+    arrive: Callable[[], object] | None = None
+
+    def wait(self, until: float) -> None:
+        if (arrive := self.arrive) is None:
+            super().wait(until)
+        else:
+            self.arrive = None
+            arrive()
+
+
+def test_what_arrived_while_the_demonstration_was_stopped_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("inco_trio.simulation.traffic._LOST_AFTER", 0)
+    names = ("a", "b", "c")
+    traffic = [Traffic(Signal(name, Direction.OUTBOUND, tmp_path, name), 1) for name in names]
+    link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
+    with (
+        contextlib.closing(_Stopping()) as waiter,
+        contextlib.closing(Watch()) as watch,
+        Peer(link) as peer,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as proxy,
+    ):
+        for name in names:
+            (tmp_path / name).touch()
+        applications = Applications(waiter, peer, watch, traffic)
+        for one in traffic:
+            applications.send(one)
+
+        def arrive() -> None:
+            for name in names:
+                proxy.sendto(encode(name.encode(), bytes(6)), f"{tmp_path}/core1")
+
+        waiter.arrive = arrive
+        _play(waiter, applications, traffic, 1.0, io.StringIO())
+    assert verdict(traffic)[1] == 0
 
 
 @pytest.mark.netns

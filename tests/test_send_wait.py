@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -15,14 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from inco_trio.cli import send as send_command
+from inco_trio.cli import wait as wait_command
+from inco_trio.cli.parser import parse
 from inco_trio.cli.send import _Schedule
 from inco_trio.cli.signalling import alone
+from inco_trio.control.protocol import Event
 from inco_trio.cores.peer import Peer
 from inco_trio.frame import decode, encode
+from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
@@ -177,6 +183,34 @@ def test_wait_times_out(board: Board) -> None:
     assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.01 s\n"
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_what_arrived_before_wait_looks_at_the_clock_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process is stopped after poll(2): the notification arrives and the time runs out."""
+    now, arrived = [0.0], list[Event]()
+
+    class Poll:
+        def register(self, *_: int) -> None: ...
+        def poll(self, _: int) -> list[tuple[int, int]]:
+            now[0] += 10
+            arrived.append(Event("notification", time=1.5, direction=Direction.INBOUND, signal="a"))
+            return []
+
+    class Source:
+        def fileno(self) -> int:
+            return 0
+
+        def arrived(self) -> list[Event]:
+            return arrived
+
+    monkeypatch.setattr(wait_command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(wait_command, "select", SimpleNamespace(poll=Poll, POLLIN=select.POLLIN))
+    waiting = wait_command._Waiting(parse(["wait", "a", "--timeout", "5"]))
+    waiting.hear(Source())
+    assert waiting.exit_code() == 0
+    assert capsys.readouterr().out.endswith(" inbound a\n")
 
 
 def test_wait_ends_with_an_error_when_the_proxy_ends(

@@ -25,8 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inco_trio.cli.monitor import Lines
 from inco_trio.cli.status import _board_lines, _duration, _rate
+from inco_trio.control.client import CHUNK, client_of, connect, sockets, wait_for_end
 from inco_trio.control.client import Client as AskingClient
-from inco_trio.control.client import client_of, connect, sockets, wait_for_end
 from inco_trio.control.place import silent_services
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryRequest, MonitorRequest
 from inco_trio.counters import Stats
@@ -38,6 +38,7 @@ from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.support_control import COMMAND, MAC, Board, Client, Running, block
 from tests.support_proxy import frame
 
@@ -606,11 +607,26 @@ def test_a_proxy_that_stops_answering_is_an_error(server: Callable[[bytes], Path
         client.status(patience=0.05)
 
 
+def test_a_response_that_has_arrived_is_read_even_after_the_timeout(server: Callable[[bytes], Path]) -> None:
+    event = b'{"event": "link", "running": true, "time": 1.5}\n'
+    many = 2 * CHUNK // len(event)
+    ours, theirs = socket.socketpair()
+    with theirs, AskingClient(server(GREETING)) as client, contextlib.closing(client._sock):
+        client._sock = ours
+        theirs.sendall(many * event + b'{"monitor": true}\n')
+        client.request(MonitorRequest(), patience=0)
+        assert len(client.arrived()) == many
+        with pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
+            client.request(MonitorRequest(), patience=0)
+
+
 def test_a_late_response_is_not_the_response_to_the_next_request(board: Board) -> None:
-    board.running()
+    proxy = board.running()
     with AskingClient(board.path) as client:
+        wait_stopped(proxy.pid)
         with pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
             client.request(HistoryRequest(), patience=0)
+        proxy.process.send_signal(signal.SIGCONT)
         assert [each.board for each in client.status()] == [*client.greeting.boards]
 
 

@@ -169,8 +169,9 @@ class _Waiting:
             while True:
                 if any(map(self.came, source.arrived())):
                     return
-                ready = poll.poll(math.ceil(min(self.left, UNINTERRUPTED) * 1000))
-                if not ready and not self.left:
+                left = self.left  # Look again after the timeout: this process may be late.
+                ready = poll.poll(math.ceil(min(left, UNINTERRUPTED) * 1000))
+                if not ready and not left:
                     return
                 if end is not None and any(fd == end for fd, _ in ready):
                     poll.unregister(end)

@@ -162,6 +162,8 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._events: deque[Event] = deque()
         self._unanswered = 0
         """The number of requests without a response so far. A response that arrives after its timeout is discarded."""
+        self._last_look = 0.0
+        """The last deadline after which this client has looked for data."""
         deadline = real_clock.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         refuse_descriptors(self._sock)
@@ -258,17 +260,22 @@ class Client(Channel, AbstractContextManager["Client"]):
         return None
 
     def _await_line(self, deadline: float) -> None:
-        """Wait for a complete line until the deadline. Partial data does not extend the deadline."""
-        while not self._lines:
-            left = deadline - real_clock.monotonic()
-            if left <= 0:
-                raise self._silent()
-            if select.select([self._sock], [], [], min(UNINTERRUPTED, left))[0]:
-                self._receive()
+        """Wait for a complete line until the deadline. Partial data does not extend the deadline.
 
-    def _receive(self) -> None:
+        Once after the deadline, read what has arrived: this process may be late, although the proxy was not.
+        """
+        while not self._lines:
+            left = max(0.0, deadline - real_clock.monotonic())
+            if not left and self._last_look == deadline:
+                raise self._silent()
+            if not left:
+                self._last_look = deadline
+            if select.select([self._sock], [], [], min(UNINTERRUPTED, left))[0]:
+                self._receive(CHUNK if left else protocol.REPLY_MAX)
+
+    def _receive(self, size: int = CHUNK) -> None:
         try:
-            data = self._sock.recv(CHUNK)
+            data = self._sock.recv(size)
         except OSError as error:
             raise self._ended() from error
         self._feed(data)

@@ -127,13 +127,14 @@ class Launched:
         with contextlib.closing(Inotify()) as changes:
             changes.watch(str(self._log), IN_MODIFY)
             while True:
-                ended = self.process.poll() is not None
+                left = deadline - real_clock.monotonic()
+                over = self.process.poll() is not None or left <= 0
                 for line in self.log[after:].splitlines(keepends=True):
                     if text in line and line.endswith("\n"):
                         return line.rstrip("\n")
-                left = max(0.0, deadline - real_clock.monotonic())
-                if ended or not select.select([changes.fd, self.end_fd], [], [], left)[0]:
+                if over:
                     return None
+                select.select([changes.fd, self.end_fd], [], [], left)
                 changes.read_into(memoryview(bytearray(4096)))
 
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = STOP) -> int:

@@ -74,9 +74,13 @@ class Traffic:
             self.latencies.append(time.monotonic_ns() - self.departed)
             self.departed = None
 
+    @property
+    def late(self) -> bool:
+        return self.departed is not None and time.monotonic_ns() - self.departed > _LOST_AFTER * 1e9
+
     def expire(self) -> None:
         """Stop sending a signal after its first loss: a late arrival would be mistaken for the next notification."""
-        if self.departed is not None and time.monotonic_ns() - self.departed > _LOST_AFTER * 1e9:
+        if self.departed is not None:
             self.departed = None
             self.lost = True
 

@@ -131,11 +131,13 @@ class History:
         with self._listening(news.set):
             while True:
                 news.clear()
-                failed = self.failure is not None
+                left = end - real_clock.monotonic()
+                over = self.failure is not None or left <= 0
                 if (found := self.take(core, name)) is not None:
                     return found
-                if failed or not news.wait(max(0.0, end - real_clock.monotonic())):
+                if over:
                     raise self._missing(core, name, timeout)
+                news.wait(left)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
         """Wait as `wait` does, without blocking the event loop of Trio or asyncio."""
