@@ -20,25 +20,47 @@ import trio
 
 from inco_trio.frame import encode
 from inco_trio.linux.sockets import SO_PASSRIGHTS
+from inco_trio.service import launch
 from netns.fixtures import Proxy
 from netns.hang import HANG
 
 __all__ = [
     "COMMAND",
     "FRAME",
+    "LIMITS",
     "MAC",
+    "PATIENT",
     "Board",
     "Client",
     "Running",
+    "block",
+    "child",
     "descriptors_refused",
     "no_descriptors",
     "no_threads",
 ]
 
 COMMAND = [sys.executable, "-m", "inco_trio"]
+LIMITS = f"""
+from inco_trio.cli import record
+from inco_trio.control import client
+record.FAREWELL = client.SEARCH = {HANG}
+for function in client.Client.__init__, client.Client.request, client.Client.status:
+    function.__defaults__ = tuple({HANG} if each == client.PATIENCE else each for each in function.__defaults__)
+"""
+"""Python code that raises the limits of the commands that ask a proxy, so that only a hang reaches them."""
+PATIENT = [sys.executable, "-c", f"{LIMITS}\nimport sys\nfrom inco_trio.cli import main\nsys.exit(main())"]
+"""A command that does the same as COMMAND, but waits for a slow proxy."""
 
 MAC = bytes.fromhex("020000000001")
 FRAME = encode(b"ihub_hwwd_irq", MAC)
+
+
+def child(code: str) -> str:
+    """Return the program of a process that `Launched` starts, with Python code that runs at its start."""
+    before, found, after = launch._CHILD.partition("from inco_trio.service.launch import run_child\n")
+    assert found
+    return f"{before}{found}{code}\n{after}"
 
 
 def block(register: Path) -> None:
@@ -188,7 +210,7 @@ class Running:
 
     def __init__(self, *words: str | Path) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*PATIENT, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def listening(self, first: str = "listening to ") -> None:

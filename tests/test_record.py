@@ -46,16 +46,34 @@ from inco_trio.problems import noted_by, report
 from inco_trio.proxy.proxy import Proxy as ProxyObject
 from inco_trio.proxy_status import Status
 from inco_trio.registers.states import RUNS
+from inco_trio.service import launch
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
-from tests.support_control import COMMAND, FRAME, MAC, Board, Running, block
+from tests.support_control import FRAME, LIMITS, MAC, PATIENT, Board, Running, block, child
 from tests.test_fdstore import Daemon as Holder
 
 pytestmark = pytest.mark.tools
 
+PATIENT_PROXY = child(f"from inco_trio.control import server; server.FAREWELL = {HANG}")
+"""The program of a proxy that ends only once its clients have read all events."""
+PATIENT_DEMO = [
+    sys.executable,
+    "-c",
+    f"""
+import sys
+from inco_trio.cli import main
+from inco_trio.service import launch
+from inco_trio.simulation import traffic
+traffic._LOST_AFTER = {HANG}
+launch._CHILD = {child(LIMITS)!r}
+sys.exit(main())
+""",
+    "demo",
+]
+"""A demonstration that waits for slow processes, and so does its recording."""
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
 
 
@@ -63,6 +81,16 @@ IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
 def board(tmp_path: Path) -> Iterator[Board]:
     with ExitStack() as stack:
         yield Board(tmp_path, stack)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the limits that a slow process could reach."""
+    monkeypatch.setattr(launch, "_CHILD", PATIENT_PROXY)
+    monkeypatch.setattr("inco_trio.cli.record.FAREWELL", HANG)
+    monkeypatch.setattr(Client.__init__, "__defaults__", (HANG,))
+    monkeypatch.setattr(Client.request, "__defaults__", (HANG,))
+    monkeypatch.setattr(Client.status, "__defaults__", (None, HANG))
 
 
 @pytest.fixture
@@ -144,8 +172,8 @@ def test_both_directions_are_recorded_with_their_frames(
 def test_a_message_never_continues_the_line_of_the_progress(board: Board, tmp_path: Path) -> None:
     proxy = board.running()
     master, slave = pty.openpty()
-    code = "import sys, inco_trio.cli.record as record; record.SHOWN = 0.0; from inco_trio.cli import main"
-    command = [sys.executable, "-c", f"{code}; sys.exit(main())", "record", str(tmp_path / "f"), "--control"]
+    code = f"{LIMITS}\nrecord.SHOWN = 0.0\nimport sys\nfrom inco_trio.cli import main\nsys.exit(main())"
+    command = [sys.executable, "-c", code, "record", str(tmp_path / "f"), "--control"]
     with subprocess.Popen([*command, str(board.path)], stderr=slave) as process, os.fdopen(master, "rb", 0) as terminal:
         os.close(slave)
         shown = b""
@@ -304,7 +332,7 @@ def test_a_full_file_system_ends_the_recording_with_an_error(
     small.mkdir()
     kept.mkdir()
     # The filesystem has four pages. Two files fill it, so the header of a third file does not fit.
-    command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
+    command = [*PATIENT, "record", str(small / "f"), "--control", str(board.path), *rotation]
     script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
     with subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", script, "sh", *command], stderr=subprocess.PIPE, text=True
@@ -330,7 +358,7 @@ def test_a_full_file_system_ends_the_recording_with_an_error(
 
 
 def replay(*words: str | Path) -> int:
-    return subprocess.run([*COMMAND, "replay", *map(str, words)], timeout=HANG, check=False).returncode
+    return subprocess.run([*PATIENT, "replay", *map(str, words)], timeout=HANG, check=False).returncode
 
 
 def test_a_replay_gives_the_same_counts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
@@ -375,7 +403,7 @@ def test_tshark_reads_a_recording(board: Board, start: Callable[..., Running], t
 @pytest.mark.netns
 def test_the_demo_can_be_recorded(tmp_path: Path) -> None:
     file = tmp_path / "demo.pcapng"
-    command = [*COMMAND, "demo", "--count", "5", "--rate", "1000", "--record", str(file)]
+    command = [*PATIENT_DEMO, "--count", "5", "--rate", "1000", "--record", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"Recorded: 30 notifications in {file}"
@@ -387,7 +415,7 @@ def test_the_demo_can_be_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.netns
 def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Peer, tmp_path: Path) -> None:
-    command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
+    command = [*PATIENT, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
     # Hide the control sockets of other proxies in /run: they could serve a link with the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
@@ -419,7 +447,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
 )
 def test_invalid_arguments_are_refused(words: tuple[str, ...], code: int, text: str, tmp_path: Path) -> None:
     words = tuple(str(tmp_path / "f") if word == "FILE" else word for word in words)
-    done = subprocess.run([*COMMAND, "record", *words], capture_output=True, text=True, timeout=HANG, check=False)
+    done = subprocess.run([*PATIENT, "record", *words], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (code, "")
     assert text in done.stderr
     assert not (tmp_path / "f").exists()
@@ -428,7 +456,7 @@ def test_invalid_arguments_are_refused(words: tuple[str, ...], code: int, text: 
 def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
     board.core1()
     board.running()
-    command = [*COMMAND, "record", str(tmp_path), "--control", str(board.path)]
+    command = [*PATIENT, "record", str(tmp_path), "--control", str(board.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 71
     assert done.stderr == f"inco-trio: error: {tmp_path}: cannot be written: Is a directory\n"
@@ -475,14 +503,20 @@ def test_what_a_slow_recording_missed_is_filled_in_or_counted(
 def test_a_history_that_does_not_arrive_in_time_is_not_the_end_of_the_proxy(board: Board, tmp_path: Path) -> None:
     peer = board.core1()
     board.running("--history", "65536")
-    code = """
+    code = f"""
 import sys
 from inco_trio.cli import main
-from inco_trio.control.client import PATIENCE, Client
-request = Client.request
-def impatient(client, wanted, patience=PATIENCE):
-    return request(client, wanted, 0 if type(wanted).__name__ == "HistoryRequest" else patience)
-Client.request = impatient
+{LIMITS}
+from inco_trio.control.protocol import encode_request
+request = client.Client.request
+def impatient(self, wanted, *patience):
+    if type(wanted).__name__ != "HistoryRequest":
+        return request(self, wanted, *patience)
+    self._sock.setblocking(True)
+    self._sock.sendall(encode_request(wanted))
+    self._unanswered += 1
+    raise self._silent()
+client.Client.request = impatient
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, "record", str(tmp_path / "f"), "--control", str(board.path)]
@@ -803,7 +837,7 @@ def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> N
     while board.status()["counters"]["sent"] < 1:
         pass
     file = tmp_path / "f"
-    command = [*COMMAND, "record", str(file), "--control", str(board.path), "--past"]
+    command = [*PATIENT, "record", str(file), "--control", str(board.path), "--past"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"inco-trio: {FLOOD + 1} notifications of the history of {board.home}/core0 in {file}\n"
@@ -852,7 +886,7 @@ def test_standard_output_is_recorded_until_its_reader_ends(
         out, _ = shark.communicate(timeout=HANG)
     assert "0x8800" in out
     assert running.process.wait(HANG) == 0
-    done = subprocess.run([*COMMAND, "record", "-", "--size", "1M"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*PATIENT, "record", "-", "--size", "1M"], capture_output=True, text=True, check=False)
     said = "inco-trio: error: FILE -: standard output cannot be split (omit --size and --period)\n"
     assert (done.returncode, done.stderr) == (2, said)
 
@@ -868,15 +902,15 @@ def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
     while board.status()["counters"]["sent"] < 1:
         pass
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(run.parent)}
-    command = [*COMMAND, "plot", "--past", f"{board.home}/core0", "--json", "--out", str(tmp_path / "f.svg")]
+    command = [*PATIENT, "plot", "--past", f"{board.home}/core0", "--json", "--out", str(tmp_path / "f.svg")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert [(each["signal"], each["count"]) for each in json.loads(done.stdout)["signals"]] == [(OUT, 1)]
     assert (tmp_path / "f.svg").stat().st_size > 1000
-    done = subprocess.run([*COMMAND, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
+    done = subprocess.run([*PATIENT, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, "give either FILE or --past" in done.stderr) == (2, True)
     # If several proxies answer, the error suggests --control.
-    command = [*COMMAND, "plot", "--control", str(board.path), "--json"]
+    command = [*PATIENT, "plot", "--control", str(board.path), "--json"]
     done = subprocess.run([*command, "--past"], capture_output=True, text=True, timeout=HANG, check=True)
     assert json.loads(done.stdout)["version"] == 1
     done = subprocess.run([*command, str(tmp_path / "f")], capture_output=True, text=True, timeout=HANG, check=False)
@@ -908,10 +942,10 @@ def test_only_notifications_that_are_still_pending_are_plotted_as_pending(
         board.inbound(peer)
         client.until(event="pending")
     finish(recording)
-    command = [*COMMAND, "record", str(tmp_path / "past"), "--control", str(board.path), "--past"]
+    command = [*PATIENT, "record", str(tmp_path / "past"), "--control", str(board.path), "--past"]
     subprocess.run(command, capture_output=True, timeout=HANG, check=True)
     for name in ("live", "past"):
-        command = [*COMMAND, "plot", str(tmp_path / name), "--json", "--out", str(tmp_path / "f.svg")]
+        command = [*PATIENT, "plot", str(tmp_path / name), "--json", "--out", str(tmp_path / "f.svg")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
         (flow,) = json.loads(done.stdout)["signals"]
         # Of half of them, the proxy has merged the times.

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -32,13 +33,12 @@ from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.support_control import MAC, Board
+from tests.support_control import MAC, PATIENT, Board
 from tests.support_proxy import write_udrv
 
 pytestmark = pytest.mark.tools
 
 README = Path(__file__).parents[1] / "README.md"
-COMMAND = [sys.executable, "-m", "inco_trio"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
     program = tmp_path / "bin/inco-trio"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m inco_trio "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(PATIENT)} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
@@ -68,7 +68,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         def start(*words: str | Path) -> subprocess.Popen[str]:
             process = stack.enter_context(
                 subprocess.Popen(
-                    [*COMMAND, *map(str, words), "--after", "echo listening"], stdout=subprocess.PIPE,
+                    [*PATIENT, *map(str, words), "--after", "echo listening"], stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE, text=True,
                 )
             )  # fmt: skip
@@ -82,7 +82,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=HANG, check=False,
+        [*PATIENT, *map(str, words)], capture_output=True, text=True, timeout=HANG, check=False,
         env={**os.environ, **(env or {})},
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_wait_ends_with_an_error_when_the_proxy_ends(
 def test_send_reports_a_link_that_is_down_and_waits(board: Board) -> None:
     board.running()
     with subprocess.Popen(
-        [*COMMAND, "send", "redun_notify_irq", "--control", str(board.path)],
+        [*PATIENT, "send", "redun_notify_irq", "--control", str(board.path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
@@ -301,7 +301,7 @@ def test_other_users_may_wait_if_the_group_allows_it_but_not_send(nobody: list[s
         board.running()
 
         def ask(*words: str) -> subprocess.CompletedProcess[str]:
-            whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
+            whole = [*nobody, *PATIENT, *words, "--control", str(board.path)]
             return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
         assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
@@ -473,7 +473,7 @@ def test_core1_waits_for_the_after_command_too(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
-    command = [*COMMAND, "wait", "a_irq", "--as", "core1", link, "--after", f"echo listening; cat {fifo}"]
+    command = [*PATIENT, "wait", "a_irq", "--as", "core1", link, "--after", f"echo listening; cat {fifo}"]
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting,
@@ -603,14 +603,14 @@ def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Pe
 @pytest.mark.netns
 def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -> None:
     proxy("--irq-dir", irq_dir)
-    inside = [*COMMAND, "send", "ihub_hwwd_irq", "--as", "core1", cores.link, "--count", "100"]
+    inside = [*PATIENT, "send", "ihub_hwwd_irq", "--as", "core1", cores.link, "--count", "100"]
 
     def send() -> subprocess.CompletedProcess[str]:
         return subprocess.run(inside, capture_output=True, text=True, timeout=HANG, check=False)
 
     after = ["wait", "ihub_hwwd_irq", "--irq-dir", str(irq_dir), "--count", "100", "--timeout", str(HANG), "-q"]
     with subprocess.Popen(
-        [*COMMAND, *after, "--after", "echo listening"], stdout=subprocess.PIPE, text=True
+        [*PATIENT, *after, "--after", "echo listening"], stdout=subprocess.PIPE, text=True
     ) as waiting:
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "listening\n"
@@ -744,10 +744,20 @@ def test_ctrl_c_reports_how_many_were_sent(tmp_path: Path) -> None:
     trigger = tmp_path / "message_6_trig"
     trigger.touch()
     words = ["send", "redun_notify_irq", "--irq-dir", str(tmp_path), "--count", "2", "--rate", "1e-300"]
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + HANG
-        while not trigger.read_text():
-            assert time.monotonic() < deadline
+    # Only when `send` pauses has it counted the notification.
+    code = """
+import sys, time, types
+from inco_trio.cli import main, send
+def sleep(seconds):
+    print("pause", flush=True)
+    time.sleep(seconds)
+send.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "pause\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=HANG)
     assert (process.returncode, err) == (-signal.SIGINT, "inco-trio: redun_notify_irq: 1 of 2 were sent\n")
