@@ -26,6 +26,7 @@ from inco_trio.metrics import http_server
 from inco_trio.metrics.http_server import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.mosquitto import Gateway, free_port
 from tests.support_control import COMMAND, Board, no_descriptors, no_threads
 
@@ -37,13 +38,21 @@ PAGE = (ROOT / "docs/metrics.md").read_text()
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
+LIMITS = ("PATIENCE", "BUSY", "ALL", "REQUEST_PATIENCE")
+"""The limits of the exporter in seconds that a slow process could reach."""
 PATIENT = f"""
+import os
 from inco_trio.cli import main
 from inco_trio.metrics import http_server
-http_server.PATIENCE = http_server.BUSY = http_server.ALL = {HANG}
+for limit in {LIMITS}:
+    setattr(http_server, limit, {HANG})
+converse = http_server.converse
+def converse_or_give_up(path, patience):
+    return converse(path, 0.1 if os.path.exists(f"{{path}}.stopped") else patience)
+http_server.converse = converse_or_give_up
 main()
 """
-"""A program that runs inco-trio, but waits for slow proxies."""
+"""A program that runs inco-trio, but waits for slow proxies, except for those with a file `SOCKET.stopped`."""
 
 
 class Bench:
@@ -53,11 +62,10 @@ class Bench:
         self.home, self.stack = home, stack
         self.port = free_port()
 
-    def exporter(self, *controls: Path, patient: bool = True) -> Gateway:
+    def exporter(self, *controls: Path) -> Gateway:
         words = [word for path in controls for word in ("--control", str(path))]
         log = self.home / "exporter.log"
-        program = ("-c", PATIENT) if patient else ("-m", "inco_trio")
-        exporter = Gateway(log, "exporter", "--listen", f"127.0.0.1:{self.port}", *words, program=program)
+        exporter = Gateway(log, "exporter", "--listen", f"127.0.0.1:{self.port}", *words, program=("-c", PATIENT))
         self.stack.callback(exporter.close)
         exporter.wait_ready()
         return exporter
@@ -74,6 +82,12 @@ class Bench:
             for sample in family.samples:
                 found.setdefault(sample.name, []).append((dict(sample.labels), sample.value))
         return found
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in LIMITS:
+        monkeypatch.setattr(http_server, limit, HANG)
 
 
 @pytest.fixture
@@ -137,16 +151,19 @@ def test_the_counters_of_a_board_are_exported(bench: Bench) -> None:
 def test_a_stopped_or_dead_proxy_does_not_delay_others(bench: Bench) -> None:
     one, two = board(bench, "one"), board(bench, "two")
     proxies = [one.running(), two.running()]
-    exporter = bench.exporter(one.path, two.path, patient=False)
+    exporter = bench.exporter(one.path, two.path)
     names = [f"{each.home}/core0" for each in (one, two)]
 
     def up() -> dict[str, float]:
         return {labels["proxy"]: value for labels, value in bench.samples()["inco_trio_proxy_up"]}
 
     assert up() == dict.fromkeys(names, 1.0)
-    proxies[0].process.send_signal(signal.SIGSTOP)
+    wait_stopped(proxies[0].pid)
+    stopped = Path(f"{one.path}.stopped")
+    stopped.touch()
     for _ in range(2):
         assert up() == {names[0]: 0.0, names[1]: 1.0}
+    stopped.unlink()
     proxies[0].process.send_signal(signal.SIGCONT)
     assert up() == dict.fromkeys(names, 1.0)
     proxies[1].stop()
@@ -156,15 +173,13 @@ def test_a_stopped_or_dead_proxy_does_not_delay_others(bench: Bench) -> None:
     assert exporter.end() == 0
 
 
-def test_stopped_proxies_time_out_in_parallel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_proxies_time_out_in_parallel(bench: Bench) -> None:
     paths = [bench.home / f"{number}.sock" for number in range(40)]
     listening = [bench.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for _ in paths]
     for one, path in zip(listening, paths, strict=True):
         one.settimeout(HANG)
         one.bind(os.fspath(path))
         one.listen(1)
-    for limit in ("PATIENCE", "ALL"):
-        monkeypatch.setattr(f"inco_trio.metrics.http_server.{limit}", HANG)
     with ThreadPoolExecutor(1) as pool, ExitStack() as asked:
         scraped = pool.submit(trio.run, Boards(paths).metrics)
         # The exporter queries all proxies before the first one times out.
