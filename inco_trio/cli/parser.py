@@ -87,7 +87,7 @@ def run_drop_in(words: Sequence[str]) -> int:
     def run() -> int:
         iface = _parsed(drop_in_parser().parse_args, words).iface
         # Insert `--`, because the name of an interface may start with a dash.
-        return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
+        return _run(command_parser("run").parse_args(["--", iface]), drop_in=True)
 
     return _ending(run)
 
@@ -118,9 +118,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if not words[0].startswith("-"):
             parser("help").error(f"unknown command {words[0]!r}{_suggestion(words[0], COMMANDS)}")
         return _parsed(parser("help").parse_args, words)
-    made = parser(words[0])
-    (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
-    sub: argparse.ArgumentParser = commands.choices[words[0]]
+    sub = command_parser(words[0])
     # Allow options between arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot do this if there is a `--`.
     return _parsed(sub.parse_args if "--" in words else sub.parse_intermixed_args, words[1:])
 
@@ -220,12 +218,28 @@ def parser(command: str | None = None) -> _Parser:
     made.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
     commands = made.add_subparsers(prog="inco-trio", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        sub = commands.add_parser(name, help=summary, description=_description(name))
         if command == name or command not in COMMANDS:
-            module = importlib.import_module(f"inco_trio.cli.{name.replace('-', '_')}")
-            module.arguments(sub)
-            sub.set_defaults(run=module.run)
+            _add_options(sub, name)
     return made
+
+
+def command_parser(name: str) -> _Parser:
+    """Return the parser of one command alone. `parser` returns an equal one, but also creates those of all others."""
+    made = _Parser(prog=f"inco-trio {name}", description=_description(name))
+    _add_options(made, name)
+    return made
+
+
+def _description(name: str) -> str:
+    summary = COMMANDS[name]
+    return summary[0].upper() + summary[1:] + "."
+
+
+def _add_options(sub: argparse.ArgumentParser, name: str) -> None:
+    module = importlib.import_module(f"inco_trio.cli.{name.replace('-', '_')}")
+    module.arguments(sub)
+    sub.set_defaults(run=module.run)
 
 
 def _grouped() -> str:
