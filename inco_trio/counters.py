@@ -7,7 +7,7 @@ import attrs
 __all__ = ["Counters", "Stats"]
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Counters:
     """Counts since the proxy was opened. Only the proxy changes them."""
 

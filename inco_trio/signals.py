@@ -88,7 +88,7 @@ class Signal:
         return self.directory / self.register
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class BuiltinSignal:
     """A signal that every board has. A udrv.json may select another register for it."""
 

@@ -40,7 +40,7 @@ class UnfitFileError(OSError):
         self.remedy = remedy
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False)
 class Trust:
     """The users who may change IRQ directories, besides root and the user of this process."""
 

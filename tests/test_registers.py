@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import pytest
 
-from inco_trio.counters import Counters
+from inco_trio.counters import Stats
 from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -322,7 +322,7 @@ def test_each_notification_is_one_write_and_close(start: StartWorld, reset: Sign
     world.write(reset, hwwd, reset, reset)
     assert (resets(), hwwds()) == (3, 1)
     assert reset.path.read_text() == "1"
-    assert world.stats == Counters(delivered=4)
+    assert world.stats.snapshot() == Stats(delivered=4)
     assert world.events_of(reset.register, hwwd.register) == []
 
 

@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.backoff import Backoff
-from inco_trio.counters import Counters
+from inco_trio.counters import Counters, Stats
 from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
 
 Task = Callable[[Health], Awaitable[None]]
@@ -23,7 +23,7 @@ def failure(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def run(task: Task) -> tuple[Counters, float]:
+def run(task: Task) -> tuple[Stats, float]:
     """Run a task under supervision; return the counters and the elapsed time in seconds."""
     stats = Counters()
 
@@ -32,7 +32,8 @@ def run(task: Task) -> tuple[Counters, float]:
         await supervise(Health("rpmsg4000: receive"), task, stats)
         return trio.current_time() - start
 
-    return stats, trio.run(main, clock=MockClock(autojump_threshold=0))
+    elapsed = trio.run(main, clock=MockClock(autojump_threshold=0))
+    return stats.snapshot(), elapsed
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
@@ -43,7 +44,7 @@ def test_a_task_that_returns_is_not_restarted(caplog: pytest.LogCaptureFixture) 
     async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
 
-    assert run(task) == (Counters(), 0)
+    assert run(task) == (Stats(), 0)
     assert messages(caplog) == []
 
 
@@ -124,7 +125,7 @@ def test_cancellation_is_not_a_failure() -> None:
         return scope.cancelled_caught
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert stats == Counters()
+    assert stats.snapshot() == Stats()
 
 
 def test_pauses_grow_to_the_cap() -> None:

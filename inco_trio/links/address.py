@@ -25,12 +25,13 @@ LABEL_MAX = 36
 UNIX = "unix:"
 # The kernel's dev_valid_name() refuses these bytes in interface names. Its isspace() assumes Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
-_MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
+_MAC = r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}"  # Compiled only once it is needed.
 _LOCALLY_ADMINISTERED = 0x02
 _GROUP = 0x01
 
 
-@attrs.frozen
+# attrs builds these classes at every proxy start. Without slots and repr, this takes less time.
+@attrs.frozen(slots=False, repr=False)
 class InterfaceAddress:
     """A network interface."""
 
@@ -47,7 +48,7 @@ class InterfaceAddress:
         return f"the network interface {self.name}, through an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False)
 class UnixAddress:
     """A Unix datagram socket and its peer, such as QEMU's `-netdev dgram`."""
 
@@ -150,7 +151,7 @@ def _path_fault(path: str) -> str | None:
 
 
 def _parse_mac(text: str) -> bytes:
-    if not _MAC.fullmatch(text) or int(text[:2], 16) & _GROUP:
+    if not re.fullmatch(_MAC, text) or int(text[:2], 16) & _GROUP:
         raise ValueError(f"mac={text}: not a unicast MAC address (expected, for example, 02:00:00:00:00:01)")
     return bytes.fromhex(text.replace(":", ""))
 

@@ -38,8 +38,9 @@ _SYMLINKS_MAX = 40
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Error numbers that report a lack of descriptors or memory."""
 _DESCRIPTORS = "/proc/self/fd"
-_OF_PROCESS = re.compile("/proc/[0-9]+/")
-_FUSE_USER = re.compile(rb" - fuse[^ ]* .*\buser_id=([0-9]+)")
+# These expressions are compiled only once they are needed, because the proxy starts faster that way.
+_OF_PROCESS = "/proc/[0-9]+/"
+_FUSE_USER = rb" - fuse[^ ]* .*\buser_id=([0-9]+)"
 
 _KINDS = {
     stat.S_IFREG: "a file",
@@ -80,7 +81,7 @@ def fuse_user(fd: int) -> int | None:
     try:
         number = b"%d" % mount_id(fd)
         with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123
-            found = next((_FUSE_USER.search(line) for line in lines if line.split(None, 1)[0] == number), None)
+            found = next((re.search(_FUSE_USER, line) for line in lines if line.split(None, 1)[0] == number), None)
     except FileNotFoundError:
         return None  # /proc is not mounted.
     return None if found is None else int(found[1])
@@ -288,7 +289,7 @@ def open_output(path: Path) -> int:
                 target = Path(os.readlink("", dir_fd=found))
             finally:
                 os.close(found)
-            if _OF_PROCESS.match(os.path.realpath(f"/proc/self/fd/{parent}")):
+            if re.match(_OF_PROCESS, os.path.realpath(f"/proc/self/fd/{parent}")):
                 # A link to an open descriptor, such as /dev/stdout, does not contain a path.
                 return os.open(name, flags, dir_fd=parent)
             before, parent, name = parent, os.open(target.parent, _PARENT, dir_fd=parent), target.name or "."

@@ -58,7 +58,7 @@ OPERSTATES = ("UNKNOWN", "NOTPRESENT", "DOWN", "LOWERLAYERDOWN", "TESTING", "DOR
 """The names of the operational states, as `ip link` prints them."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False, eq=False)
 class Interface:
     """One interface, as RTM_NEWLINK describes it."""
 

@@ -46,7 +46,7 @@ IN_TRANSIT = "too many descriptors of this user are in transit in Unix sockets: 
 """The message for ETOOMANYREFS. The sender's limit on open descriptors applies to all the user's processes."""
 MISSING = "fd store: the stored descriptor %s is missing: starting without it; the data in it is lost"
 DIRECTLY = "let the supervisor start inco-trio directly"
-_STORED = re.compile(r"(?:link|inotify|inflight|bundle|memory)\.[0-9]+")
+_STORED = r"(?:link|inotify|inflight|bundle|memory)\.[0-9]+"  # Compiled only once it is needed.
 """An entry of the fd store that an inco-trio process has stored."""
 _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
 """The socket families and types that a link may have."""
@@ -275,7 +275,7 @@ def _listen_fds_are_ours() -> bool:
     one. New descriptors would be stored under the same names, and the queues of the old ones would be lost.
     """
     pid, ours = os.environ.get("LISTEN_PID"), os.getpid()
-    if pid not in (None, str(ours)) and any(_STORED.fullmatch(name) for name in _listen_names()):
+    if pid not in (None, str(ours)) and any(re.fullmatch(_STORED, name) for name in _listen_names()):
         text = f"{pid!r} is not this process, {ours}, which therefore cannot take over the stored descriptors"
         raise InvalidArgumentError("$LISTEN_PID", f"{text} ({DIRECTLY})")
     return pid == str(ours)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
@@ -36,6 +35,8 @@ def _needed(what: object, is_directory: bool) -> str:
     """Describe the permission that this user lacks, and how to grant it. See `refusal` for the arguments."""
     uid = os.geteuid()
     if is_directory and _is_missing(Path(str(what))):
+        import shlex
+
         command = f"install -d -o {uid} -g {os.getegid()} {shlex.quote(str(what))}"
         return f"uid {uid} may not create {what} (run as root at each boot: {command})"
     needed = "must be able to read triggers and to write state files and their directory"
