@@ -1388,6 +1388,35 @@ def test_a_trigger_recreated_and_blocked_at_once_counts(start: StartWorld, notif
     assert world.triggered() + world.later() == []
 
 
+@pytest.mark.parametrize("first", ["directory", "file", "renamed file"])
+def test_a_trigger_created_and_removed_before_the_proxy_creates_it_counts(
+    start: StartWorld, notify: Signal, first: str
+) -> None:
+    """The first event in the queue, about the earlier file at this path, must not hide the events that follow it."""
+    world = start(notify)
+    notify.path.unlink()
+    if first == "directory":
+        notify.path.mkdir()
+    assert world.triggered() == []
+    if first == "directory":
+        notify.path.rmdir()
+    elif first == "file":
+        write(notify.path)
+        notify.path.unlink()
+    else:
+        write(notify.path)
+        notify.path.rename(notify.path.with_name("away"))
+    write(notify.path)
+    notify.path.unlink()
+    world.clock.now += EMPTIED
+    # The proxy creates the file before it reads the events.
+    assert world.restore() == []
+    assert notify.path.exists()
+    assert set(world.triggered() + world.later()) == {notify.name}
+    write(notify.path)
+    assert world.triggered() == [notify.name]
+
+
 def test_a_write_that_fails_while_its_directory_is_restored_is_retried(
     start: StartWorld, hwwd: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

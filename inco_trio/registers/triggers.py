@@ -350,9 +350,9 @@ class Triggers:
                 # Another process may have created and deleted this file before an earlier process created the trigger.
                 earlier = inherited and not mask & ino.IN_ISDIR
                 self._look_again(trigger, mask, triggered, always=bool(earlier or not created))
-        elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
-            # Check the path later: if it already has a new file, another queued event reports that file.
-            trigger.made_in = 0
+        elif trigger.made_in != wd and trigger.missing_since is None and trigger.looked_in == wd:
+            # Check the path later: if it already has a new file, another queued event reports that file. If `made_in`
+            # is set, the event is about an earlier file, because the IN_CREATE of our file has not been read yet.
             self._miss(trigger)
 
     def _look_again(self, trigger: Trigger, mask: int, triggered: Triggered, *, always: bool) -> None:
