@@ -1680,3 +1680,136 @@ def test_registers_work_without_proc(
     world.write(reset)
     assert world.triggered() == [notify.name]
     assert reset.path.read_text() == "1"
+
+
+def nested(tmp_path: Path) -> tuple[Signal, Signal]:
+    """Return two triggers. The directory of the first is the parent of the second one's directory."""
+    return Signal("outer", OUT, tmp_path / "a", "trig"), Signal("inner", OUT, tmp_path / "a" / "b", "trig")
+
+
+def replace_and_write(path: Path) -> None:
+    """Move a trigger file away and write a new one, which only an event of the directory reports."""
+    path.rename(path.with_name("away"))
+    write(path)
+
+
+def test_a_directory_moved_to_the_path_of_another_one_is_watched(start: StartWorld, tmp_path: Path) -> None:
+    one, two = (Signal(name, OUT, tmp_path / name, "trig") for name in ("one", "two"))
+    world = start(one, two)
+    shutil.rmtree(two.directory)
+    assert world.triggered() + world.after(1) == []
+    one.directory.rename(two.directory)
+    world.triggered()
+    world.later()
+    replace_and_write(two.path)
+    assert world.triggered() + world.later() == ["two"]
+    two.directory.rename(tmp_path / "away")
+    two.directory.mkdir()
+    write(two.path)
+    assert world.triggered() + world.later() == ["two"]
+
+
+def test_a_replaced_parent_that_is_an_irq_directory_stays_watched(start: StartWorld, tmp_path: Path) -> None:
+    outer, inner = nested(tmp_path)
+    world = start(outer, inner)
+    shutil.rmtree(inner.directory)
+    assert world.triggered() + world.after(1) == []
+    outer.directory.rename(tmp_path / "away")
+    inner.directory.mkdir(parents=True)
+    world.triggered()
+    world.later()
+    replace_and_write(outer.path)
+    assert world.triggered() + world.later() == ["outer"]
+
+
+def test_a_directory_that_was_untrusted_for_a_while_is_looked_at_again(start: StartWorld, tmp_path: Path) -> None:
+    outer, inner = nested(tmp_path)
+    world = start(outer, inner)
+    outer.directory.chmod(0o1777)
+    world.triggered()
+    world.later()
+    replace_and_write(outer.path)
+    world.triggered()
+    outer.directory.chmod(0o755)
+    world.triggered()
+    world.later()
+    write(outer.path)
+    assert world.triggered() + world.later() == ["outer"]
+
+
+def test_a_shared_directory_that_was_moved_away_and_back_is_looked_at_again(
+    clock: Clock, irq: Path, notify: Signal
+) -> None:
+    irq.mkdir(parents=True)
+    world = World(clock, [notify], shared=(irq,))
+    with world.ending:
+        world.open()
+        away = irq.with_name("away")
+        irq.rename(away)
+        world.triggered()
+        replace_and_write(away / notify.register)
+        away.rename(irq)
+        assert world.triggered() + world.later() == [notify.name]
+        write(notify.path)
+        assert world.triggered() == [notify.name]
+
+
+def test_files_that_come_and_go_leave_no_watches_behind(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    for _ in range(20):
+        notify.path.unlink()
+        write(notify.path)
+        assert world.triggered() == [notify.name]
+    assert world.later() == []
+    triggers = world.registers.triggers
+    assert list(triggers._by_wd) == [triggers.by_path[notify.path].wd]
+
+
+def test_a_directory_at_the_path_of_a_trigger_in_a_replaced_directory_triggers_nothing(
+    start: StartWorld, irq: Path, notify: Signal
+) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    notify.path.mkdir()
+    successor = world.again()
+    irq.rename(irq.with_name("away"))
+    irq.mkdir()
+    assert successor.open() + successor.later() == []
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_trigger_written_between_two_processes_that_create_it_counts(
+    start: StartWorld, notify: Signal, another: bool
+) -> None:
+    """Two processes create the file and end before they read an event."""
+    world = start(notify)
+    notify.path.unlink()
+    for _ in range(2):
+        world = world.again()
+        world.registers.open(world.table)
+        assert notify.path.exists()
+        if another:
+            notify.path.unlink()
+            write(notify.path)
+        notify.path.unlink()
+    world = world.again()
+    assert set(world.open() + world.later()) == ({notify.name} if another else set())
+
+
+def test_a_trigger_written_between_two_files_of_the_proxy_counts(
+    start: StartWorld, clock: Clock, notify: Signal
+) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    assert world.triggered() == []
+    clock.now += EMPTIED
+    world.restore()
+    notify.path.unlink()
+    write(notify.path)
+    notify.path.unlink()
+    # A changed mount makes the proxy look at the file before it reads the events.
+    world.registers.mounts_changed()
+    world.restore()
+    clock.now += EMPTIED
+    world.restore()
+    assert set(world.triggered()) == {notify.name}

@@ -160,6 +160,16 @@ class Walk(RuleBasedStateMachine):
                 self.away[directory][-1].rename(self.home / directory)
                 self.away[directory].pop()
 
+    @rule(directory=directories, other=directories)
+    def move_to_another(self, directory: str, other: str) -> None:
+        # Handle all events first, as in `rename`.
+        self.follow()
+        self.forget_unseen(directory)
+        with contextlib.suppress(OSError):
+            (self.home / other).rmdir()
+        with contextlib.suppress(OSError):
+            (self.home / directory).rename(self.home / other)
+
     @rule(directory=directories)
     def remove_directory(self, directory: str) -> None:
         self.forget_unseen(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -98,13 +98,14 @@ class Directories:
         try:
             place = f"/proc/self/fd/{fd}/." if proc_is_mounted() else str(directory.path)
             wd = self._inotify.watch(place, NAMES_MASK)
-            self._check_only_one(directory, wd)
+            if self._is_taken_over(directory, wd):
+                wd = self._inotify.watch(place, NAMES_MASK)
         except BaseException:
             os.close(fd)
             raise
         key = watch_key(directory.path)
-        former = directory.wd if directory.opened else self._noted[key]
-        directory.opened = True
+        former = directory.wd if directory.openings else self._noted[key]
+        directory.openings += 1
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
@@ -115,8 +116,11 @@ class Directories:
             self._unwatch(former)
         self._noted[key] = wd
 
-    def _check_only_one(self, directory: Directory, wd: int) -> None:
-        """Raise UnfitFileError if `wd` belongs to another path in the table, unless that directory was moved away."""
+    def _is_taken_over(self, directory: Directory, wd: int) -> bool:
+        """Return whether another path in the table had the directory, which was moved away from there. End its watch.
+
+        Raises UnfitFileError if both paths refer to the directory.
+        """
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
@@ -126,6 +130,8 @@ class Directories:
                     "use one path for both; to change the path of a directory, restart the proxy",
                 )
             self.lose(other)
+            return True
+        return False
 
     def _watch_above(self, directory: Directory, *, waiting: bool, refused: bool = False) -> None:
         """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries.
@@ -155,9 +161,15 @@ class Directories:
 
     def _watch_trusted(self, path: str, mask: int) -> int:
         """Watch an ancestor without blocking on another user's FUSE filesystem. Raises OSError."""
+        with self._opened(path) as place:
+            return self._inotify.watch(place, mask)
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[str]:
+        """Open a trusted ancestor, and yield a path to it that stays valid if the ancestor is moved."""
         fd, _ = open_trusted(Path(path), self.trust, ancestor=True)
         try:
-            return self._inotify.watch(f"/proc/self/fd/{fd}/." if proc_is_mounted() else path, mask)
+            yield f"/proc/self/fd/{fd}/." if proc_is_mounted() else path
         finally:
             os.close(fd)
 
@@ -186,9 +198,12 @@ class Directories:
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
         """Restrict the watch `wd` on the directory `path` to the events in ABOVE_MASK."""
-        with contextlib.suppress(OSError):
-            found = self._watch_trusted(str(path), ABOVE_MASK)
-            if found != wd:  # The path now refers to a different directory.
+        with contextlib.suppress(OSError), self._opened(str(path)) as place:
+            # IN_MASK_ADD: the path may now refer to a different directory, which is watched for more events.
+            found = self._inotify.watch(place, ABOVE_MASK | ino.IN_MASK_ADD)
+            if found == wd:
+                self._inotify.watch(place, ABOVE_MASK)
+            else:
                 self._unwatch(found)
 
     def _watches_names(self, wd: int) -> bool:
@@ -210,6 +225,7 @@ class Directories:
         if directory.missing_since is None:
             directory.missing_since = real_clock.monotonic()
         directory.release()
+        directory.openings += 1
         former, directory.wd, directory.identity = directory.wd, 0, (0, 0)
         if former:
             self._unwatch(former)
@@ -250,6 +266,8 @@ class Directories:
         if mask & GONE_MASK:
             if mask & ino.IN_IGNORED:
                 self._by_wd.pop(wd, None)
+                if directory is not None and directory.wd == wd:
+                    directory.wd = 0
                 for other in self._above.pop(wd, ()):
                     other.above.discard(wd)
                 if awaited := self._awaited.pop(wd, None):
@@ -311,7 +329,7 @@ class Directories:
 
     def _is_well(self, directory: Directory) -> bool:
         """Return whether the path still refers to the open directory and only trusted users can change the path."""
-        if directory.fd < 0:
+        if directory.fd < 0 or not directory.wd:
             return False
         try:
             fd, found = open_trusted(directory.path, self.trust)

@@ -77,8 +77,8 @@ class Directory:
     """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
     above: set[int] = attrs.Factory(set)
     """The watch descriptors of the ancestor directories."""
-    opened: bool = False
-    """Whether this process has opened the directory before."""
+    openings: int = 0
+    """How often this process has opened the directory, or has lost it while it was open."""
     awaited_in: int = 0
     """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
     missing_since: float | None = None

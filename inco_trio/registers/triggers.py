@@ -54,11 +54,13 @@ class Trigger:
     """The signal, or None while the trigger is not in the table."""
     wd: int = 0
     """The watch descriptor of the file, or 0."""
-    looked_in: int = 0
-    """The watch descriptor of the directory in which the file was last found."""
+    looked_at: int = 0
+    """`openings` of the directory when the file was last found, or 0."""
     missing_since: float | None = None
     made_in: int = 0
     """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
+    made: int = 0
+    """How often the proxy has created the file in `made_in` without having read IN_CREATE."""
     inherited_made_in: int = 0
     """Like `made_in`, but for a file that an earlier process created."""
     replaced: deque[int] = attrs.Factory(deque)
@@ -155,7 +157,7 @@ class Triggers:
         """
         directory, register = trigger.directory, trigger.register
         before = trigger.wd or self._noted[trigger.key]
-        made = False
+        made, is_first = False, not trigger.looked_at
 
         def note(wd: int) -> None:
             self._noted[trigger.key] = wd
@@ -166,13 +168,14 @@ class Triggers:
             if wd := directory.make_trigger(register, self._inotify, note):
                 made = True
                 # Store this after link(2): if another process has created the file, a successor must count IN_CREATE.
+                trigger.made = trigger.made + 1 if trigger.made_in == directory.wd else 1
                 trigger.made_in = self._noted[trigger.made_key] = directory.wd
                 break
             note(before)
         self._set_watch(trigger, wd)
         if wd == before:
             return
-        if before and before not in self._by_wd:
+        if is_first and before and before not in self._by_wd:
             self._by_wd[before] = trigger  # An earlier process added this watch.
             self._retire(before)
         if made or (trigger.signal is None and not before):
@@ -183,7 +186,7 @@ class Triggers:
 
     def look_again(self, trigger: Trigger) -> None:
         """Watch the file that is now at a trigger's path, because a mount may hide or reveal files."""
-        if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
+        if self.by_path.get(trigger.path) is trigger and trigger.wd and _is_looked_at(trigger):
             self._try_look(trigger, make=False)
 
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
@@ -198,7 +201,7 @@ class Triggers:
             self._retire(trigger.wd)
         self._by_wd[wd] = trigger
         self._retired.pop(wd, None)
-        trigger.wd, trigger.looked_in, trigger.missing_since = wd, trigger.directory.wd, None
+        trigger.wd, trigger.looked_at, trigger.missing_since = wd, trigger.directory.openings, None
 
     def _retire(self, wd: int) -> None:
         self._retired[wd] = real_clock.monotonic() + RETIREMENT
@@ -315,12 +318,12 @@ class Triggers:
 
     @staticmethod
     def _forget_made(trigger: Trigger, triggered: Triggered) -> None:
-        trigger.made_in = trigger.inherited_made_in = 0
+        trigger.made_in = trigger.made = trigger.inherited_made_in = 0
         triggered.watches[trigger.made_key] = 0
 
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
         """Handle an event of an unknown watch, which an earlier process added to a directory."""
-        if mask & APPEARED and wd not in self._by_wd:
+        if mask & APPEARED and not mask & ino.IN_ISDIR and wd not in self._by_wd:
             # A process may have written to the new file.
             for trigger in self.by_path.values():
                 if os.fsencode(trigger.register) == name:
@@ -329,30 +332,31 @@ class Triggers:
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
         """Handle an event about a trigger's file name in the directory that `wd` watches."""
         directory = trigger.directory
-        created, vanished = mask & ino.IN_CREATE, mask & VANISHED
-        ours = created and trigger.made_in == wd
+        created, vanished, is_file = mask & ino.IN_CREATE, mask & VANISHED, not mask & ino.IN_ISDIR
         inherited = created and trigger.inherited_made_in == wd
         if inherited and directory.any_making_in == wd:
             trigger.inherited_made_in = 0
         elif wd != directory.wd:
             # `wd` watches the directory that was at this path before. A scheduled retry checks the current directory.
-            if ours:
-                trigger.made_in = 0
-            elif not vanished:
+            if created and trigger.made_in == wd:
+                trigger.made_in = trigger.made = 0
+            elif not vanished and is_file:
                 triggered.add(trigger)
-        elif ours and directory.making_in != wd:
-            # Another process created and deleted this file before we created ours; our IN_CREATE is still queued.
-            if not mask & ino.IN_ISDIR:
+        elif trigger.made_in == wd:
+            # Until the IN_CREATE of our file has been read, all other events are about earlier files at this path.
+            if created and directory.making_in == wd:
+                trigger.made -= 1
+                if not trigger.made:
+                    trigger.made_in = 0
+            elif not vanished and is_file:
                 triggered.add(trigger)
         elif not vanished:
-            trigger.made_in = 0
-            if not ours:
-                # Another process may have created and deleted this file before an earlier process created the trigger.
-                earlier = inherited and not mask & ino.IN_ISDIR
-                self._look_again(trigger, mask, triggered, always=bool(earlier or not created))
-        elif trigger.made_in != wd and trigger.missing_since is None and trigger.looked_in == wd:
-            # Check the path later: if it already has a new file, another queued event reports that file. If `made_in`
-            # is set, the event is about an earlier file, because the IN_CREATE of our file has not been read yet.
+            trigger.made_in = trigger.made = 0
+            # Another process may have created and deleted this file before an earlier process created the trigger.
+            always = not created or bool(inherited and is_file)
+            self._look_again(trigger, mask, triggered, always=always)
+        elif trigger.missing_since is None and _is_looked_at(trigger):
+            # Check the path later: if it already has a new file, another queued event reports that file.
             self._miss(trigger)
 
     def _look_again(self, trigger: Trigger, mask: int, triggered: Triggered, *, always: bool) -> None:
@@ -388,7 +392,7 @@ class Triggers:
         for trigger in tuple(self._in.get(directory, {}).values()):
             now = real_clock.monotonic()
             if trigger.missing_since is None:
-                if trigger.looked_in == directory.wd:
+                if _is_looked_at(trigger):
                     continue
                 trigger.missing_since = now
             if directory.fd < 0:
@@ -441,6 +445,11 @@ class Triggers:
         triggered = Triggered()
         self._count_replaced(triggered)
         return triggered
+
+
+def _is_looked_at(trigger: Trigger) -> bool:
+    """Return whether the file was found since the directory was last opened."""
+    return trigger.looked_at == trigger.directory.openings
 
 
 def _is_directory(trigger: Trigger) -> bool:
