@@ -16,7 +16,7 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.linux.files import fuse_user, mount_id
+from inco_trio.linux.files import TARGETS_MAX, fuse_user, mount_id
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.users import is_private_group, user_name
 
@@ -87,7 +87,7 @@ class _Walk:
         self._trust = trust
         self._entries = entries
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
-        self._symlinks = 0
+        self._symlinks = self._in_targets = 0
         self._below: int | None = None
         """The configured owner once a directory or symlink of this owner has been passed; None before."""
         self._place = "/"
@@ -134,14 +134,15 @@ class _Walk:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         finally:
             os.close(fd)
+        parts = Path(target).parts
         self._symlinks += 1
-        if self._symlinks > SYMLINKS_MAX:
+        self._in_targets += len(parts)
+        if self._symlinks > SYMLINKS_MAX or self._in_targets > TARGETS_MAX:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         before = self._place
         self._place = os.path.join(before, name)  # noqa: PTH118
         self._check_owner(found)
         self._place = before
-        parts = Path(target).parts
         if target.startswith("/"):
             root = os.open("/", _DIRECTORY)
             os.close(self.fd)

@@ -15,7 +15,7 @@ import pytest
 
 import inco_trio
 from inco_trio.linux import files, rtnetlink
-from inco_trio.linux.files import Resolver, is_path, kind_of_file
+from inco_trio.linux.files import TARGETS_MAX, Resolver, is_path, kind_of_file
 from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNET, entered, identity
 
@@ -134,6 +134,24 @@ def test_a_loop_of_symlinks_is_not_followed_forever(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Too many levels"):
             resolver.open(tmp_path / "a")
         assert stat.S_ISLNK(os.fstat(resolver.open(tmp_path / "a", follow=False)).st_mode)
+
+
+def test_the_components_in_the_targets_of_symlinks_are_limited(tmp_path: Path) -> None:
+    """A few symlinks could otherwise lead through thousands of directories."""
+    (tmp_path / "a").mkdir()
+    half = TARGETS_MAX // 2
+    (tmp_path / "first").symlink_to("a/../" * (half // 2))
+    (tmp_path / "second").symlink_to("a/../" * (half // 2 - 1) + "./first/.")
+    (tmp_path / "third").symlink_to("second/.//.")
+    deep = tmp_path / ("a/../" * TARGETS_MAX) / "second"
+    with closing(Resolver()) as resolver:
+        # The path itself is not limited: another user cannot make it long.
+        assert os.path.samestat(os.fstat(resolver.open(deep)), tmp_path.stat())
+        (tmp_path / "second").unlink()
+        (tmp_path / "second").symlink_to("a/../" * (half // 2) + "first")
+        with pytest.raises(OSError, match="Too many levels"):
+            resolver.open(deep)
+        assert resolver.resolve(tmp_path / "third").startswith(f"{tmp_path}/")
 
 
 @pytest.mark.parametrize("order", ["little", "big"])

@@ -36,7 +36,7 @@ from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.frame import decode
 from inco_trio.linux import users
-from inco_trio.linux.files import fuse_user, open_output
+from inco_trio.linux.files import TARGETS_MAX, fuse_user, open_output
 from inco_trio.linux.libc import libc
 from inco_trio.linux.process import overflow_uid
 from inco_trio.registers.diagnose import unreported_type
@@ -663,6 +663,21 @@ def test_symlinks_are_followed(home: Path) -> None:
     (irq / "file").touch()
     with pytest.raises(NotADirectoryError):
         open_trusted(irq / "file" / "irq", Trust())
+
+
+def test_the_components_in_the_targets_of_symlinks_are_limited(home: Path) -> None:
+    """The configured owner could otherwise block the proxy by a few symlinks through thousands of directories."""
+    place = give(home / "app", OWNER)
+    give(place / "a", OWNER)
+    give(place / "irq", OWNER)
+    for number, target in enumerate(("a/../" * (TARGETS_MAX // 4), "a/../" * (TARGETS_MAX // 4 - 2) + "0/irq")):
+        (place / str(number)).symlink_to(target)
+        os.lchown(place / str(number), OWNER, OWNER)
+    assert refusal(place / "1", Trust(OWNER)) is None
+    (place / "2").symlink_to("./a/../1")
+    os.lchown(place / "2", OWNER, OWNER)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        open_trusted(place / "2", Trust(OWNER))
 
 
 def test_a_relative_path_starts_in_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import decode, encode
+from inco_trio.links import unix
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
-from inco_trio.links.unix import UnixLink
+from inco_trio.links.unix import SENDERS_MAX, UnixLink
 from inco_trio.linux import files
 from netns.hang import HANG
 from tests.support_control import descriptors_refused
@@ -272,7 +273,50 @@ def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -
             world.send(stranger, b"ihub_reset_irq")
         assert receive(link) == [None]
     assert link.foreign == 200
-    assert len(link._senders) <= 64
+    assert len(link._senders) <= SENDERS_MAX
+
+
+def test_paths_are_resolved_for_a_few_senders_only(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender could otherwise block the process: resolving a path with many symlinks takes milliseconds."""
+    (tmp_path / "alias").symlink_to(tmp_path)
+    (tmp_path / "late").symlink_to(tmp_path)
+    link, resolved = world.bound(), list[str]()
+
+    class Counting(files.Resolver):
+        def open(self, path: Path | str, *, follow: bool = True) -> int:
+            resolved.append(str(path))
+            return super().open(path, follow=follow)
+
+    monkeypatch.setattr(unix, "Resolver", Counting)
+
+    def name_of(path: Path) -> bytes | None:
+        """Return the name that the link receives from a sender at `path`."""
+        with world.other(path) as sender:
+            world.send(sender, b"ihub_reset_irq")
+            (received,) = receive(link)
+        path.unlink()
+        return received
+
+    for _ in range(2):
+        for number in range(SENDERS_MAX):  # A sender without a path needs no room in the cache.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as abstract:
+                abstract.bind(f"\0{tmp_path}{number}")
+                world.send(abstract, b"ihub_reset_irq")
+            assert receive(link) == [None]
+        assert name_of(tmp_path / "alias" / "core1") == b"ihub_reset_irq"
+        for number in range(3 * SENDERS_MAX):
+            assert name_of(tmp_path / f"stranger{number}") is None
+        assert len(resolved) < 2 * SENDERS_MAX
+        link._senders.pop(str(tmp_path / "alias" / "core1"))  # As after a refresh during which others fill the cache.
+        link._senders["/stranger"] = False
+        for path in (tmp_path / "alias" / "core1", world.peer):
+            assert name_of(path) == b"ihub_reset_irq"
+        assert name_of(tmp_path / "late" / "core1") is None
+        resolved.clear()
+        link.refresh()
+    assert name_of(tmp_path / "late" / "core1") == b"ihub_reset_irq"
 
 
 def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> None:

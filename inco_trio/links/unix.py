@@ -54,8 +54,10 @@ FALLBACK = 1.0
 event reports some changes, such as a free descriptor, or a peer that binds the target of a symlink."""
 PEEKED_MAX = 64
 """Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
-SENDERS_MAX = 64
-"""Maximum number of senders in the cache `UnixLink._senders`."""
+SENDERS_MAX = 16
+"""Maximum number of paths in the cache `UnixLink._senders`. Until the next `refresh`, datagrams from further paths are
+foreign, because resolving a path that another user has made can take milliseconds. The peer's path is always in the
+cache, and the last path that led to the peer is always resolved."""
 IN_USE = "in use by a running process (stop that process, or use another path)"
 
 
@@ -396,8 +398,10 @@ class UnixLink:
 
     def _meet(self, sender: object) -> bool:
         """Return whether a new sender is the peer under another path, such as a symlink. Cache the result."""
-        known, is_final = False, True
-        if isinstance(sender, str) and sender.startswith("/"):
+        known = is_final = False
+        may_resolve = len(self._senders) < SENDERS_MAX or sender == self._alias
+        if may_resolve and isinstance(sender, str) and sender.startswith("/"):
+            is_final = True
             try:
                 # By path, stat(2) could wait for a FUSE filesystem that the sender has mounted.
                 with contextlib.closing(Resolver()) as resolver:
@@ -417,7 +421,7 @@ class UnixLink:
                 repr(sender) if sender else "a socket without a path",
                 self._address.peer,
             )
-        if is_final and len(self._senders) < SENDERS_MAX:
+        if is_final:  # Do not keep senders without a path: they could fill the cache, and need no resolution.
             self._senders[sender] = known
         return known
 

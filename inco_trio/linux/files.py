@@ -18,6 +18,7 @@ from pathlib import Path
 __all__ = [
     "EXHAUSTED",
     "FILE_NAME_MAX",
+    "TARGETS_MAX",
     "ForeignFuseError",
     "Resolver",
     "fuse_user",
@@ -35,6 +36,9 @@ _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PINNED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SYMLINKS_MAX = 40
 """Maximum number of symlinks that are followed, as in the kernel."""
+TARGETS_MAX = 256
+"""Maximum number of components in the targets of the symlinks on a path. With 40 targets such as a/../a/../..., of 4095
+bytes each, the resolution would otherwise take seconds."""
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Error numbers that report a lack of descriptors or memory."""
 _DESCRIPTORS = "/proc/self/fd"
@@ -189,7 +193,7 @@ class Resolver:
         self._go_up(common)
         for _ in range(common):
             left.popleft()
-        symlinks = 0
+        symlinks = in_targets = 0
         while left:
             name = left.popleft()
             if name == "..":
@@ -204,12 +208,14 @@ class Resolver:
                 return [name, *left], error
             if target is None:
                 continue
+            names = _components(target)
             symlinks += 1
-            if symlinks > _SYMLINKS_MAX:
+            in_targets += len(names)
+            if symlinks > _SYMLINKS_MAX or in_targets > TARGETS_MAX:
                 return [name, *left], OSError(errno.ELOOP, os.strerror(errno.ELOOP), text)
             if target.startswith("/"):
                 self._go_up(0)
-            left.extendleft(reversed(_components(target)))
+            left.extendleft(reversed(names))
         return [], None
 
     def _enter(self, name: str, *, follow: bool) -> str | None:
