@@ -162,11 +162,16 @@ class _Walk:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=self.fd)
             if shared:
-                # chown(2) by name is safe here, because only root and this user can rename the new directory.
-                owner, group = (-1 if number is None else number for number in (trust.owner, trust.group))
-                os.chown(name, owner, group, dir_fd=self.fd, follow_symlinks=False)
-                if trust.group is not None:
-                    os.chmod(name, 0o2775, dir_fd=self.fd)  # noqa: S103 - writable by the trusted group
+                # Names are safe before chown(2), because only root and this user can rename the new directory. After
+                # that, the owner may rename it if the directory above is sticky.
+                fd = os.open(name, _DIRECTORY & ~os.O_PATH, dir_fd=self.fd)
+                try:
+                    owner, group = (-1 if number is None else number for number in (trust.owner, trust.group))
+                    os.chown(name, owner, group, dir_fd=self.fd, follow_symlinks=False)
+                    if trust.group is not None:
+                        os.fchmod(fd, 0o2775)
+                finally:
+                    os.close(fd)
         return os.open(name, _DIRECTORY, dir_fd=self.fd)
 
     def _check_owner(self, found: os.stat_result) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -650,6 +651,26 @@ def test_a_missing_directory_is_created_for_its_owner(home: Path) -> None:
     (home / "a" / "irq").rmdir()
     with pytest.raises(UnfitFileError, match=f"{home}/a/irq is missing below a directory that uid {OWNER} owns"):
         open_trusted(home / "a" / "irq", Trust(OWNER), make=True)
+
+
+def test_the_owner_of_a_new_directory_cannot_redirect_its_mode(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner may rename the directory in a sticky directory as soon as chown(2) returns."""
+    home.chmod(0o1777)
+    irq, victim = home / "irq", home / "victim"
+    victim.touch(0o600)
+    chown = os.chown
+
+    def replaced_afterwards(*args: Any, **options: Any) -> None:
+        chown(*args, **options)
+        irq.rename(home / "moved")
+        irq.symlink_to(victim)
+        os.lchown(irq, OWNER, OWNER)
+
+    monkeypatch.setattr("os.chown", replaced_afterwards)
+    with pytest.raises(NotADirectoryError):
+        open_trusted(irq, Trust(OWNER, GROUP), make=True)
+    assert victim.stat().st_mode & 0o7777 == 0o600
+    assert (home / "moved").stat().st_mode & 0o7777 == 0o2775
 
 
 def test_symlinks_are_followed(home: Path) -> None:
