@@ -437,6 +437,26 @@ class TestFiles:
         modes = {stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]}
         assert modes == {0o755, 0o644}
 
+    def test_no_symlink_gets_the_mode_of_a_new_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If another user may write to the parent of the scan directory, that user can replace what was created."""
+        victim = tmp_path / "victim"
+        victim.mkdir(mode=0o700)
+        mkdir = Path.mkdir
+
+        def replaced_afterwards(path: Path) -> None:
+            mkdir(path)
+            path.rename(tmp_path / "moved")
+            path.symlink_to(victim)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", replaced_afterwards)
+            with pytest.raises(InvalidArgumentError):
+                changes(tmp_path / "scan")
+        assert stat.S_IMODE(victim.stat().st_mode) == 0o700
+        (tmp_path / "scan").unlink()
+        monkeypatch.delattr(Path, "chmod")  # The modes of files are set by their descriptors.
+        changes(tmp_path / "scan")
+
     def test_a_user_without_a_service_loses_its_rights(self, tmp_path: Path) -> None:
         rules = tmp_path / "inco-trio-fdholder/data/rules/uid"
         owner = {"0", str(os.geteuid())}

@@ -161,7 +161,7 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
     try:
         with new.open("xb") as file:
             file.write(data)
-        new.chmod(mode)
+            os.fchmod(file.fileno(), mode)
         new.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # The removal may fail for the same reason.
@@ -179,7 +179,12 @@ def _make_directory(path: Path) -> None:
     if path != path.parent:
         _make_directory(path.parent)
     path.mkdir()
-    path.chmod(0o755)
+    # Another user may have replaced it with a symlink.
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o755)
+    finally:
+        os.close(fd)
 
 
 def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
