@@ -593,6 +593,60 @@ def test_an_output_may_be_a_symlink_of_our_own(home: Path) -> None:
         write(home / "missing" / "file", b"")
 
 
+@pytest.mark.parametrize(
+    ("owner", "mode", "accepted"),
+    [(0, 0o755, True), (0, 0o1777, False), (0, 0o777, False), (0, 0o775, False), (STRANGER, 0o755, False)],
+)
+def test_an_output_is_no_hard_link_that_another_user_may_have_made(
+    home: Path, owner: int, mode: int, accepted: bool
+) -> None:
+    """The sysctl fs.protected_hardlinks can be 0."""
+    place, victim = give(home / "shared", owner, mode), home / "victim"
+    victim.write_bytes(b"precious")
+    out = place / "out.svg"
+    out.hardlink_to(victim)
+    (home / "link").symlink_to(out)
+    for path in (out, home / "link"):
+        if accepted:
+            _save(b"plot", path)
+            assert victim.read_bytes() == b"plot"
+            continue
+        with pytest.raises(PermissionDeniedError) as refused:
+            _save(b"plot", path)
+        text = "cannot be written: it is a hard link, which another user may have made"
+        assert str(refused.value) == f"{path}: {text}"
+        with pytest.raises(PermissionDeniedError, match=text):
+            Recorder(path)
+        assert victim.read_bytes() == b"precious"
+    out.unlink()
+    _save(b"plot", out)
+    _save(b"again", out)
+    assert out.read_bytes() == b"again"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_an_output_is_no_hard_link_that_is_removed_after_it_was_opened(
+    home: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, victim = give(home / "shared", 0, 0o1777), home / "victim"
+    victim.touch()
+    out = place / "out"
+    out.hardlink_to(victim)
+    openat = os.open
+
+    def removed_afterwards(path: str, flags: int, *args: Any, **options: Any) -> int:
+        fd = openat(path, flags, *args, **options)
+        if path == "out":
+            out.unlink()
+            if again:
+                out.touch()
+        return fd
+
+    monkeypatch.setattr("os.open", removed_afterwards)
+    with pytest.raises(OSError, match="it is a hard link" if again else "No such file"):
+        open_output(out)
+
+
 def test_a_plot_replaces_a_longer_file(home: Path) -> None:
     out = home / "plot.svg"
     out.write_bytes(b"longer than the plot")

@@ -277,17 +277,24 @@ def open_output(path: Path) -> int:
     If the last component is a symlink, follow it only if root or this user owns it. Otherwise, another user could make
     root overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the
     open use the same parent directory. The parent directories are not checked: their owners decide where they lead.
-    Raises OSError.
+    Refuse a hard link if another user may have made it. Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     parent, name = os.open(path.parent, _PARENT), path.name or "."
     try:
         for _ in range(_SYMLINKS_MAX):
             try:
-                return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
+                fd = os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
+            else:
+                try:
+                    _check_names(fd, name, parent)
+                except BaseException:
+                    os.close(fd)
+                    raise
+                return fd
             found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
                 if os.fstat(found).st_uid not in (0, os.geteuid()):
@@ -303,3 +310,18 @@ def open_output(path: Path) -> int:
     finally:
         os.close(parent)
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _check_names(fd: int, name: str, parent: int) -> None:
+    """Check that an open file has no other name if other users may create files in its directory. Raises OSError.
+
+    The sysctl fs.protected_hardlinks can be 0. The other name may be that of any file on the same filesystem.
+    """
+    place = os.fstat(parent)
+    if place.st_uid in (0, os.geteuid()) and not place.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return
+    opened = os.fstat(fd)
+    # Another user may have removed the hard link after open(2). Then only the other name is left.
+    found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if max(opened.st_nlink, found.st_nlink) > 1 or not os.path.samestat(opened, found):
+        raise PermissionError(errno.EACCES, "it is a hard link, which another user may have made")
