@@ -24,7 +24,7 @@ from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
-from inco_trio.links.unix import SENDERS_MAX, UnixLink
+from inco_trio.links.unix import PEEKED_MAX, SENDERS_MAX, UnixLink
 from inco_trio.linux import files
 from netns.hang import HANG
 from tests.support_control import descriptors_refused
@@ -317,6 +317,29 @@ def test_paths_are_resolved_for_a_few_senders_only(
         resolved.clear()
         link.refresh()
     assert name_of(tmp_path / "late" / "core1") == b"ihub_reset_irq"
+
+
+def test_peeking_ends_although_a_stranger_keeps_sending(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, stranger, peer = world.bound(), world.other(tmp_path / "stranger"), world.other()
+    world.send(stranger, b"ihub_reset_irq")
+    knows, sent = link._knows, 0
+
+    def send_another(sender: object) -> bool:
+        nonlocal sent
+        if sent < 1000:
+            sent += 1
+            with contextlib.suppress(BlockingIOError):
+                world.send(stranger, b"ihub_reset_irq")
+        return knows(sender)
+
+    monkeypatch.setattr(link, "_knows", send_another)
+    assert link.peek() == []
+    assert link.foreign == sent == PEEKED_MAX
+    sent = 1000
+    world.send(peer, b"redun_notify_irq")
+    assert list(map(decode, link.peek())) == [b"redun_notify_irq"]
 
 
 def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ FALLBACK = 1.0
 """Seconds between checks of a peer that could not receive a frame, and of a running link in an unreadable directory. No
 event reports some changes, such as a free descriptor, or a peer that binds the target of a symlink."""
 PEEKED_MAX = 64
-"""Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
+"""Maximum number of frames that `peek` returns or drops; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 16
 """Maximum number of paths in the cache `UnixLink._senders`. Until the next `refresh`, datagrams from further paths are
 foreign, because resolving a path that another user has made can take milliseconds. The peer's path is always in the
@@ -355,8 +355,9 @@ class UnixLink:
         """Return the peer's oldest frames. They stay queued until `dequeue` removes them. Raises OSError.
 
         If the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted in
-        `foreign` or `malformed`.
+        `foreign` or `malformed`. The list may be empty after PEEKED_MAX of them, although the socket is still readable.
         """
+        dropped = 0
         room = memoryview(bytearray(FRAME_MAX))
         while True:
             sock = self._oldest
@@ -373,6 +374,9 @@ class UnixLink:
                         sock.recv(1)
                         self.foreign += foreign
                         self.malformed += not foreign
+                        dropped += 1
+                        if dropped >= PEEKED_MAX and sock is self._socket:
+                            return frames  # A sender may be as fast as this loop. Let other tasks run.
                         continue
                     frames.append(bytes(room[:length]))
                     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, sum(map(len, frames)))
