@@ -40,7 +40,6 @@ def test_frames_dropped_by_the_kernel_are_counted(
 ) -> None:
     # Without CAP_NET_ADMIN, the proxy cannot enlarge its receive queue.
     running = proxy("--irq-dir", irq_dir)
-    resets = watch(irq_dir / "message_4_state")
     sent = 20_000
     wait_stopped(running.pid)
     for _ in range(sent):
@@ -52,10 +51,15 @@ def test_frames_dropped_by_the_kernel_are_counted(
             break
     assert counters["received"] + counters["dropped"] == sent
     assert counters["dropped"] > 0
-    resets.wait(counters["received"])
+    while (delivered := running.counters()["delivered"]) < counters["received"]:
+        pass
+    assert delivered == counters["received"]
     assert "frames dropped" in running.log
+    # Do not compare the number of closes that were seen so far: the kernel can merge two of them while another test
+    # reads /proc/PID/fd of the proxy.
+    resets = watch(irq_dir / "message_4_state")
     core1.send(b"ihub_reset_irq")
-    resets.wait(counters["received"] + 1)
+    resets.wait(1)
 
 
 def test_a_lack_of_descriptors_while_running_loses_nothing(board: Board) -> None:
