@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import trio
 
 from inco_trio.config import Config
+from inco_trio.control.feed import Feed
+from inco_trio.control.monitors import Monitor
 from inco_trio.links.address import InterfaceAddress
 from inco_trio.links.names import Names
 from inco_trio.links.namespace import NamespaceLink
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.packet import PacketLink
+from inco_trio.notifications import Listener
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import builtin_signals
 from inco_trio.simulation.world import Cores, Namespace, two_cores
@@ -57,12 +62,18 @@ async def until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.01)  # The interval between two checks.
 
 
-def following(name: Path, cores: Cores, tmp_path: Path, body: Callable[[Proxy, Cupboard], Awaitable[None]]) -> None:
+def following(
+    name: Path,
+    cores: Cores,
+    tmp_path: Path,
+    body: Callable[[Proxy, Cupboard], Awaitable[None]],
+    listener: Listener | None = None,
+) -> None:
     """Run `body` with a proxy in the network namespace that `name` refers to."""
 
     async def main() -> None:
         signals = builtin_signals(tmp_path / "irq")
-        async with open_supervised(Config(cores.link, signals, netns=name), store) as proxy:
+        async with open_supervised(Config(cores.link, signals, netns=name), store, listener) as proxy:
             await body(proxy, store)
 
     give(name, cores.core0)
@@ -123,6 +134,64 @@ def test_a_recreated_namespace_is_followed(
     first.close()
     second.close()
     assert f"{cores.link}: the network namespace {name} was removed or replaced" in caplog.messages
+
+
+class Board:
+    """The board on which a `Feed` reports."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.open: dict[str, Proxy] = {}
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        return self.open
+
+    def not_open(self) -> Mapping[str, str]:
+        return {}
+
+
+def test_a_monitor_of_frames_delays_no_frame_of_a_batch(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The namespace vanishes while the device queue is full. The frame of the sent notification is then unknown."""
+    second, board, monitor = others.peer(), Board(), Monitor(frames=True)
+    is_full, sent, send = True, list[str](), PacketLink.send
+
+    def send_some(link: PacketLink, signal: str) -> None:
+        """Accept the first frame at once and the second frame when it is retried. Then the queue stays full."""
+        sent.append(signal)
+        if is_full and len(sent) not in (1, 3):
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        send(link, signal)
+
+    async def body(proxy: Proxy, _store: Cupboard) -> None:
+        nonlocal is_full
+        board.open[""] = proxy
+        feed.add(monitor)
+        await until(lambda: proxy.status.running)
+        monkeypatch.setattr(PacketLink, "send", send_some)
+        for _ in range(3):
+            trigger(tmp_path / "irq/message_6_trig")
+        await until(lambda: len(sent) > 4)
+        name.unlink()  # noqa: ASYNC240
+        await until(lambda: not proxy.status.running and proxy.stats.sent == 2)
+        await until(lambda: any("Network is down" in (task.problem or "") for task in proxy.status.tasks))
+        is_full = False
+        give(name, others.core0)
+        assert OUT.encode() in await trio.to_thread.run_sync(second.receive, HANG)
+        await until(lambda: proxy.stats.sent == 3)
+        assert proxy.stats.restarts == 0
+        feed.remove(monitor)
+        monitor.end()
+        events = [json.loads(line) for line in (await monitor.take()).splitlines()]
+        told = [event for event in events if event["event"] == "notification"]
+        assert [event["sequence"] for event in told] == [1, 2, 3]
+        assert [event["frame"] is None for event in told] == [False, True, False]
+
+    feed = Feed(board)
+    following(name, cores, tmp_path, body, feed)
+    second.close()
 
 
 @pytest.fixture

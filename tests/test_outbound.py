@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ from inco_trio.linux.inotify import EVENT, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.outbound import Outbound
-from inco_trio.proxy.supervise import Health
+from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from netns.hang import HANG
@@ -60,6 +60,10 @@ class World:
         self.follow_queued()
         self.link = FakeLink(self.inflight)
         self.carried: list[str] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Create the outbound direction of a process, which inherits the in-flight buffer of the process before."""
         self.handoff = Handoff[Signal](
             self.inflight.watches, lambda signals, *_: self.carried.extend(signal.name for signal in signals)
         )
@@ -142,6 +146,7 @@ def test_a_lone_trigger_that_the_link_refuses_stays_in_flight_and_is_sent_once(w
     assert (world.link.sent, world.in_flight, world.carried) == ([], 2, [])
     assert (world.counters.triggered, world.counters.sent) == (1, 0)
     world.link.down = False
+    world.begin()
     world.outbound.recover()
     world.run()
     assert [name for name, _ in world.link.sent] == ["redun_notify_irq"]
@@ -349,3 +354,50 @@ def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: Wo
     took = trio.run(main, clock=MockClock(autojump_threshold=0))
     assert len(link.sent) == 500
     assert took <= 2 * 500 * duration
+
+
+def test_a_failure_of_the_task_loses_no_notification_of_its_batch(world: World) -> None:
+    """The report of the first notification fails when the second one is found to wait for the link."""
+    batch = Batch([world.notify, world.uart, world.uart], finished=trio.Event())
+    failures = iter([OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))])
+
+    def report(signals: Sequence[Signal], *_: object) -> None:
+        for failure in failures:
+            raise failure
+        world.carried.extend(signal.name for signal in signals)
+
+    class FallingLink(FakeLink):
+        def send(self, name: str) -> None:
+            super().send(name)
+            self.down = len(self.sent) == 1
+
+    link = FallingLink(world.inflight)
+    world.outbound._link = cast(Link, link)
+    world.handoff.report = report
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervise, Health("send"), world.outbound.send, world.counters)
+            await world.handoff.hand_over(world.handoff.begin(batch))
+            while not world.carried:  # noqa: ASYNC110 - no event reports the end of the pause before the restart
+                await trio.sleep(0.1)
+            assert world.carried == ["redun_notify_irq"]
+            link.down = False
+            world.outbound.link_changed()
+            assert batch.finished is not None
+            await batch.finished.wait()
+            following = world.handoff.begin(Batch([world.notify], finished=trio.Event()))
+            await world.handoff.hand_over(following)
+            assert following.finished is not None
+            await following.finished.wait()
+            nursery.cancel_scope.cancel()
+
+    async def limited() -> None:
+        with trio.fail_after(HANG):
+            await main()
+
+    trio.run(limited, clock=MockClock(autojump_threshold=0))
+    names = ["redun_notify_irq", "uart_irq", "uart_irq", "redun_notify_irq"]
+    assert ([name for name, _ in link.sent], world.carried) == (names, names)
+    assert not world.handoff.unfinished
+    assert world.counters.restarts == 1

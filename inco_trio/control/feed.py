@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -139,7 +140,9 @@ class Feed:
         # The frames are not available if the proxy is not open yet, or if it read them before a monitor requested them.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
-        return [proxy._frame(signal.name) for signal in signals]
+        with contextlib.suppress(OSError):  # The network namespace of the link may be gone meanwhile.
+            return [proxy._frame(signal.name) for signal in signals]
+        return ()
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None, at: Times) -> None:
         if self.monitors:

@@ -191,18 +191,24 @@ class Outbound:
         return sent
 
     async def send(self, health: Health) -> None:
-        """Run the task that sends frames."""
+        """Run the task that sends frames. If it failed before, it first sends the rest of that batch."""
+        if self._sending in self._handoff.unfinished:
+            await self._send_rest(health)
         async for batch in self._handoff.exit:
             self._sending, self._sent, self._rest = batch, [], deque(batch.items)
             if not batch.pending_since and batch.has_waited:
                 batch.pending_since = batch.offered
-            while self._rest:
-                if await self._send(self._rest[0], health):
-                    self._sent.append(self._rest[0])
-                self._rest.popleft()
-            batch.items = self._sent
-            self._handoff.finish(batch)
-            health.well()
+            await self._send_rest(health)
+
+    async def _send_rest(self, health: Health) -> None:
+        """Send the notifications in `_rest`, and finish the batch."""
+        while self._rest:
+            if await self._send(self._rest[0], health):
+                self._sent.append(self._rest[0])
+            self._rest.popleft()
+        self._sending.items = self._sent
+        self._handoff.finish(self._sending)
+        health.well()
 
     def _delayed(self, reason: str) -> None:
         """Report which notifications of the batch were sent. Report the others as pending because of `reason`."""
