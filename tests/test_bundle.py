@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import ResourceError
-from inco_trio.persist.bundle import MESSAGE_FDS, Bundle
+from inco_trio.linux.sockets import RECEIVED_WITH_DATA
+from inco_trio.persist.bundle import MESSAGE_FDS, SCM_MAX_FD, Bundle
 from netns.hang import HANG
 from tests.support_proxy import Cupboard
 
@@ -131,6 +132,7 @@ def invalid(kind: str, stack: ExitStack, fd: int) -> int:
         "too many descriptors": [(b"+b1/inflight\n", [fd, fd])],
         "a descriptor for a removal": [(b"-b1/inflight\n", [fd])],
         "random bytes": [(bytes(range(256)), [])],
+        "the most descriptors": [(b"+b1/inflight\n", [fd] * SCM_MAX_FD)],
     }
     for text, fds in messages[kind]:
         socket.send_fds(entry, [text], fds)
@@ -139,7 +141,7 @@ def invalid(kind: str, stack: ExitStack, fd: int) -> int:
 
 KINDS = [
     "no sign", "no line end", "an empty name", "a NUL byte", "too few descriptors", "too many descriptors",
-    "a descriptor for a removal", "random bytes",
+    "a descriptor for a removal", "random bytes", "the most descriptors",
 ]  # fmt: skip
 
 
@@ -157,6 +159,30 @@ def test_an_invalid_bundle_is_reported_and_replaced(
     caplog.clear()
     following = Bundle(store.heir())
     assert (following.kept, caplog.messages) == ({}, [])
+    following.close()
+    store.close()
+
+
+@pytest.mark.parametrize("option", RECEIVED_WITH_DATA)
+def test_a_bundle_whose_socket_adds_other_data_to_full_messages_is_read(
+    option: int, memfd: Callable[[str], int]
+) -> None:
+    store, content = Cupboard(), memfd("content")
+    bundle = Bundle(store)
+    fill(bundle, MESSAGE_FDS, content)
+    bundle._renew()
+    bundle.close()
+    with socket.socket(fileno=os.dup(store.kept["bundle"])) as queue:
+        try:
+            queue.setsockopt(socket.SOL_SOCKET, option, 1)
+        except OSError as error:
+            pytest.skip(f"this kernel does not have the option: {error}")
+    following = store.heir()
+    before = open_descriptors()
+    heir = Bundle(following)
+    assert len(heir.kept) == MESSAGE_FDS
+    heir.close()
+    assert open_descriptors() == before
     following.close()
     store.close()
 

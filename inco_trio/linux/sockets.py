@@ -8,15 +8,19 @@ import struct
 from typing import Protocol
 
 __all__ = [
-    "SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PASSRIGHTS", "SO_PEEK_OFF", "peer_of", "refuse_descriptors",
-    "set_receive_buffer", "set_send_buffer",
+    "RECEIVED_WITH_DATA", "SOCKET_PATH_MAX", "SO_LOCK_FILTER", "SO_PASSRIGHTS", "SO_PEEK_OFF", "peer_of",
+    "refuse_descriptors", "set_receive_buffer", "set_send_buffer",
 ]  # fmt: skip
 
 SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
 SO_LOCK_FILTER = 44
+SO_PASSPIDFD = 76
 SO_PASSRIGHTS = 83
+SO_INQ = 84
+RECEIVED_WITH_DATA = (socket.SO_PASSCRED, socket.SO_PASSSEC, SO_PASSPIDFD, SO_INQ)
+"""Options of a Unix socket with which the kernel adds control messages to received data, besides descriptors."""
 SOCKET_PATH_MAX = 107
 """Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
 

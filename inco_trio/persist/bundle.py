@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 from inco_trio.errors import STRERROR, IncoError, from_os_error
-from inco_trio.linux.sockets import SO_PEEK_OFF, set_send_buffer
+from inco_trio.linux.sockets import RECEIVED_WITH_DATA, SO_PEEK_OFF, set_send_buffer
 from inco_trio.persist.fdstore import IN_TRANSIT, FdStore, OverfullError, inherited_fd
 
 __all__ = ["Bundle"]
@@ -26,8 +26,10 @@ __all__ = ["Bundle"]
 logger = logging.getLogger(__name__)
 
 NAME = "bundle"
+SCM_MAX_FD = 253
+"""The kernel's limit of descriptors in one message."""
 MESSAGE_FDS = 250
-"""Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
+"""Maximum number of descriptors in one message of a bundle."""
 SEND_BUFFER = 1 << 24
 """Requested size of the send buffer in bytes, which limits the queue. It is enough for 400,000 descriptors."""
 READ_SIZE = 1 << 18
@@ -180,7 +182,11 @@ def _peek(queue: socket.socket, fds: list[int]) -> bytes:
     """
     queue.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    room = socket.CMSG_SPACE(MESSAGE_FDS * array.array("i").itemsize)
+    for option in RECEIVED_WITH_DATA:
+        with suppress(OSError):  # Older kernels do not have all options.
+            queue.setsockopt(socket.SOL_SOCKET, option, 0)
+    # Any descriptors fit: if the kernel truncates a message, this process may not open more descriptors.
+    room = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
     text = b""
     while True:
         try:
