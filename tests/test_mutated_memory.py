@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from inco_trio.config import Config
 from inco_trio.control.past import past_events
 from inco_trio.control.protocol import Response, decode_reply, encode_event, encode_history
-from inco_trio.linux.inotify import Inotify, pack_event, parse_events
+from inco_trio.linux.inotify import EVENT, IN_CREATE, Inotify, pack_event, parse_events
 from inco_trio.mqtt.bridge_progress import Memory, Progress
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import (
@@ -204,6 +204,12 @@ def bytes_at(place: str, offset: int, data: bytes) -> Callable[[memoryview, dict
     return write
 
 
+def long_event(whole: memoryview, at: dict[str, int]) -> None:
+    """Queue one complete event, which is too long for the memory that the board reads it into."""
+    struct.pack_into("<Q", whole, at["queue"] + 8, EVENT.size + EVENT_BANK)
+    EVENT.pack_into(whole, at["queued events"], 5, IN_CREATE, 0, EVENT_BANK)
+
+
 INVALID = [
     (number_at("sequences", 16, 2**64 - 1), "a batch has an invalid sequence number"),
     (number_at("sequences", 40, 2**63), "a batch has an invalid sequence number"),
@@ -216,6 +222,7 @@ INVALID = [
     (number_at("queue", 8, 40), "the event queue contains an incomplete event"),
     (number_at("queued events", 8, 2**63), "the event queue contains an incomplete event"),
     (bytes_at("queued events", 4, bytes(4)), "the event queue contains an incomplete event"),
+    (long_event, "the event queue contains an event with too long a name"),
     (number_at("history", 3 * 8, 2**63), "the history contains invalid numbers"),
     (number_at("history", 2 * 8, 2**64 - 1), "the history contains invalid numbers"),
     (number_at("history", 6 * 8, 2**63), "the history contains invalid numbers"),

@@ -136,6 +136,18 @@ def test_each_board_gets_only_events_that_it_watches(boards: Boards, tmp_path: P
     assert [event.mask for event in boards.received(other)] == [ino.IN_DELETE]
 
 
+def test_stored_events_that_a_board_cannot_read_are_left_out(boards: Boards, tmp_path: Path) -> None:
+    share, bank = boards.shares[0], boards.shared._bank.view
+    wd = share.watch(str(tmp_path), ino.IN_CREATE)
+    good = ino.EVENT.pack(wd, ino.IN_CREATE, 0, 16) + b"a name".ljust(16, b"\0")
+    too_long = ino.EVENT.pack(wd, ino.IN_CREATE, 0, 512) + b"x" * 512
+    incomplete = ino.EVENT.pack(wd, ino.IN_CREATE, 0, 16)
+    number = (len(bank) - len(too_long) - len(incomplete)) // len(good)
+    bank[:] = too_long + good * number + incomplete
+    boards.shared.recover()
+    assert share.queue.copy() == good * number
+
+
 def test_removing_a_shared_watch_is_reported_and_gives_a_new_number(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     first, kept = one.watch(str(tmp_path), ino.IN_CREATE), other.watch(str(tmp_path), ino.IN_CREATE)

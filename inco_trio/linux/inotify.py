@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 from inco_trio.linux.libc import libc
 
-__all__ = ["EVENT", "Event", "Inotify", "Watcher", "pack_event", "parse_events"]
+__all__ = ["EVENT", "PADDED_MAX", "Event", "Inotify", "Watcher", "pack_event", "parse_events"]
 
 IN_OPEN: int = pyinotify.IN_OPEN
 IN_MODIFY: int = pyinotify.IN_MODIFY
@@ -45,6 +45,8 @@ IN_ALL_EVENTS: int = pyinotify.ALL_EVENTS
 
 EVENT = struct.Struct("=iIII")
 """struct inotify_event: wd, mask, cookie, and the length of the NUL-padded name that follows."""
+PADDED_MAX = 256
+"""Maximum length of a NUL-padded name in an event. A name has at most 255 bytes (NAME_MAX)."""
 
 
 class Event(NamedTuple):

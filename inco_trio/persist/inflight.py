@@ -25,7 +25,7 @@ import attrs
 
 from inco_trio import real_clock
 from inco_trio.frame import FRAME_MAX, is_wire_name
-from inco_trio.linux.inotify import parse_events
+from inco_trio.linux.inotify import EVENT, PADDED_MAX, parse_events
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.memory import check_memory, map_memory, new_memory
 from inco_trio.persist.queue import LOST, EventQueue
@@ -59,7 +59,7 @@ FRAMES = 256
 """Maximum number of frames in a batch. Large batches reduce the cost of handing frames to another task."""
 EVENT_BANK = 4 * PAGE
 """Size in bytes of the memory for a batch of inotify events. It has room for 1,024 events without a name."""
-LAST_EVENTS = EVENT_BANK - 16 - 256
+LAST_EVENTS = EVENT_BANK - EVENT.size - PADDED_MAX
 """After a read of at most this number of bytes, the queue was empty: even the largest event would have fitted."""
 SEQUENCE_MAX = 1 << 62
 """Maximum sequence number of a batch. A higher number means that the memory is corrupt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from inco_trio.linux.inotify import EVENT, IN_Q_OVERFLOW, pack_event
+from inco_trio.linux.inotify import EVENT, IN_Q_OVERFLOW, PADDED_MAX, pack_event
 from inco_trio.persist.tables import PAGE
 
 __all__ = ["LOST", "LOST_WATCH", "OVERFLOW", "EventQueue"]
@@ -21,7 +21,7 @@ POSITION_MAX = 1 << 62
 class EventQueue:
     """A ring buffer of inotify events. The first page contains the positions of the start and the end of the queue.
 
-    Raises ValueError if the memory is invalid or contains an incomplete event.
+    Raises ValueError if the memory is invalid or contains an invalid event.
     """
 
     def __init__(self, view: memoryview) -> None:
@@ -44,6 +44,8 @@ class EventQueue:
             offset += EVENT.size + length
             if not mask:
                 break
+            if length > PADDED_MAX:  # `read_into` could wait forever for a buffer in which the event fits.
+                raise ValueError("the event queue contains an event with too long a name")
         if offset != len(events):
             raise ValueError("the event queue contains an incomplete event")
 

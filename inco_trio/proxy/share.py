@@ -138,11 +138,13 @@ class SharedInotify:
         attributes: set[bytes] = set()
         while offset + ino.EVENT.size <= length:
             wd, mask, cookie, name_length = ino.EVENT.unpack_from(view, offset)
-            if not mask:
-                break
             end = offset + ino.EVENT.size + name_length
+            if not mask or end > length:
+                break
             event = bytes(view[offset:end])
             offset = end
+            if name_length > ino.PADDED_MAX:
+                continue  # No register has such a name, and `EventQueue` refuses such an event.
             if mask & ino.IN_Q_OVERFLOW:
                 for share in self._shares:
                     moved.setdefault(share, []).append(event)
