@@ -16,17 +16,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
+from trio.testing import MockClock
 
 from inco_trio.control import place
 from inco_trio.control.client import answering
-from inco_trio.control.monitors import WAITING_MAX, Monitor
-from inco_trio.control.protocol import AHEAD, LINE_MAX, event_now
+from inco_trio.control.feed import Batch
+from inco_trio.control.monitors import PIECE, WAITING_MAX, Monitor
+from inco_trio.control.protocol import AHEAD, LINE_MAX, Event, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
+from inco_trio.signals import Direction, Signal
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused, no_threads
@@ -309,6 +313,61 @@ def test_lost_events_are_counted_where_they_are_missing() -> None:
             following += 1
     assert following == offered.stop
     assert gaps > 1
+
+
+NAMES = ("in0", "in1")
+BATCH = Batch("b", [Signal(name, Direction.INBOUND, Path("/irq"), name) for name in NAMES * 2], 1, (), 1, 2)
+
+
+def test_only_events_that_a_filter_accepts_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int | None] = []
+
+    def encode(event: Event, *, frames: bool = False) -> str:
+        encoded.append(event.sequence)
+        return f"{event.sequence} {frames}\n"
+
+    async def taken(*names: str) -> bytes:
+        monitor = Monitor(signals=names or None)
+        monitor.carried(batch)
+        monitor.end()
+        return await monitor.take()
+
+    monkeypatch.setattr("inco_trio.control.monitors.encode_event", encode)
+    batch = attrs.evolve(BATCH)
+    assert (trio.run(taken, "none"), encoded) == (b"", [])
+    assert trio.run(taken, "in1") == b"2 False\n4 False\n"
+    assert encoded == [2, 4]
+    assert trio.run(taken) == trio.run(taken) == b"1 False\n2 False\n3 False\n4 False\n"
+    assert encoded == [2, 4, 1, 3]
+
+
+def test_a_monitor_that_refuses_many_events_lets_other_tasks_run() -> None:
+    """After each piece, it also pauses as it does after a write, but not at the end."""
+
+    async def main() -> tuple[int, float]:
+        monitor, turns = Monitor(signals=["none"], share=lambda: 0.5), 0
+        for _ in range(WAITING_MAX // 4):
+            monitor.carried(BATCH)
+
+        async def take() -> None:
+            assert await monitor.take() == b""
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take)
+            await trio.sleep(0.25)  # The clock is simulated.
+            assert monitor._number == WAITING_MAX - PIECE
+            await trio.sleep(0.5)
+            assert monitor._number == WAITING_MAX - 2 * PIECE
+            monitor.end()
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+        return turns, trio.current_time()
+
+    turns, ended_at = trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert turns >= WAITING_MAX // PIECE - 4
+    assert ended_at < 1.0
 
 
 def test_an_endless_line_closes_only_its_connection(board: Board) -> None:

@@ -25,7 +25,8 @@ __all__ = ["Connection"]
 
 SHARE = 0.001
 """Pause in seconds after each write to a monitor, multiplied by the number of other monitors. The writes to all
-monitors are therefore limited to about 1,000 per second and do not delay notifications.
+monitors are therefore limited to about 1,000 per second and do not delay notifications. A monitor whose filters refuse
+all events pauses in the same way.
 """
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
@@ -269,7 +270,7 @@ class Connection:
     def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
         self._check_monitor(wanted=False)
         self._check_board(request.board)
-        self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
+        self._monitor = Monitor(request.board, request.direction, request.signals, request.frames, self._share)
         self._feed.add(self._monitor)
 
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
@@ -362,10 +363,13 @@ class Connection:
         try:
             while lines := await monitor.take():
                 await self._write([lines])
-                if others := len(self._feed.monitors) - 1:
-                    await trio.sleep(others * SHARE)
+                if share := self._share():
+                    await trio.sleep(share)
         finally:
             self._feed.remove(monitor)
+
+    def _share(self) -> float:
+        return (len(self._feed.monitors) - 1) * SHARE
 
     def _transmit(self, lines: bytes) -> int:
         """Send lines without waiting. Return how many bytes were sent."""

@@ -63,8 +63,9 @@ class Batch:
     """When the notifications became pending (real_clock.monotonic_ns()), or 0 if they were never pending."""
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
-    lines: dict[bool, list[str]] = attrs.field(factory=dict, init=False)
-    """The encoded events, without (False) and with (True) frames. The first monitor encodes them for all others."""
+    lines: dict[tuple[int, bool], str] = attrs.field(factory=dict, init=False)
+    """The events that were encoded, keyed by index, and whether with frames. One monitor encodes each for all others.
+    """
 
     @property
     def kind(self) -> str:

@@ -21,7 +21,7 @@ __all__ = ["Follower", "Monitor"]
 WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
-"""Maximum number of events that are encoded at once."""
+"""Number of events after which other tasks run before a client takes further events."""
 PAUSE = 0.02
 """Maximum pause in seconds between writes to a follower. Each write wakes the follower, which delays notifications."""
 PAUSE_EACH = 0.005
@@ -37,6 +37,8 @@ class Monitor:
     signals: Collection[str] | None = None
     frames: bool = False
     """Whether events contain the frames."""
+    share: Callable[[], float] = float
+    """A function that returns how long to pause (seconds) after events that the filters refused."""
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
     """The number of events in `_waiting`, counting each notification in a batch."""
@@ -93,7 +95,8 @@ class Monitor:
         while True:
             await self.pause()
             lines = [rest] if (rest := self.take_rest()) else []
-            while self._waiting and len(lines) < PIECE:
+            before = self._number
+            while self._waiting and before - self._number < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
                 lines += self._wanted(what)
@@ -104,6 +107,9 @@ class Monitor:
             if lines or (self._ended and not self._waiting):
                 self._taken()
                 return "".join(lines).encode()
+            if self._number < before:
+                with trio.move_on_after(self.share()):
+                    await self._ending.wait()
             if not self._waiting:
                 self._arrived = trio.Event()
                 self._is_idle = True
@@ -133,9 +139,9 @@ class Monitor:
             if self._accepts(what.direction, what.signal):
                 yield encode_event(what, frames=self.frames)
             return
-        for signal, line in zip(what.signals, _lines(what, self.frames), strict=True):
+        for number, signal in enumerate(what.signals):
             if self._accepts(signal.direction, signal.name):
-                yield line
+                yield _line(what, number, self.frames)
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
         """Return whether the filters accept an event. An argument is None if the event has no direction or signal."""
@@ -144,24 +150,21 @@ class Monitor:
         )
 
 
-def _lines(batch: Batch, frames: bool) -> list[str]:
-    """Return the events of a batch as lines. Encode them once, and keep them for other monitors."""
-    lines = batch.lines.get(frames)
-    if lines is None:
-        delay = waited(batch.monotonic_ns, batch.since)
-        lines = batch.lines[frames] = [
-            encode_event(
-                Event(
-                    batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
-                    str(signal.path), batch.sequence and batch.sequence + number,
-                    frame=batch.frames[number].hex() if frames and batch.frames else None,
-                    reason=batch.reason, delay=max(0.0, delay), delay_max=max(0.0, -delay),
-                ),
-                frames=frames,
-            )
-            for number, signal in enumerate(batch.signals)
-        ]  # fmt: skip
-    return lines
+def _line(batch: Batch, number: int, frames: bool) -> str:
+    """Return an event of a batch as a line. Encode it once, and keep the line for other monitors."""
+    line = batch.lines.get((number, frames))
+    if line is None:
+        signal, delay = batch.signals[number], waited(batch.monotonic_ns, batch.since)
+        line = batch.lines[number, frames] = encode_event(
+            Event(
+                batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
+                str(signal.path), batch.sequence and batch.sequence + number,
+                frame=batch.frames[number].hex() if frames and batch.frames else None,
+                reason=batch.reason, delay=max(0.0, delay), delay_max=max(0.0, -delay),
+            ),
+            frames=frames,
+        )  # fmt: skip
+    return line
 
 
 @attrs.define
