@@ -275,6 +275,37 @@ def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.
     trio.run(main)
 
 
+@pytest.mark.parametrize("seconds", [0, 0xFFFF])
+def test_a_broker_that_needs_no_pings_is_lost_when_it_does_not_answer(seconds: int) -> None:
+    """A half-open connection is noticed although the client has nothing to publish."""
+    clock = MockClock()
+
+    def accept(server: socket.socket) -> socket.socket:
+        sock, _ = server.accept()
+        sock.recv(1000)
+        sock.sendall(b"\x20\x06\0\0\x03\x13" + seconds.to_bytes(2))  # CONNACK with a Server Keep Alive
+        return sock
+
+    async def use(port: int) -> None:
+        async with open_connection(at(port), Credentials(), "test"):
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks are waiting.
+            await trio.sleep(60)  # The clock is simulated.
+            pytest.fail("the connection is not checked")
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as accepted:
+
+            async def serve() -> None:
+                accepted.enter_context(await trio.to_thread.run_sync(accept, server))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve)
+                with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
+                    await use(server.getsockname()[1])
+
+    trio.run(main, clock=clock)
+
+
 def flood(server: socket.socket, flooded: Callable[[], None]) -> None:
     """Act as a broker that sends many messages at QoS 0. Call `flooded` once the client has read them."""
     sock, _ = server.accept()

@@ -48,7 +48,10 @@ logger = logging.getLogger(__name__)
 PATIENCE = 10.0
 """Timeout in seconds for each answer from the broker."""
 KEEPALIVE = 30
-"""Maximum time in seconds between two packets from the client, unless the broker sets a different limit."""
+"""Maximum time in seconds between two packets from the client, unless the broker sets a lower limit.
+
+The client pings at least this often even if the broker does not require it, so that it notices a lost connection.
+"""
 FAREWELL = 1.0
 """Timeout in seconds for sending DISCONNECT."""
 CHUNK = 1 << 16
@@ -326,9 +329,11 @@ class Connection:
                     what = waits if session.limits is None else f"does not answer for {self._patience:g} s"
                     self._lose(BrokerLostError(self._broker, what))
                     return
-            if session.limits is not None and session.limits.keep_alive and not (self._flushing or self._is_pinging):
-                # Ping after half of the keep-alive time, so that even a delayed ping arrives in time.
-                ping = self._last_sent + session.limits.keep_alive / 2
+            # Ping after half of the keep-alive time, so that even a delayed ping arrives in time.
+            keep_alive = KEEPALIVE if session.limits is None else session.limits.keep_alive
+            interval = min(keep_alive or KEEPALIVE, KEEPALIVE) / 2
+            if session.limits is not None and not (self._flushing or self._is_pinging):
+                ping = self._last_sent + interval
                 if now >= ping:
                     self._expect()
                     self._is_pinging = True
@@ -337,10 +342,7 @@ class Connection:
                     continue
                 deadline = min(deadline, ping)
             # The answer to a ping does not wake this task, so look again before the next ping is due.
-            pause = self._patience
-            if session.limits is not None and session.limits.keep_alive:
-                pause = min(pause, session.limits.keep_alive / 2)
-            with trio.move_on_at(min(deadline, now + pause)):
+            with trio.move_on_at(min(deadline, now + min(self._patience, interval))):
                 await (self._answered if session.limits is None else self.ended).wait()
 
     def _broke(self, error: Exception) -> IncoError:
