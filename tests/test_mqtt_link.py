@@ -40,6 +40,7 @@ from tests.core1 import Here
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
+from tests.mosquitto import Message as Published
 from tests.support_control import COMMAND, MAC
 from tests.support_mqtt import Relay
 from tests.support_proxy import write_udrv
@@ -220,7 +221,7 @@ class EchoingConnection:
     def _deliver(self, payload: bytes, topic: str = "") -> None:
         self.entry.send_nowait(Received(topic or self._topic, payload, not topic, None, None, None))
 
-    async def subscribe(self, _topics: list[str]) -> None:
+    async def subscribe(self, _topics: list[str], _at_qos_0: list[str]) -> None:
         pass
 
     async def publish(self, messages: list[Message], **_: object) -> list[None]:
@@ -339,6 +340,37 @@ def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None
     while bench.cores[1].receive() != LAST:
         pass
     assert counters(back)["missed"] == 0
+
+
+def test_reconnections_leave_room_for_frames_in_the_queue_of_the_other_side(tmp_path: Path) -> None:
+    """Each reconnection publishes two status messages. The other side is down and needs only the last of them."""
+
+    def is_online(told: Published) -> bool:
+        return told.topic == "lab/wire/core0/status" and told.body["state"] == "online"
+
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, stack, "max_queued_messages 8")
+        relay, reader = Relay(bench.broker, stack), Reader(bench.broker)
+        stack.callback(reader.close)
+        bridge, away = bench.bridge(0, relay.url), bench.bridge(1)
+        away.wait_log("core0 is online")
+        bench.cores[0].send(LAST)
+        assert bench.cores[1].receive() == LAST
+        counters(bridge, 1)
+        counters(away)  # Let this side acknowledge the frame before it ends.
+        assert away.end() == 0
+        reader.next(is_online)
+        for _ in range(6):
+            relay.cut()
+            reader.next(is_online)
+        for number in range(6):
+            bench.cores[0].send(frame(number))
+        counters(bridge, 7)
+        assert "being dropped" not in bench.broker.log
+        back = bench.bridge(1)
+        assert [bench.cores[1].receive() for _ in range(6)] == [frame(number) for number in range(6)]
+        assert counters(back)["missed"] == 0
+        back.wait_log("core0 is online", 2)
 
 
 def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:

@@ -79,9 +79,9 @@ def acknowledge(
     session.feed(mqtt5.PubAckPacket(packet.packet_id, reason_code=code, reason_str=text or None).write())
 
 
-def subscribe(session: Session, *topics: str) -> tuple[Receipts, list[mqtt5.Packet]]:
+def subscribe(session: Session, *topics: str, at_qos_0: str = "") -> tuple[Receipts, list[mqtt5.Packet]]:
     receipts = Receipts(len(topics), [None] * len(topics))
-    session.subscribe(topics, receipts)
+    session.subscribe(topics, receipts, [at_qos_0])
     return receipts, sent(session)
 
 
@@ -203,14 +203,15 @@ def test_a_topic_alias_replaces_the_topic_once_the_broker_has_acknowledged_it() 
 
 def test_subscriptions_are_checked_one_by_one() -> None:
     session = opened()
-    receipts, (packet,) = subscribe(session, "a", "b", "c")
+    receipts, (packet,) = subscribe(session, "a", "b", "c", "d", at_qos_0="d")
     assert isinstance(packet, mqtt5.SubscribePacket)
+    assert [each.max_qos.value for each in packet.topic_filters] == [1, 1, 1, 0]
     codes = mqtt5.SubAckReasonCode
-    answers = [codes.GRANTED_QOS_AT_LEAST_ONCE, codes.NOT_AUTHORIZED, codes.GRANTED_QOS_AT_MOST_ONCE]
+    answers = [codes.GRANTED_QOS_AT_LEAST_ONCE, codes.NOT_AUTHORIZED, *[codes.GRANTED_QOS_AT_MOST_ONCE] * 2]
     session.feed(mqtt5.SubAckPacket(packet.packet_id, answers).write())
     assert receipts.done.is_set()
     assert [*map(str, receipts.refusals)] == [
-        "None", "Not authorized", "the broker grants only QoS 0, at which messages may be lost"
+        "None", "Not authorized", "the broker grants only QoS 0, at which messages may be lost", "None"
     ]  # fmt: skip
 
 

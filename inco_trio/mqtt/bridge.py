@@ -242,8 +242,11 @@ class Bridge:
         async with plain_nursery() as nursery:
             nursery.start_soon(self._sort, connection, entry)
             nursery.start_soon(self._write_all, connection, batches)
-            topics = [self._topic(self._other, what) for what in ("frames", "written", "status")]
-            await connection.subscribe([*topics, self._topic(self._end, "status")])
+            topics = [self._topic(self._other, what) for what in ("frames", "written")]
+            # At QoS 1, the broker would queue each status for a side that is offline, and drop frames once the queue is
+            # full. The last status is retained.
+            statuses = [self._topic(end, "status") for end in (self._other, self._end)]
+            await connection.subscribe([*topics, *statuses], statuses)
             await self._publish(connection, self._status("online"))
             await self._publish_all(connection)
 

@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,15 @@ class Connection:
             self._waiting_for_room -= 1
         self._check()
 
-    async def subscribe(self, topics: Sequence[str]) -> None:
-        """Subscribe to the topics at QoS 1. Raises BrokerRefusedError, BrokerLostError."""
+    async def subscribe(self, topics: Sequence[str], at_qos_0: Collection[str] = ()) -> None:
+        """Subscribe to the topics, those in `at_qos_0` at QoS 0 and the others at QoS 1.
+
+        Raises BrokerRefusedError, BrokerLostError.
+        """
         self._check()
         receipts = Receipts(len(topics), [None] * len(topics))
         self._expect()
-        self._session.subscribe(topics, receipts)
+        self._session.subscribe(topics, receipts, at_qos_0)
         self._send_now()
         await receipts.done.wait()
         self._check()

@@ -8,7 +8,7 @@ far as the broker allows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -64,7 +64,7 @@ _FAILURE = 0x80
 _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
 """Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
-_QOS = mqtt5.QoS.AT_LEAST_ONCE
+_QOS_0, _QOS = mqtt5.QoS.AT_MOST_ONCE, mqtt5.QoS.AT_LEAST_ONCE
 
 
 def do_nothing() -> None:
@@ -219,7 +219,7 @@ class Session:
         """Maximum number of unacknowledged messages to the broker."""
         self._awaited: dict[int, tuple[Answered, int, str]] = {}
         """For each packet identifier, the receipts, the index of the message in `refusals`, and the topic."""
-        self._subscribing: dict[int, tuple[Receipts, Sequence[str]]] = {}
+        self._subscribing: dict[int, tuple[Receipts, Sequence[mqtt5.TopicFilter]]] = {}
         self._last_id = 0
         self._aliases: dict[str, int] = {}
         self._known_aliases: set[str] = set()
@@ -287,17 +287,23 @@ class Session:
             if self._last_id not in self._awaited and self._last_id not in self._subscribing:
                 return self._last_id
 
-    def subscribe(self, topics: Sequence[str], receipts: Receipts) -> None:
-        """Append a subscription to `topics` at QoS 1 to `out`. `receipts` gets one result for each topic."""
+    def subscribe(self, topics: Sequence[str], receipts: Receipts, at_qos_0: Collection[str] = ()) -> None:
+        """Append a subscription to `topics` at QoS 1 to `out`, or at QoS 0 for those in `at_qos_0`.
+
+        `receipts` gets one result for each topic.
+        """
         packet_id = self._next_id()
-        filters = [mqtt5.TopicFilter(topic, max_qos=_QOS, retain_as_published=False) for topic in topics]
+        filters = [
+            mqtt5.TopicFilter(topic, max_qos=_QOS_0 if topic in at_qos_0 else _QOS, retain_as_published=False)
+            for topic in topics
+        ]
         packet = mqtt5.SubscribePacket(packet_id, filters).write()
         limit = None if self.limits is None else self.limits.maximum_packet_size
         if limit is not None and len(packet) > limit:
             receipts.refusals[:] = [_too_large(len(packet), limit)] * len(topics)
             receipts.done.set()
             return
-        self._subscribing[packet_id] = receipts, topics
+        self._subscribing[packet_id] = receipts, filters
         self.out += packet
 
     def acknowledge(self, received: Received) -> None:
@@ -394,11 +400,11 @@ class Session:
         receipts.settle(number, refusal)
 
     def _on_suback(self, packet: mqtt5.SubAckPacket) -> None:
-        receipts, topics = self._subscribing.pop(packet.packet_id)
-        for number, (_, reason) in enumerate(zip(topics, packet.reason_codes, strict=False)):
+        receipts, filters = self._subscribing.pop(packet.packet_id)
+        for number, (wanted, reason) in enumerate(zip(filters, packet.reason_codes, strict=False)):
             if reason.value >= _FAILURE:
                 receipts.refusals[number] = Refusal(_text(packet, reason))
-            elif reason.value < _QOS.value:
+            elif reason.value < wanted.max_qos.value:
                 receipts.refusals[number] = Refusal("the broker grants only QoS 0, at which messages may be lost")
         receipts.done.set()
 
