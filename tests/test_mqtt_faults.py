@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.mqtt.connection import Connection, open_connection
+from inco_trio.mqtt.connection import GRACE, Connection, open_connection
 from inco_trio.mqtt.session import RECEIVE_MAX, BrokerLostError, BrokerRefusedError, Message, Receipts
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
@@ -378,6 +379,44 @@ def test_a_stopped_broker_is_lost_after_10_s(tmp_path: Path, stack: ExitStack) -
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
         trio.run(main, clock=clock)
+
+
+def test_a_broker_that_has_answered_is_not_lost_when_the_client_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's process seems to be stopped for 60 s. Afterwards, its tasks continue in a random order."""
+    clock = MockClock()
+    monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
+
+    def accept(server: socket.socket) -> socket.socket:
+        sock, _ = server.accept()
+        sock.settimeout(HANG)
+        sock.recv(1000)
+        sock.sendall(b"\x20\x03\0\0\0")
+        return sock
+
+    async def use(port: int, accepted: trio.Event, broker: list[socket.socket]) -> None:
+        async with open_connection(at(port), Credentials(), "test") as connection:
+            assert isinstance(connection._stream, trio.SocketStream)
+            await accepted.wait()
+            for _ in range(30):
+                receipts = Receipts(1, [None])
+                connection.send(receipts, [(0, Message("lab/x", b"1"))])
+                await wait_all_tasks_blocked()
+                packet = broker[0].recv(1000)
+                broker[0].sendall(b"\x40\x02" + packet[9:11])
+                assert select.select([connection._stream.socket], [], [], HANG)[0]
+                clock.jump(60)
+                await receipts.done.wait()
+                clock.jump(GRACE)
+
+    async def main() -> None:
+        accepted, broker = trio.Event(), list[socket.socket]()
+        with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(use, server.getsockname()[1], accepted, broker)
+                broker.append(stack.enter_context(await trio.to_thread.run_sync(accept, server)))
+                accepted.set()
+
+    trio.run(main, clock=clock)
 
 
 def test_sending_more_does_not_hide_that_a_broker_is_lost(tmp_path: Path, stack: ExitStack) -> None:

@@ -52,6 +52,8 @@ KEEPALIVE = 30
 
 The client pings at least this often even if the broker does not require it, so that it notices a lost connection.
 """
+GRACE = 1.0
+"""Seconds for which the client still reads after a timeout, because this process may have been stopped meanwhile."""
 FAREWELL = 1.0
 """Timeout in seconds for sending DISCONNECT."""
 CHUNK = 1 << 16
@@ -322,11 +324,16 @@ class Connection:
 
     async def _watch(self) -> None:
         """Send pings. Treat the connection as lost if the broker does not answer for `patience` seconds."""
-        session = self._session
+        session, last_look = self._session, -math.inf
         while self._lost is None:
             now, deadline = trio.current_time(), math.inf
             if session.is_waiting or self._flushing or self._is_pinging or self._is_cut:
                 deadline = self._progress + self._patience
+                if now >= deadline > last_look:
+                    # This process may be late although the broker was not. Let `_read` read what has arrived.
+                    last_look = deadline
+                    await trio.sleep(GRACE)
+                    continue
                 if now >= deadline:
                     waits = "accepted the connection but does not answer"
                     what = waits if session.limits is None else f"does not answer for {self._patience:g} s"
