@@ -215,15 +215,15 @@ class Reader:
 
     def publish(
         self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
-        retain: bool = False,
+        retain: bool = False, qos: int = 1,
     ) -> None:  # fmt: skip
-        """Publish a message at QoS 1 and wait for the acknowledgement."""
+        """Publish a message and wait for the acknowledgement."""
         properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if response is not None:
             properties.ResponseTopic = response
         if correlation is not None:
             properties.CorrelationData = correlation
-        info = self._client.publish(topic, payload, 1, retain, properties)
+        info = self._client.publish(topic, payload, qos, retain, properties)
         info.wait_for_publish(HANG)
 
     def next(self, wanted: Callable[[Message], bool] = lambda _: True) -> Message:

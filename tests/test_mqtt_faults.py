@@ -560,6 +560,57 @@ def test_concurrent_publishers_keep_their_order(tmp_path: Path, stack: ExitStack
     assert list(told.values()) == [list(range(500))] * 12
 
 
+def take_packet(sock: socket.socket, kind: int) -> bytes:
+    """Return the content of the next packet of a kind, and discard the packets before it."""
+    while True:
+        first, size = sock.recv(2, socket.MSG_WAITALL)
+        content = sock.recv(size, socket.MSG_WAITALL)
+        if first >> 4 == kind:
+            return content
+
+
+def leave_subscription_at_qos_2(port: int, client_id: bytes) -> None:
+    """Subscribe to `lab/#`, receive a message, answer with PUBREC but not PUBCOMP, and leave the session."""
+    publish, pubrec, pubrel, suback = 3, 5, 6, 9
+    with socket.create_connection(("127.0.0.1", port), HANG) as sock:
+        sock.sendall(
+            b"\x10%c\0\x04MQTT\x05\0\0\0\x05\x11\0\0\x0e\x10\0%c" % (18 + len(client_id), len(client_id)) + client_id
+        )
+        sock.sendall(b"\x82\x0b\0\x01\0\0\x05lab/#\x02")
+        take_packet(sock, suback)
+        sock.sendall(b"\x34\x0b\0\x05lab/x\0\x02\0" + b"0")
+        take_packet(sock, pubrec)
+        sock.sendall(b"\x62\x02\0\x02")
+        identifier = take_packet(sock, publish)[7:9]
+        sock.sendall(b"\x50\x02" + identifier)
+        assert take_packet(sock, pubrel)[:2] == identifier
+
+
+def test_a_subscription_at_qos_2_in_the_session_ends_no_connection(
+    tmp_path: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program has used the client identifier. The broker still has its messages, finished or not."""
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    reader = Reader(broker)
+    stack.callback(reader.close)
+    leave_subscription_at_qos_2(broker.port, b"test")
+    where = at(broker.port)
+
+    async def main() -> None:
+        for _ in range(2):
+            async with open_connection(where, Credentials(), "test", session=60) as connection:
+                assert connection.session_present
+                await connection.subscribe(["end"])
+                await connection.publish([Message("end", b"")])
+                received = await connection.received.receive()
+                assert received.topic == "end"
+                await connection.acknowledge(received)
+
+    reader.publish("lab/x", qos=2)
+    trio.run(main)
+    assert caplog.text.count("ignored a message at QoS 2") == 1
+
+
 def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     reader = Reader(broker)

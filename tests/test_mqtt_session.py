@@ -307,7 +307,6 @@ def test_packets_may_arrive_in_pieces() -> None:
         (b"\x40\x03\x00\x07\x50", "sent invalid MQTT 5 data: Invalid PubAckReasonCode"),
         (b"\x40\x01\x00", "sent invalid MQTT 5 data"),
         (b"\xe0\x06\xff\x04\x7f\x00\x01\xff", "sent invalid MQTT 5 data"),
-        (incoming(1, qos=mqtt5.QoS.EXACTLY_ONCE), "at QoS 2"),
         (mqtt5.ConnAckPacket().write(), r"unexpected packet \(CONNACK\)"),
         (mqtt5.PingReqPacket().write(), r"unexpected packet \(PINGREQ\)"),
         (mqtt5.SubAckPacket(9, []).write(), r"unexpected packet \(SUBACK\)"),
@@ -319,6 +318,19 @@ def test_what_the_protocol_does_not_allow_ends_the_connection(data: bytes, text:
         session.feed(data)
     assert len(str(lost.value).splitlines()) == 1
     assert session.goodbye != mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
+
+
+def test_messages_at_qos_2_are_refused_one_by_one() -> None:
+    """Another program may have left a subscription at QoS 2 in the session, and messages that it has not finished."""
+    session = opened()
+    session.feed(incoming(7, qos=mqtt5.QoS.EXACTLY_ONCE) + mqtt5.PubRelPacket(8).write() + incoming(9))
+    assert (session.refused, [received.packet for received in session.received]) == (1, [9])
+    code = mqtt5.PubRecReasonCode.IMPLEMENTATION_SPECIFIC_ERROR
+    assert sent(session) == [mqtt5.PubRecPacket(7, reason_code=code), mqtt5.PubCompPacket(8)]
+    session._packet_max = 64
+    data = b"".join(incoming(number, qos=mqtt5.QoS.EXACTLY_ONCE) for number in range(1, 0xFFFF))
+    with pytest.raises(BrokerLostError, match="does not read the answers to its messages"):
+        session.feed(data)
 
 
 def broken(packet: Any) -> bytes:

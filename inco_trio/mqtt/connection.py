@@ -285,7 +285,7 @@ class Connection:
             nursery.cancel_scope.cancel()
 
     async def _receive(self) -> None:
-        session, entry, is_warned = self._session, self._entry, False
+        session, entry, is_warned, has_refused = self._session, self._entry, False, False
         while self._lost is None:
             # The broker may wait for a TCP acknowledgement before it sends more.
             _transport(self._stream).setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -294,7 +294,9 @@ class Connection:
                 self._lose(self._hung_up())
                 return
             session.taken = entry.statistics().current_buffer_used
-            if session.feed(data):
+            number = session.feed(data)
+            self._send_now()  # The session may have answered messages at QoS 2.
+            if number:
                 self._progress = trio.current_time()
                 self._is_pinging = False
                 self._room.set()
@@ -308,6 +310,11 @@ class Connection:
                 logger.warning(
                     "%s: dropped QoS 0 messages, because %d messages are queued", self._broker, session.receive_max
                 )
+
+            if session.refused and not has_refused:
+                has_refused = True
+                text = "ignored a message at QoS 2: does another program use the client identifier?"
+                logger.warning("%s: %s", self._broker, text)
 
     async def _read(self) -> bytes | bytearray:
         stream = self._stream

@@ -64,6 +64,7 @@ _FAILURE = 0x80
 _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
 """Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
+_QOS_2_REFUSED = mqtt5.PubRecReasonCode.IMPLEMENTATION_SPECIFIC_ERROR
 _QOS_0, _QOS = mqtt5.QoS.AT_MOST_ONCE, mqtt5.QoS.AT_LEAST_ONCE
 
 
@@ -206,6 +207,8 @@ class Session:
         """Received messages that the caller has not yet taken."""
         self.dropped = 0
         """Number of QoS 0 messages that were dropped because `receive_max` messages were queued."""
+        self.refused = 0
+        """Number of messages at QoS 2 that were refused."""
         self.taken = 0
         """Number of messages that the caller has taken from `received` but not handled yet."""
         self.goodbye = mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
@@ -372,6 +375,8 @@ class Session:
                 self._on_puback(packet)
             case mqtt5.PublishPacket():
                 self._on_publish(packet)
+            case mqtt5.PubRelPacket():  # Another program has not finished the exchange of a message at QoS 2.
+                self._answer(mqtt5.PubCompPacket(packet.packet_id))
             case mqtt5.SubAckPacket() if packet.packet_id in self._subscribing:
                 self._on_suback(packet)
             case mqtt5.ConnAckPacket() if self.limits is None:
@@ -415,8 +420,11 @@ class Session:
                 self.dropped += 1
                 return
         elif packet.qos == mqtt5.QoS.EXACTLY_ONCE:
-            self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
-            raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
+            # Another program has left a subscription in the session. The failure ends the exchange (MQTT 5, 4.3.3). If
+            # the client disconnected instead, the broker would repeat the message on each new connection.
+            self.refused += 1
+            self._answer(mqtt5.PubRecPacket(packet_id, reason_code=_QOS_2_REFUSED))
+            return
         elif packet_id in self._unacknowledged:
             # MQTT 5 allows a broker to repeat messages only on a new connection. Other repetitions could fill the
             # memory.
@@ -436,6 +444,12 @@ class Session:
                 packet.topic, packet.payload, packet.retain, packet.response_topic, packet.correlation_data, packet_id
             )
         )
+
+    def _answer(self, packet: mqtt5.PubRecPacket | mqtt5.PubCompPacket) -> None:
+        if len(self.out) > EXCESS * self._packet_max:
+            self.goodbye = mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED
+            raise BrokerLostError(self._subject, "does not read the answers to its messages")
+        self.out += packet.write()
 
     def _on_connack(self, packet: mqtt5.ConnAckPacket) -> None:
         code, connect = packet.reason_code.value, self._connect
