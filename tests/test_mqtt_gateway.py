@@ -89,6 +89,52 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
     assert conversation.requests == [SendRequest("s1", board="b1")]
 
 
+@pytest.mark.parametrize(
+    ("slow", "response"),
+    [
+        ("connect", {"error": "closed", "message": "/proxy: the proxy does not answer"}),
+        ("refuse", {"error": "closed", "message": "/proxy: too many clients"}),
+        ("read", {"error": "closed", "message": "the link did not accept the frame within 10 s, but may do so later"}),
+        ("close", {"sent": 1}),
+    ],
+)
+def test_a_response_tells_what_the_proxy_has_done_until_the_timeout(
+    slow: str, response: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Conversation):
+        async def read(self) -> list[Response]:
+            if slow == "read":
+                await trio.sleep_forever()
+            return [Response(sent=1)]
+
+    conversation = Slow(path="/proxy")
+
+    @asynccontextmanager
+    async def converse(path: Path) -> AsyncIterator[tuple[Conversation, None]]:
+        if slow == "connect":
+            await trio.sleep_forever()
+        if slow == "refuse":
+            raise ResourceError(path, "too many clients")
+        yield conversation, None
+        if slow == "close":
+            await trio.sleep_forever()
+
+    monkeypatch.setattr("inco_trio.mqtt.gateway.converse", converse)
+    gateway, board = Gateway(BROKER, GatewayConfig(send={"*": ["s1"]})), Board("b1")
+    board.source = conversation  # type: ignore[assignment]
+    connection: Any = None
+
+    async def main() -> dict[str, object]:
+        told = await gateway._try_to_send(board, "s1", REQUEST)
+        await gateway._respond(board, connection, REQUEST, told)
+        return told
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) == response
+    lines = [record.getMessage() for record in caplog.records]
+    text = f"{REQUEST.topic}: a request without a response topic failed: {response.get('message')}"
+    assert lines == ([text] if "error" in response else [])
+
+
 REQUESTS = 2 * RESPONSE_ATTEMPTS + 2
 
 

@@ -23,7 +23,7 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.control import protocol
-from inco_trio.control.client import sockets
+from inco_trio.control.client import SILENT, sockets
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Notifications, Reply, Response
 from inco_trio.errors import IncoError, ProtocolError, ProxyNotFoundError, ResourceError
@@ -456,26 +456,35 @@ class Gateway:
         if source is None:
             return _error("closed", "no proxy has this board open")
         path, backoff = source.path, Backoff()
+        # The scope may be cancelled at any `await`, also while `converse` closes the connection.
+        result = _error("closed", f"{path}: {SILENT}")
         with trio.move_on_after(SEND_PATIENCE):
             while True:
                 try:
                     async with converse(path) as (conversation, _):
                         await conversation.write(protocol.SendRequest(signal, board=board.name))
-                        for response in await conversation.read():
-                            if isinstance(response, Response) and response.error:
-                                return _error(response.error, response.message)
-                        return {"sent": 1}
-                except ResourceError:  # The proxy has too many clients and has not read the request.
+                        text = f"the link did not accept the frame within {SEND_PATIENCE:g} s, but may do so later"
+                        result = _error("closed", text)
+                        replies = await conversation.read()
+                        errors = [reply for reply in replies if isinstance(reply, Response) and reply.error]
+                        result = _error(errors[0].error, errors[0].message) if errors else {"sent": 1}
+                except ResourceError as error:  # The proxy has too many clients and has not read the request.
+                    result = _error("closed", str(error))
                     await trio.sleep(backoff.next())
                 except IncoError as error:
                     return _error("closed", str(error))
-        return _error("closed", f"the link did not accept the frame within {SEND_PATIENCE:g} s, but may do so later")
+                else:
+                    break
+        return result
 
     async def _respond(
         self, board: Board, connection: Connection, received: Received, response: Mapping[str, object]
     ) -> None:
         topic, prefix = received.response_topic, self._config.response_prefix
         if topic is None:
+            if "error" in response:
+                what, cause = "a request without a response topic failed", ("request", board.name)
+                logger.warning("%s: %s: %s", received.topic, what, response["message"], extra={"cause": cause})
             return
         key = (board, "response")
         if prefix is None or not topic.startswith(f"{prefix}/"):
