@@ -357,7 +357,7 @@ def test_a_monitor_that_refuses_many_events_lets_other_tasks_run() -> None:
             nursery.start_soon(take)
             await trio.sleep(0.25)  # The clock is simulated.
             assert monitor._number == WAITING_MAX - PIECE
-            await trio.sleep(0.5)
+            await trio.sleep(0.5)  # The clock is simulated.
             assert monitor._number == WAITING_MAX - 2 * PIECE
             monitor.end()
             while True:

@@ -380,7 +380,7 @@ def test_a_failure_of_the_task_loses_no_notification_of_its_batch(world: World) 
             nursery.start_soon(supervise, Health("send"), world.outbound.send, world.counters)
             await world.handoff.hand_over(world.handoff.begin(batch))
             while not world.carried:  # noqa: ASYNC110 - no event reports the end of the pause before the restart
-                await trio.sleep(0.1)
+                await trio.sleep(0.1)  # The clock is simulated.
             assert world.carried == ["redun_notify_irq"]
             link.down = False
             world.outbound.link_changed()

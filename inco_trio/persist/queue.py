@@ -38,16 +38,17 @@ class EventQueue:
     def _check(self) -> None:
         if len(self) > len(self._room):
             raise ValueError("the event queue has invalid positions")
-        events, offset = self.copy(), 0
+        events, offset, longest = self.copy(), 0, 0
         while offset + EVENT.size <= len(events):
             _wd, mask, _cookie, length = EVENT.unpack_from(events, offset)
             offset += EVENT.size + length
+            longest = max(longest, length)
             if not mask:
                 break
-            if length > PADDED_MAX:  # `read_into` could wait forever for a buffer in which the event fits.
-                raise ValueError("the event queue contains an event with too long a name")
         if offset != len(events):
             raise ValueError("the event queue contains an incomplete event")
+        if longest > PADDED_MAX:  # `read_into` could wait forever for a buffer in which the event fits.
+            raise ValueError("the event queue contains an event with too long a name")
 
     def _begin_again(self) -> None:
         # Reset the end first: if the process dies between the two stores, the negative length reads as empty.
