@@ -27,10 +27,34 @@ from paho.mqtt.properties import Properties
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
-__all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
+__all__ = ["HELD", "ORIGINAL", "PATIENT", "Certificates", "Gateway", "Message", "Mosquitto", "Reader", "free_port"]
 
 PROGRAM = os.environ.get("INCO_TRIO_MOSQUITTO", "mosquitto")
 """The broker's program. An environment variable selects another version, such as the one from tests/debian13.py."""
+
+
+ORIGINAL = ("-m", "inco_trio")
+"""The arguments of Python that run inco-trio."""
+PATIENT = (
+    "-c",
+    f"""
+import sys
+from inco_trio.cli import main
+from inco_trio.control import follower
+from inco_trio.mqtt import connection, gateway
+connection.open_connection.__wrapped__.__kwdefaults__["patience"] = {HANG}
+follower.converse.__wrapped__.__defaults__ = ({HANG},)
+follower.PATIENCE = gateway.AT_START = gateway.SEND_PATIENCE = gateway.FLUSH_PATIENCE = {HANG}
+sys.exit(main())
+""",
+)
+"""The same as ORIGINAL, but the gateway and the bridge wait for a slow broker and for slow proxies.
+
+The gateway reports that it is ready only once it follows all of its proxies.
+"""
+
+HELD: list[int] = []
+"""The descriptors of the sockets with which `free_port` holds its ports."""
 
 
 def free_port() -> int:
@@ -38,12 +62,23 @@ def free_port() -> int:
 
     Inside that range, another connection can take the port while no server uses it, and a client that connects to the
     port can even be connected to itself.
+
+    Until this process ends, a socket that never listens holds the port, so that this function does not return it to
+    another test process, even while a server restarts. Servers with SO_REUSEADDR can use the port.
     """
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     ports = [port for port in range(10_000, 65_536) if not first <= port <= last]
     for port in random.sample(ports, len(ports)):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+        holder = socket.socket()
+        try:
+            # Only set SO_REUSEADDR afterwards: with it, the kernel would bind several of these sockets to the port.
+            holder.bind(("127.0.0.1", port))
+        except OSError:
+            holder.close()
+            continue
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        HELD.append(holder.detach())
+        return port
     raise AssertionError("no TCP port is free")
 
 
@@ -263,6 +298,7 @@ class Reader:
         self._client.loop_stop()
         self._client.disconnect()
         self._client.loop_misc()
+        self._client._reset_sockets(sockpair_only=True)  # Otherwise, the garbage collector may close them first.
 
 
 class Gateway:
@@ -273,7 +309,7 @@ class Gateway:
         log: Path,
         *words: str | Path,
         environment: Mapping[str, str] | None = None,
-        program: Sequence[str] = ("-m", "inco_trio"),
+        program: Sequence[str] = PATIENT,
     ) -> None:
         self._log = log
         read_ready, write_ready = os.pipe()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -196,6 +197,11 @@ class Board:
 
     def client(self, path: Path | None = None) -> Client:
         return Client(path or self.path, self._stack)
+
+    def wait_followed(self) -> None:
+        """Wait until the proxy has a follower, such as the gateway. The first follower receives no earlier events."""
+        while not (self.status()["history"] or {}).get("followed"):
+            time.sleep(0.01)  # Poll, because no event reports a follower.
 
     def status(self) -> dict[str, Any]:
         # Close the connection: tests call this function in loops, and a proxy accepts a limited number of clients.

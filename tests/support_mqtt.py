@@ -9,7 +9,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import attrs
 
 from inco_trio.mqtt.topics import level
 from netns.fixtures import Proxy
-from tests.mosquitto import Gateway, Mosquitto, Reader
+from tests.mosquitto import PATIENT, Gateway, Mosquitto, Reader
 from tests.support_control import Board
 
 __all__ = ["Bench", "Relay", "check_order"]
@@ -38,12 +38,12 @@ class Bench:
     def proxy(self) -> Proxy:
         return self.board.running()
 
-    def gateway(self, url: str | None = None, **config: object) -> Gateway:
+    def gateway(self, url: str | None = None, *, program: Sequence[str] = PATIENT, **config: object) -> Gateway:
         """Start a gateway with this configuration, and wait until it is ready."""
         file = self.home / "gateway.json"
         file.write_text(json.dumps(config))
         words = ("mqtt", url or self.broker.url, "--control", self.board.path, "--config", file)
-        gateway = Gateway(self.home / "gateway.log", *words)
+        gateway = Gateway(self.home / "gateway.log", *words, program=program)
         self.stack.callback(gateway.close)
         gateway.wait_ready()
         return gateway

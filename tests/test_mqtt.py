@@ -17,7 +17,8 @@ from inco_trio.mqtt.gateway import REQUEST_MAX
 from inco_trio.mqtt.topics import level
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.mosquitto import Gateway, Reader
+from tests.faults.supervised import wait_path
+from tests.mosquitto import ORIGINAL, Gateway, Reader
 from tests.support_control import FRAME, Board
 from tests.support_mqtt import Bench
 
@@ -240,9 +241,10 @@ def test_a_stopped_proxy_does_not_delay_others(bench: Bench) -> None:
     reader = bench.reader()
     still.process.send_signal(signal.SIGSTOP)
     words = ("mqtt", bench.broker.url, "--control", bench.board.path, "--control", other.path)
-    gateway = Gateway(bench.home / "gateway.log", *words)
+    gateway = Gateway(bench.home / "gateway.log", *words, program=ORIGINAL)
     bench.stack.callback(gateway.close)
     gateway.wait_ready()
+    other.wait_followed()
     other.trigger()
     assert next(reader.notifications()).topic == f"lab/{level(f'{home}/core0')}/outbound/redun_notify_irq"
     still.process.send_signal(signal.SIGCONT)
@@ -262,10 +264,12 @@ def test_two_gateways_with_the_same_session_log_a_warning(bench: Bench) -> None:
         proxy = Proxy(None, words, {}, home / "log")
         bench.stack.callback(proxy.close)
         proxy.wait_ready()
-        gateways.append(Gateway(home / "gateway.log", "mqtt", bench.broker.url, "--control", home / "control"))
+        gateways.append(Gateway(bench.home / f"{name}.log", "mqtt", bench.broker.url, "--control", home / "control"))
         bench.stack.callback(gateways[-1].close)
         gateways[-1].wait_ready()
-    gateways[0].wait_log("does another gateway publish this board below this prefix?")
+    # Each of them takes over the session of the other, so either of them may be the first to warn.
+    warning = "does another gateway publish this board below this prefix?"
+    wait_path(bench.home / "one.log", lambda: any(warning in gateway.log for gateway in gateways))
 
 
 def test_a_second_gateway_of_a_proxy_logs_a_warning(bench: Bench) -> None:

@@ -73,6 +73,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     # Select the test's proxy, because other proxies might be running on this machine.
     run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
     service = running(stack, tmp_path / "scan", "mqtt")
+    board.wait_followed()
     board.trigger()
     assert next(reader.notifications()).body["sequence"] == 1
     pid = main_process(service.directory)
