@@ -28,7 +28,7 @@ from inco_trio.simulation.world import Peer
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
-__all__ = ["HEADER", "Applications", "Recorder", "Wire", "write_config"]
+__all__ = ["HEADER", "Applications", "Recorder", "Wire", "exchange", "remove_tree", "write_config"]
 
 HEADER = 14
 """Length of an Ethernet header in bytes."""
@@ -47,6 +47,28 @@ def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: 
     new = path.with_suffix(".new")
     new.write_text(json.dumps(board))
     new.replace(path)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange two files of any type atomically (renameat2(2)), so that neither path is missing in between."""
+    paths = os.fsencode(one), os.fsencode(other)
+    check(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE), str(other))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and its contents, even if the proxy recreates files in the meantime.
+
+    The proxy recreates a deleted file after 0.03 s, and also removes temporary files.
+    """
+    deadline = time.monotonic() + HANG
+    while os.path.lexists(path):
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
+                raise
+        else:
+            return
 
 
 class Recorder(threading.Thread):
@@ -229,8 +251,7 @@ class Applications(Recorder):
         current = self._directories[-1]
         self._follow(new)
         with self._paths:
-            paths = os.fsencode(new), os.fsencode(self.directory)
-            check(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE), str(self.directory))
+            exchange(new, self.directory)
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
@@ -245,7 +266,7 @@ class Applications(Recorder):
     def remove_directory(self) -> None:
         """Remove the IRQ directory and its contents, and recreate the directory."""
         with self._paths:
-            shutil.rmtree(self.directory)
+            remove_tree(self.directory)
             self._directories[-1].ended = time.monotonic()
             # The directory might already exist, because the proxy creates it during a reload.
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -269,8 +290,7 @@ class Applications(Recorder):
                 os.mkfifo(blocker)
             else:
                 blocker.symlink_to("/dev/null")
-            paths = os.fsencode(blocker), os.fsencode(path)
-            check(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE), str(path))
+            exchange(blocker, path)
             blocker.unlink()
 
         with self._paths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from netns.fixtures import StartProxy
+from tests.faults.applications import exchange, remove_tree
 from tests.faults.conftest import Board
 from tests.faults.processes import wait_idle, wait_stopped
 from tests.faults.supervised import wait_path
@@ -107,7 +107,7 @@ def test_the_proxy_does_not_hinder_removing_the_directory(board: Board, above: b
     thread.start()
     try:
         for _ in range(5):
-            shutil.rmtree(gone)
+            remove_tree(gone)
             # Wait longer than 0.03 s, the time that the proxy gives an application to replace a file.
             stop.wait(0.3)
             board.directory.mkdir(parents=above)
@@ -227,8 +227,8 @@ def test_a_trigger_replaced_by_another_type_of_file_is_retried(board: Board, mak
     trigger = board.directory / "out_a_trig"
     other = board.directory.with_name("other")
     make(other)
-    trigger.unlink()
-    other.rename(trigger)
+    exchange(other, trigger)
+    other.unlink()
     board.proxy.wait_log("out_a_trig: cannot watch")
     board.works()
     if trigger.is_dir():
