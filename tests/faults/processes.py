@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -31,15 +32,20 @@ def work(pid: int) -> Work:
     """Return the CPU time and voluntary context switches of all threads (proc_pid_status(5), sched-stats.rst)."""
     cpu_ns = switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
-        cpu_ns += int((task / "schedstat").read_text().split()[0])
-        switches += int((task / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # The thread has just ended.
+            schedstat, status = (task / "schedstat").read_text(), (task / "status").read_text()
+            cpu_ns += int(schedstat.split()[0])
+            switches += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
     return Work(cpu_ns, switches)
 
 
 def states(pid: int) -> set[str]:
     """Return the states of all threads (proc_pid_stat(5)): S sleeps, R runs or is runnable, T is stopped."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # The thread has just ended.
+            found.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return found
 
 
 def wait_idle(pid: int) -> None:
@@ -70,18 +76,24 @@ def wait_stopped(pid: int) -> None:
 def injected(pid: int, fault: str) -> Iterator[None]:
     """Use strace to make system calls of the process fail: `injected(pid, "readv:error=ENOMEM:when=1")`."""
     call = fault.partition(":")[0]
-    command = ["strace", "-f", "-q", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
+    command = ["strace", "-f", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
         try:
-            _wait_traced(pid, strace)
+            _wait_traced(strace)
             yield
         finally:
             strace.terminate()
+            strace.communicate()  # strace also reports that it detaches.
 
 
-def _wait_traced(pid: int, strace: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + HANG
-    while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{pid}/status").read_text():
-        assert strace.poll() is None, f"strace ended: {strace.stderr.read() if strace.stderr else b''!r}"
-        assert time.monotonic() < deadline, "strace has not attached"
-        time.sleep(0.01)  # Poll, because the kernel does not report an attached tracer.
+def _wait_traced(strace: subprocess.Popen[bytes]) -> None:
+    """Wait until strace reports that it has attached to all threads. It has then also interrupted their system calls.
+
+    The kernel shows the tracer (TracerPid) before that, when a thread can still make calls without strace.
+    """
+    assert strace.stderr is not None
+    told = b""
+    while b" attached" not in told:
+        line = strace.stderr.readline()
+        told += line
+        assert line, f"strace ended: {told!r}"

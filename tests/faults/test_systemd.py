@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.simulation.world import Cores, Namespace, Peer
+from netns.hang import HANG
 from tests.faults.applications import Applications, Wire, write_config
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import wait_path
@@ -86,6 +90,12 @@ class Unit:
         )
         self._manager = namespace.run(start)
         wait_path(runtime / "systemd/private")
+        deadline = time.monotonic() + HANG
+        with socket.socket(socket.AF_UNIX) as private:
+            # systemd first binds the socket, and then listens.
+            while private.connect_ex(str(runtime / "systemd/private")) == errno.ECONNREFUSED:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)  # Poll, because the kernel does not report a listening socket.
 
     @property
     def log(self) -> str:
