@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 import trio
 
+from inco_trio.control import client
 from inco_trio.frame import encode
 from inco_trio.linux.sockets import SO_PASSRIGHTS
 from inco_trio.service import launch
@@ -39,6 +40,7 @@ __all__ = [
     "descriptors_refused",
     "no_descriptors",
     "no_threads",
+    "patient_clients",
 ]
 
 COMMAND = [sys.executable, "-m", "inco_trio"]
@@ -62,6 +64,14 @@ def child(code: str) -> str:
     before, found, after = launch._CHILD.partition("from inco_trio.service.launch import run_child\n")
     assert found
     return f"{before}{found}{code}\n{after}"
+
+
+def patient_clients(patch: pytest.MonkeyPatch) -> None:
+    """Let the clients in this process wait for a slow proxy, except where the test or the caller states a limit."""
+    patch.setattr(client, "SEARCH", HANG)
+    for function in (client.Client.__init__, client.Client.request, client.Client.status):
+        defaults = tuple(HANG if each == client.PATIENCE else each for each in function.__defaults__ or ())
+        patch.setattr(function, "__defaults__", defaults)
 
 
 def block(register: Path) -> None:

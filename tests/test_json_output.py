@@ -13,7 +13,8 @@ import pytest
 
 from inco_trio.cli.parser import COMMANDS, parser
 from netns.hang import HANG
-from tests.support_control import COMMAND, Board
+from tests.support_control import PATIENT, Board
+from tests.support_doctor import DOCTOR
 from tests.support_proxy import write_udrv
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,8 +49,9 @@ def keys(value: object) -> Iterator[str]:
             yield from keys(inner) if key not in BY_NAME or isinstance(inner, list) else ()
 
 
-def printed(*words: object) -> str:
-    command = [*COMMAND, *map(str, words), "--json"]
+def printed(*words: str | Path) -> str:
+    program = DOCTOR[:-1] if words[0] == "doctor" else tuple(PATIENT)
+    command = [*program, *map(str, words), "--json"]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=HANG).stdout
 
 
@@ -85,7 +87,7 @@ def test_each_key_is_explained(board: Board) -> None:
         "monitor": "",
     }
     recording = board.home / "r.pcapng"
-    subprocess.run([*COMMAND, "record", recording, *at, "--past"], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*PATIENT, "record", recording, *at, "--past"], check=True, stderr=subprocess.DEVNULL)
     output["plot"] = printed("plot", recording, "--pair", "redun_notify_irq", "ihub_hwwd_irq")
     output["replay"] = printed("replay", recording, *core1[2:], "--wait", "0")
     assert output.keys() == EXPLAINED.keys()

@@ -32,7 +32,7 @@ from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
 from tests.support_control import COMMAND, Board
-from tests.support_doctor import process
+from tests.support_doctor import DOCTOR, process
 
 LOCKED = "--lock-memory: cannot lock memory (RLIMIT_MEMLOCK is finite): set `ulimit -l unlimited`"
 
@@ -82,7 +82,7 @@ def restrictions(pid: int) -> tuple[str, ...]:
     names = ("CapEff", "CapPrm", "CapBnd", "NoNewPrivs", "Seccomp")
     while True:
         found = set[tuple[str, ...]]()
-        with contextlib.suppress(FileNotFoundError):  # The diagnosis thread has just ended.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # The diagnosis thread has just ended.
             threads = [status_of(pid, task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
             found = {tuple(thread[name] for name in names) for thread in threads}
         if len(found) == 1:
@@ -141,7 +141,7 @@ def test_the_doctor_reports_capabilities(mode: str, level: str, text: str, tmp_p
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
         proxy = board.running("--sandbox", mode)
-        doctor = [*COMMAND, "doctor", board.link, "--irq-dir", str(board.irq), "--json"]
+        doctor = [*DOCTOR, board.link, "--irq-dir", str(board.irq), "--json"]
         done = subprocess.run(doctor, capture_output=True, text=True, check=False)
         results = [each for each in json.loads(done.stdout)["results"] if each["check"] == "capabilities"]
         assert [(each["level"], each["subject"]) for each in results] == [(level, f"process {proxy.pid}")]

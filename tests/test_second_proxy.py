@@ -31,6 +31,7 @@ from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
+from tests.support_control import patient_clients
 from tests.test_privileges import restrictions
 
 pytestmark = pytest.mark.netns
@@ -38,6 +39,11 @@ pytestmark = pytest.mark.netns
 ENDED = " s after it was noticed: it had shared "
 TEXT_MAX = 150
 """The flight recorder keeps this number of characters of a text. The directories of pytest have long names."""
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient_clients(monkeypatch)
 
 
 def status_of(control: Path, board: str | None = None) -> Status:

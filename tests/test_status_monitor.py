@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,10 +40,15 @@ from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
-from tests.support_control import COMMAND, MAC, Board, Client, Running, block
+from tests.support_control import LIMITS, MAC, PATIENT, Board, Client, Running, block, patient_clients
 from tests.support_proxy import frame
 
 GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": ["x"]}\n'
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient_clients(monkeypatch)
 
 
 @pytest.fixture
@@ -52,7 +58,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 
 def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    whole = [*COMMAND, *map(str, words)]
+    whole = [*PATIENT, *map(str, words)]
     return subprocess.run(
         whole, capture_output=True, text=True, timeout=HANG, check=False, env={**os.environ, **(env or {})}
     )
@@ -83,7 +89,7 @@ def test_status_shows_boards_signals_and_counters(board: Board) -> None:
     done = run("status", "--control", board.path)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, head, *rows = done.stdout.splitlines()
-    assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.* m?s\), descriptors not stored", first)
+    assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.+\), descriptors not stored", first)
     assert second.startswith(f"  {board.link}: address ")
     assert head.split() == ["signal", "count", "per", "second", "last", "pending", "failures", "register"]
     cells = [row.split() for row in rows]
@@ -159,7 +165,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
     board.running()
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (10, 20))
-    command = [*COMMAND, "status", "--control", str(board.path), "--watch", "0.05"]
+    command = [*PATIENT, "status", "--control", str(board.path), "--watch", "0.05"]
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
@@ -168,8 +174,10 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             while shown.count(b"\x1b[H") < 3:
                 shown += os.read(master, 4096)
             # Python ignores a KeyboardInterrupt raised in a finalizer, so press Ctrl-C again, as a user would.
+            interrupts = 0
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
+                interrupts += 1
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2)  # Wait before the next interrupt.
             with contextlib.suppress(OSError):  # EIO means that no process has the terminal open.
@@ -184,7 +192,8 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
     for screen in screens:
         assert max(map(len, screen.splitlines())) <= 20
         assert len(screen.splitlines()) <= 10
-    assert b"Traceback" not in shown
+    # A second interrupt can interrupt the end of the program.
+    assert interrupts > 1 or b"Traceback" not in shown
 
 
 COLOUR = b"\x1b[32mup"
@@ -214,10 +223,10 @@ def test_status_uses_colours_on_a_terminal(board: Board) -> None:
     while board.status()["counters"]["received"] == 0:
         pass
     status = ("status", "--control", board.path)
-    assert COLOUR in on_a_terminal(*COMMAND, *status)
-    assert COLOUR not in on_a_terminal(*COMMAND, *status, NO_COLOR="1")
+    assert COLOUR in on_a_terminal(*PATIENT, *status)
+    assert COLOUR not in on_a_terminal(*PATIENT, *status, NO_COLOR="1")
     assert b"\x1b" not in run(*status).stdout.encode()
-    hidden = "import sys; sys.modules['rich'] = None; from inco_trio.cli import main; sys.exit(main())"
+    hidden = f"import sys; sys.modules['rich'] = None\n{LIMITS}\nfrom inco_trio.cli import main; sys.exit(main())"
     plain = on_a_terminal(sys.executable, "-c", hidden, *status)
     assert b"\x1b" not in plain
     assert b": up, open since" in plain
@@ -294,7 +303,7 @@ def test_the_name_of_a_board_selects_the_board(board: Board, boards: dict[str, s
     assert sorted(each["board"] for each in json.loads(done.stdout)["boards"]) == ["a", "b", "c"]
     for command in (["monitor", "b", "--json"], ["record", str(board.home / "f"), "b"]):
         with subprocess.Popen(
-            [*COMMAND, *command, "--count", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [*PATIENT, *command, "--count", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **boards},
         ) as process:  # fmt: skip
             assert process.stderr is not None
@@ -433,7 +442,7 @@ def test_monitor_listens_on_the_interface_without_a_proxy(
     running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
     # Hide the control sockets of other proxies in /run: they could serve a link with the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
-    command = [*hidden, *COMMAND, "monitor", cores.link, "--json", "--count", "2"]
+    command = [*hidden, *PATIENT, "monitor", cores.link, "--json", "--count", "2"]
 
     def popen() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -530,7 +539,7 @@ def test_status_shows_all_proxies_and_other_commands_need_one(board: Board, tmp_
         done = run("monitor", env=environment)
         assert done.returncode == 2
         assert f"2 proxies answer: name one of {board.home}/core0 (--control {board.path}, process " in done.stderr
-        start = [*COMMAND, "status", "--watch", "0.05", "--json"]
+        start = [*PATIENT, "status", "--watch", "0.05", "--json"]
         with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as watching:
             assert watching.stdout is not None
             assert len(json.loads(watching.stdout.readline())["boards"]) == 2
@@ -763,7 +772,7 @@ def test_another_user_gets_a_permission_error(board: Board, nobody: list[str]) -
     board.running()
     board.home.chmod(0o711)
     board.path.parent.chmod(0o711)
-    command = [*nobody[:2], str(board.home), *nobody[2:], *COMMAND, "status", "--control", str(board.path)]
+    command = [*nobody[:2], str(board.home), *nobody[2:], *PATIENT, "status", "--control", str(board.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 77
     assert done.stderr == (
@@ -855,6 +864,7 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
         client.ask({"request": "monitor"})
         monitor = start("monitor", "--control", board.path)
         monitor.listening()
+        sent = time.monotonic_ns()
         board.inbound(peer)
         pending = client.until(event="pending")
         assert (pending["signal"], pending["direction"]) == ("ihub_hwwd_irq", "inbound")
@@ -868,7 +878,9 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
         state.rmdir()
         late = client.until(event="notification")
         assert late["signal"] == "ihub_hwwd_irq"
-        assert late["delay"] == pytest.approx((late["monotonic_ns"] - pending["monotonic_ns"]) / 1e9, abs=0.1)
+        # The notification became pending after the frame was sent, and before the event.
+        least, most = ((late["monotonic_ns"] - begin) / 1e9 for begin in (pending["monotonic_ns"], sent))
+        assert least - 1e-4 <= late["delay"] <= most + 1e-4
         shown = ""
         while "was pending for" not in shown:
             shown += monitor.line()

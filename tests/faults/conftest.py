@@ -14,6 +14,7 @@ import pytest
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from tests.faults.applications import Applications, Wire, write_config
+from tests.support_control import patient_clients
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
             # This timeout takes effect only if a test hangs: a test of the full suite takes minutes.
             item.add_marker(pytest.mark.timeout(7200))
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient_clients(monkeypatch)
 
 
 @attrs.frozen
