@@ -30,10 +30,11 @@ from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
+from inco_trio.service import launch
 from inco_trio.signals import Direction, Signal
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client, block, descriptors_refused, no_threads
+from tests.support_control import FRAME, MAC, Board, Client, block, child, descriptors_refused, no_threads
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_monitor_receives_all_events(board: Board) -> None:
     filtered.ask({"request": "monitor", "signals": ["redun_notify_irq"], "direction": "outbound"})
     board.inbound(peer)
     event = monitor.read()
-    assert event.pop("time") == pytest.approx(event.pop("monotonic_ns") / 1e9 + _offset(), abs=5)
+    assert event.pop("time") == pytest.approx(event.pop("monotonic_ns") / 1e9 + _offset(), abs=HANG)
     assert event == {
         "event": "notification",
         "board": f"{board.home}/core0",
@@ -166,7 +167,9 @@ def test_a_monitor_receives_frames_on_request(board: Board) -> None:
     assert monitor.read()["event"] == "flushed"
 
 
-def test_a_monitor_receives_notifications_of_the_shutdown(board: Board) -> None:
+def test_a_monitor_receives_notifications_of_the_shutdown(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = child(f"from inco_trio.control import server; server.FAREWELL = {HANG}")
+    monkeypatch.setattr(launch, "_CHILD", program)
     board.core1()
     proxy = board.running()
     monitor = board.client()

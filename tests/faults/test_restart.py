@@ -77,6 +77,8 @@ def supervise(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Supervise]:
             config, directory = tmp_path / "udrv.json", tmp_path / "irq"
             write_config(config, directory, inbound, outbound)
             write_scandir(tmp_path / "scan", cores.link, config)
+            for timeout in (tmp_path / "scan").glob("*/timeout-kill"):
+                timeout.write_text("0\n")  # Never kill a slow proxy: its successor would repeat notifications.
             service = stack.enter_context(Service(cores.core0, tmp_path / "scan", cores.link))
             service.wait("U")
             applications = Applications(directory, inbound, outbound)
