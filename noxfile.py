@@ -341,9 +341,9 @@ def release(session: nox.Session) -> None:
 
 @nox.session(python=list(PYTHONS.values())[-1], allow_parallel=True)
 def examples(session: nox.Session) -> None:
-    """Test each example project with the built wheel and the newest Python, and whether its tests detect faults.
+    """Test each example project with the built wheel and the newest Python. Check that its tests detect faults.
 
-    `netns` runs the tests of the pytest plugin with the oldest Python.
+    `netns` runs the tests of the pytest plugin with nox's own Python.
     """
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
@@ -368,7 +368,7 @@ def netns(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def thorough(session: nox.Session) -> None:
-    """Run the long forms of tests: hundreds of boards, a million notifications, many restarts, the longest pages."""
+    """Run the slow variants of tests: hundreds of boards, a million notifications, many restarts, the longest pages."""
     need_programs(session)
     install(session, "test")
     session.run(*AS_ROOT, "pytest", "tests", "-m", "thorough", *EIGHT_AT_A_TIME, *session.posargs, external=True)

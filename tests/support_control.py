@@ -51,7 +51,7 @@ record.FAREWELL = client.SEARCH = {HANG}
 for function in client.Client.__init__, client.Client.request, client.Client.status:
     function.__defaults__ = tuple({HANG} if each == client.PATIENCE else each for each in function.__defaults__)
 """
-"""Python code that raises the limits of the commands that ask a proxy, so that only a hang reaches them."""
+"""Python code that raises the timeouts of commands that query a proxy, so that only a hang exceeds them."""
 PATIENT = [sys.executable, "-c", f"{LIMITS}\nimport sys\nfrom inco_trio.cli import main\nsys.exit(main())"]
 """A command that does the same as COMMAND, but waits for a slow proxy."""
 

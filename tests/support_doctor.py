@@ -35,7 +35,7 @@ DOCTOR = (sys.executable, "-c", PATIENT, "doctor")
 
 
 def be_patient(change: Callable[[object, str, object], None]) -> None:
-    """Let the doctor wait for slow programs, filesystems and proxies: on a slow machine, it must find the same.
+    """Let the doctor wait for slow programs, filesystems and proxies, so that the machine's speed decides nothing.
 
     A stopped proxy does not answer before it continues. The doctor still waits only SEARCH for it. `change` is setattr,
     or the method of a MonkeyPatch.

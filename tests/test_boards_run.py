@@ -26,7 +26,6 @@ from tests.core1 import Here
 from tests.faults.supervised import Service, main_process, wait_path
 
 FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
-"""Number of boards; together they need more descriptors than s6-fdholder-getdump can pass."""
 
 
 class Boards:
@@ -307,6 +306,7 @@ def test_a_board_uses_an_interface_in_another_network_namespace(
 
 
 @pytest.mark.s6
+# 300 boards need more descriptors than s6-fdholder-getdump can pass.
 @pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.thorough)])
 def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards, count: int) -> None:
     names = [f"b{number}" for number in range(count)]

@@ -596,7 +596,8 @@ def test_the_fixes_remove_a_second_service_of_a_link(cores: Cores, tmp_path: Pat
             write_scandir(tmp_path / name, cores.link, udrv)
             both.append(stack.enter_context(Service(cores.core0, tmp_path / name, cores.link)))
             both[-1].wait("U")
-            # The search for other proxies has ended, so that the first proxy cannot report itself to the second one.
+            # Wait until the search for other proxies has ended. Otherwise, the first proxy could report itself to the
+            # second one.
             restrictions(main_process(both[-1].directory))
         one, two = both
         # The proxy with the usual control socket stays.
@@ -721,7 +722,7 @@ def test_with_a_link_the_files_of_other_boards_are_not_examined(cores: Cores, tm
 
 
 def logged(text: str) -> str:
-    """Return a command that waits until the proxy has logged a text: before, the doctor finds less."""
+    """Return a command that waits for a text in the log. Before that, the doctor finds less."""
     return f"until grep -q '{text}' {{log}}; do :; done"
 
 

@@ -234,7 +234,7 @@ def test_an_fd_store_that_does_not_answer_is_reported(tmp_path: Path, monkeypatc
     let_hang(tmp_path / "bin", "s6-fdholder-list", monkeypatch)
     store = FoundService(services.FD_STORE, tmp_path / services.FD_STORE)
     (result,) = services.leftovers([store], NONE)
-    expected = SLOW.format("notifications of removed services may be there, but are not shown")
+    expected = SLOW.format("notifications of removed services may be stored there but are not shown")
     text = f"s6-fdholder-list got no answer within 0.1 s, {expected}"
     assert result == warn("descriptors", tmp_path / services.FD_STORE / "s", text)
 

@@ -33,7 +33,7 @@ LISTED = {
     "frame.NAME_MAX": "frame",
     "links.name_filter.SAMPLE": "unknown and malformed frames on an interface",
     "links.packet.RECEIVE_BUFFER": "frames in the receive queue",
-    "links.unix.SENDERS_MAX": "other paths from which datagrams arrive at a `unix:` link",
+    "links.unix.SENDERS_MAX": "sender paths of a `unix:` link, including the peer's path",
     "linux.files.TARGETS_MAX": "symlinks on a path of another user",
     "linux.files._SYMLINKS_MAX": "symlinks on a path of another user",
     "metrics.http_server.CONNECTIONS_MAX": "connections to the exporter",

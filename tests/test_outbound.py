@@ -63,7 +63,7 @@ class World:
         self.begin()
 
     def begin(self) -> None:
-        """Create the outbound direction of a process, which inherits the in-flight buffer of the process before."""
+        """Create the outbound direction of a new process with the in-flight buffer of the previous one."""
         self.handoff = Handoff[Signal](
             self.inflight.watches, lambda signals, *_: self.carried.extend(signal.name for signal in signals)
         )
@@ -357,7 +357,7 @@ def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: Wo
 
 
 def test_a_failure_of_the_task_loses_no_notification_of_its_batch(world: World) -> None:
-    """The report of the first notification fails when the second one is found to wait for the link."""
+    """The report of the first notification fails once the second one has to wait for the link."""
     batch = Batch([world.notify, world.uart, world.uart], finished=trio.Event())
     failures = iter([OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))])
 

@@ -225,7 +225,7 @@ def parser(command: str | None = None) -> _Parser:
 
 
 def command_parser(name: str) -> _Parser:
-    """Return the parser of one command alone. `parser` returns an equal one, but also creates those of all others."""
+    """Return the parser of one command. `parser(name)` would also create the parsers of all other commands."""
     made = _Parser(prog=f"inco-trio {name}", description=_description(name))
     _add_options(made, name)
     return made

@@ -169,7 +169,7 @@ class _Waiting:
             while True:
                 if any(map(self.came, source.arrived())):
                     return
-                left = self.left  # Look again after the timeout: this process may be late.
+                left = self.left  # Read the clock before poll(2): what arrives while this process is late counts.
                 ready = poll.poll(math.ceil(min(left, UNINTERRUPTED) * 1000))
                 if not ready and not left:
                     return

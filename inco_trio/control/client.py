@@ -163,7 +163,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._unanswered = 0
         """The number of requests without a response so far. A response that arrives after its timeout is discarded."""
         self._last_look = 0.0
-        """The last deadline after which this client has looked for data."""
+        """The last deadline after which this client has read once more."""
         deadline = real_clock.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         refuse_descriptors(self._sock)
@@ -262,7 +262,7 @@ class Client(Channel, AbstractContextManager["Client"]):
     def _await_line(self, deadline: float) -> None:
         """Wait for a complete line until the deadline. Partial data does not extend the deadline.
 
-        Once after the deadline, read what has arrived: this process may be late, although the proxy was not.
+        After the deadline, read once more: this process may be late although the proxy was not.
         """
         while not self._lines:
             left = max(0.0, deadline - real_clock.monotonic())

@@ -64,8 +64,7 @@ class Batch:
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
     lines: dict[tuple[int, bool], str] = attrs.field(factory=dict, init=False)
-    """The events that were encoded, keyed by index, and whether with frames. One monitor encodes each for all others.
-    """
+    """Encoded events, keyed by index and whether with frames. The first monitor that needs one encodes it for all."""
 
     @property
     def kind(self) -> str:

@@ -21,7 +21,7 @@ __all__ = ["Follower", "Monitor"]
 WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
-"""Number of events after which other tasks run before a client takes further events."""
+"""Number of events after which `take` lets other tasks run. The last batch may exceed it."""
 PAUSE = 0.02
 """Maximum pause in seconds between writes to a follower. Each write wakes the follower, which delays notifications."""
 PAUSE_EACH = 0.005

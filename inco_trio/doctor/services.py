@@ -50,7 +50,7 @@ PATIENCE = 5.0
 """Maximum time in seconds that a command of a supervisor may take."""
 FD_STORE = f"{PREFIX}fdholder"
 SYSTEMD = "systemd"
-"""The name of the service that has the results for systemd itself."""
+"""The name under which results about systemd itself are reported."""
 _MEANINGS = {
     "2": "the command line is wrong: write the service again",
     str(os.EX_UNAVAILABLE): "the interface or a program is missing, or another process uses the socket of the link",
@@ -137,7 +137,7 @@ def services_of(link: str, services: Iterable[FoundService], netns: Path | None 
 
 
 def unanswered(services: Iterable[FoundService]) -> Iterator[Result]:
-    """Yield the warning of a supervisor that did not name its services."""
+    """Yield the warning that systemd did not list its units."""
     yield from (result for service in services if service.name == SYSTEMD for result in service.results)
 
 
@@ -191,7 +191,7 @@ def leftovers(
         except subprocess.TimeoutExpired:
             holders = [each.pid for each in processes.all if each.is_holder and is_stopped(each.pid)]
             own = [pid for pid in holders if working_directory(pid) == store.directory]
-            effect = "notifications of removed services may be there, but are not shown"
+            effect = "notifications of removed services may be stored there but are not shown"
             fix = f"kill -CONT {own[0]}" if own else None
             yield _unanswered("descriptors", path, "s6-fdholder-list", effect, fix)
             continue
@@ -335,7 +335,7 @@ def _of_s6(processes: Processes, root: Path) -> Iterator[_Found]:
             _service_of_s6(found[path], places, processes, root),
             found[path].supervisor or found[path].scanner,
         )
-        # The network namespace of a process that has ended is unknown: it would seem to be that of this thread.
+        # If the process has ended, `made` may contain the network namespace of this thread.
         if running is not None and _probe(running, places[running.pid], root):
             yield made
 
@@ -616,7 +616,7 @@ def _link_of(words: Sequence[str]) -> str | None:
 
 
 def _unanswered(check: str, subject: object, program: str, effect: str, fix: str | None = None) -> Result:
-    """Return the warning for a program of a supervisor that has not ended. `effect` says what is unknown therefore."""
+    """Return the warning for a supervisor's program that timed out. `effect` says what remains unknown."""
     text = f"{program} got no answer within {PATIENCE:g} s, so {effect}"
     return warn(check, subject, text if fix else f"{text}: repeat the check once the host is less busy", fix)
 

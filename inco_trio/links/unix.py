@@ -55,9 +55,9 @@ event reports some changes, such as a free descriptor, or a peer that binds the 
 PEEKED_MAX = 64
 """Maximum number of frames that `peek` returns or drops; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 16
-"""Maximum number of paths in the cache `UnixLink._senders`. Until the next `refresh`, datagrams from further paths are
-foreign, because resolving a path that another user has made can take milliseconds. The peer's path is always in the
-cache, and the last path that led to the peer is always resolved."""
+"""Number of paths in the cache `UnixLink._senders`. Datagrams from further paths are foreign until the next `refresh`,
+because resolving a path that another user has made can take milliseconds. The peer's path is always in the cache, and
+the last path that led to the peer is always resolved."""
 IN_USE = "in use by a running process (stop that process, or use another path)"
 
 

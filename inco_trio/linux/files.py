@@ -276,8 +276,8 @@ def open_output(path: Path) -> int:
 
     If the last component is a symlink, follow it only if root or this user owns it. Otherwise, another user could make
     root overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the
-    open use the same parent directory. The parent directories are not checked: their owners decide where they lead.
-    Refuse a hard link if another user may have made it. Raises OSError.
+    open use the same parent directory. The directories above are not checked: their owners decide where they lead.
+    Refuse a hard link if other users may write to its directory. Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     parent, name = os.open(path.parent, _PARENT), path.name or "."
@@ -315,7 +315,7 @@ def open_output(path: Path) -> int:
 def _check_names(fd: int, name: str, parent: int) -> None:
     """Check that an open file has no other name if other users may create files in its directory. Raises OSError.
 
-    The sysctl fs.protected_hardlinks can be 0. The other name may be that of any file on the same filesystem.
+    The sysctl fs.protected_hardlinks can be 0. Then a hard link may lead to any file on the same filesystem.
     """
     place = os.fstat(parent)
     if place.st_uid in (0, os.geteuid()) and not place.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -324,4 +324,5 @@ def _check_names(fd: int, name: str, parent: int) -> None:
     # Another user may have removed the hard link after open(2). Then only the other name is left.
     found = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if max(opened.st_nlink, found.st_nlink) > 1 or not os.path.samestat(opened, found):
-        raise PermissionError(errno.EACCES, "it is a hard link, which another user may have made")
+        text = "it is a hard link that another user may have made (choose a directory that only you can write)"
+        raise PermissionError(errno.EACCES, text)

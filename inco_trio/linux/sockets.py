@@ -20,7 +20,7 @@ SO_PASSPIDFD = 76
 SO_PASSRIGHTS = 83
 SO_INQ = 84
 RECEIVED_WITH_DATA = (socket.SO_PASSCRED, socket.SO_PASSSEC, SO_PASSPIDFD, SO_INQ)
-"""Options of a Unix socket with which the kernel adds control messages to received data, besides descriptors."""
+"""Options of a Unix socket that make the kernel add control messages other than descriptors to received data."""
 SOCKET_PATH_MAX = 107
 """Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
 

@@ -185,7 +185,7 @@ def _peek(queue: socket.socket, fds: list[int]) -> bytes:
     for option in RECEIVED_WITH_DATA:
         with suppress(OSError):  # Older kernels do not have all options.
             queue.setsockopt(socket.SOL_SOCKET, option, 0)
-    # Any descriptors fit: if the kernel truncates a message, this process may not open more descriptors.
+    # There is room for SCM_MAX_FD descriptors, so MSG_CTRUNC means that this process may not open more descriptors.
     room = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
     text = b""
     while True:

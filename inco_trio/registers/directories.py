@@ -117,7 +117,7 @@ class Directories:
         self._noted[key] = wd
 
     def _is_taken_over(self, directory: Directory, wd: int) -> bool:
-        """Return whether another path in the table had the directory, which was moved away from there. End its watch.
+        """Return whether the directory was moved here from another path in the table. If so, end its old watch.
 
         Raises UnfitFileError if both paths refer to the directory.
         """

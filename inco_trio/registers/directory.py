@@ -78,7 +78,7 @@ class Directory:
     above: set[int] = attrs.Factory(set)
     """The watch descriptors of the ancestor directories."""
     openings: int = 0
-    """How often this process has opened the directory, or has lost it while it was open."""
+    """A number that changes whenever this process opens or loses the directory; 0 before that."""
     awaited_in: int = 0
     """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
     missing_since: float | None = None

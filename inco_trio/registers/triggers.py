@@ -448,7 +448,7 @@ class Triggers:
 
 
 def _is_looked_at(trigger: Trigger) -> bool:
-    """Return whether the file was found since the directory was last opened."""
+    """Return whether the file was found since the directory was last opened or lost."""
     return trigger.looked_at == trigger.directory.openings
 
 

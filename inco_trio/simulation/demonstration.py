@@ -71,7 +71,7 @@ def _play(waiter: Waiter, applications: Applications, traffic: Sequence[Traffic]
             next_send = max(next_send + 1 / rate, time.monotonic())
         waiter.wait(screen.next if idle is None else min(next_send, screen.next))
         if late := [one for one in traffic if one.late]:
-            # The demonstration itself may be late: count what has arrived first. Each call reads one frame.
+            # The demonstration itself may be late. First count the frames that have arrived. Each call reads one frame.
             for _ in traffic:
                 waiter.wait(0)
             for one in late:
