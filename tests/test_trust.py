@@ -614,7 +614,7 @@ def test_an_output_is_no_hard_link_that_another_user_may_have_made(
         with pytest.raises(PermissionDeniedError) as refused:
             _save(b"plot", path)
         text = "cannot be written: it is a hard link that another user may have made"
-        assert str(refused.value) == f"{path}: {text}"
+        assert str(refused.value) == f"{path}: {text} (choose a directory that only you can write)"
         with pytest.raises(PermissionDeniedError, match=text):
             Recorder(path)
         assert victim.read_bytes() == b"precious"

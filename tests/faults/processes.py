@@ -14,7 +14,10 @@ import attrs
 
 from netns.hang import HANG
 
-__all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
+__all__ = ["INOTIFY", "Work", "injected", "packet_socket", "wait_idle", "wait_stopped", "work"]
+
+INOTIFY = "anon_inode:inotify"
+"""What the kernel calls an inotify descriptor in /proc/PID/fd."""
 
 
 @attrs.frozen
@@ -73,10 +76,15 @@ def wait_stopped(pid: int) -> None:
 
 
 @contextmanager
-def injected(pid: int, fault: str) -> Iterator[None]:
-    """Use strace to make system calls of the process fail: `injected(pid, "readv:error=ENOMEM:when=1")`."""
+def injected(pid: int, descriptor: str, fault: str) -> Iterator[None]:
+    """Use strace to make system calls of the process fail: `injected(pid, INOTIFY, "readv:error=ENOMEM:when=1")`.
+
+    Only calls for `descriptor` fail. This is its name in /proc/PID/fd. Other calls may be for clients, such as doctor
+    in another test.
+    """
     call = fault.partition(":")[0]
-    command = ["strace", "-f", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
+    which = ["-P", descriptor, "-e", f"trace={call}", "-e", f"inject={fault}"]
+    command = ["strace", "-f", "-p", str(pid), *which, "-o", "/dev/null"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
         try:
             _wait_traced(strace)
@@ -84,6 +92,12 @@ def injected(pid: int, fault: str) -> Iterator[None]:
         finally:
             strace.terminate()
             strace.communicate()  # strace also reports that it detaches.
+
+
+def packet_socket(pid: int) -> str:
+    """Return what the kernel calls a packet socket in /proc/PID/fd: the only one in the process's network namespace."""
+    [row] = Path(f"/proc/{pid}/net/packet").read_text().splitlines()[1:]
+    return f"socket:[{row.split()[-1]}]"
 
 
 def _wait_traced(strace: subprocess.Popen[bytes]) -> None:

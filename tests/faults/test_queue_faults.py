@@ -16,7 +16,7 @@ from inco_trio.simulation.world import Peer
 from netns.fixtures import Consumer, StartProxy
 from netns.hang import HANG
 from tests.faults.conftest import Board
-from tests.faults.processes import injected, wait_stopped
+from tests.faults.processes import INOTIFY, injected, packet_socket, wait_stopped
 
 
 def test_an_inotify_queue_overflow_sends_each_trigger(board: Board) -> None:
@@ -142,7 +142,8 @@ def test_inotify_limits_at_start_are_named(
     ],
 )
 def test_a_task_that_fails_is_restarted(board: Board, fault: str, task: str) -> None:
-    with injected(board.proxy.pid, fault):
+    descriptor = packet_socket(board.proxy.pid) if task == "receive" else INOTIFY
+    with injected(board.proxy.pid, descriptor, fault):
         board.core1.send(b"in_a")
         board.applications.trigger("out_a")
         board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
@@ -157,7 +158,7 @@ def test_a_task_that_fails_is_restarted(board: Board, fault: str, task: str) -> 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOMEM"])
 def test_a_failed_send_loses_nothing(board: Board, error: str) -> None:
-    with injected(board.proxy.pid, f"sendto:error={error}:when=1..4"):
+    with injected(board.proxy.pid, packet_socket(board.proxy.pid), f"sendto:error={error}:when=1..4"):
         for name in ("out_a", "out_b", "out_a"):
             board.applications.trigger(name)
         board.wire.wait(lambda: len(board.wire.order) >= 3, "pending notifications have not been sent")
@@ -170,7 +171,7 @@ def test_a_failed_read_in_a_batch_loses_nothing(board: Board) -> None:
     for _ in range(4):
         board.core1.send(b"in_a")
     # The first read gets a lone frame. In the batch that follows, two reads succeed and the third read fails.
-    with injected(board.proxy.pid, "recvfrom:error=ENOMEM:when=4"):
+    with injected(board.proxy.pid, packet_socket(board.proxy.pid), "recvfrom:error=ENOMEM:when=4"):
         os.kill(board.proxy.pid, signal.SIGCONT)
         board.core1.send(b"in_b")
         board.applications.wait(lambda: board.applications.closes["in_b"] > 0, "in_b has not been delivered")
@@ -178,7 +179,7 @@ def test_a_failed_read_in_a_batch_loses_nothing(board: Board) -> None:
 
 
 def test_a_programming_error_ends_the_process(board: Board) -> None:
-    with injected(board.proxy.pid, "readv:error=EBADF:when=1"):
+    with injected(board.proxy.pid, INOTIFY, "readv:error=EBADF:when=1"):
         board.applications.trigger("out_a")
         assert board.proxy.wait() == 70
     assert "Traceback" in board.proxy.log
