@@ -713,6 +713,22 @@ def test_a_removed_or_replaced_path_is_bound_again(
     assert caplog.messages == [f"{world.local}: the file was removed or replaced: bound a new socket"]
 
 
+def test_a_replaced_socket_accepts_no_frame_that_its_end_would_discard(world: World) -> None:
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        other.connect(str(world.local))
+        world.send(other, b"before")
+        world.local.unlink()
+        assert link.refresh()
+        with pytest.raises(BrokenPipeError):
+            other.send(encode(b"late", FOREIGN))
+        world.send(other, b"after")
+        assert receive(link) == [b"before", b"after"]
+        link.close()
+
+    run(main)
+
+
 def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()

@@ -280,6 +280,8 @@ class UnixLink:
         if sock is not self._socket:
             report(logger, logging.WARNING, f"{self.name}: the file was removed or replaced: bound a new socket")
             trio.lowlevel.notify_closing(self._socket)
+            # Closing the socket discards its queue. A sender that waits for room could fill it after the last read.
+            self._socket.shutdown(socket.SHUT_RD)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()
         self._bound = True
