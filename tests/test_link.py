@@ -209,6 +209,19 @@ def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: Packet
     assert 0 < len(sample) < 100
 
 
+def test_a_restricted_link_drops_a_known_name_before_other_bytes(link: PacketLink, core1: Peer) -> None:
+    link.expect({b"known"}, ())
+    assert link.restrict(True)
+    junk = encode(b"known", core1.mac) + bytes(20) + b"x"
+    for _ in range(2 * SAMPLE):
+        core1.send_raw(junk)
+    core1.send(b"known", pad=46)
+    names = [decode(frame) for frame in receive(link, 2 * SAMPLE + 1)]
+    # The probability that the sample exceeds this number is below 1e-20.
+    assert len(names) < 40
+    assert names[-1] == b"known"
+
+
 def test_new_names_replace_the_names_of_a_restricted_link(link: PacketLink, core1: Peer) -> None:
     link.expect({b"former"}, ())
     link.restrict(True)

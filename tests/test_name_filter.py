@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inco_trio.frame import HEADER_LENGTH, decode, encode
-from inco_trio.links.name_filter import DEPTHS, SAMPLE, accepts, name_filter
+from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, decode, encode
+from inco_trio.links.name_filter import DEPTHS, FORMS, SAMPLE, accepts, name_filter
 from inco_trio.linux import bpf
 from tests.support_bpf import accepted
 
@@ -24,13 +24,17 @@ def framed(payload: bytes) -> bytes:
     return encode(b"x", MAC)[:HEADER_LENGTH] + payload
 
 
-@given(st.sets(letters, max_size=12), payloads, st.integers(0, 60), st.sampled_from(DEPTHS))
-@example({b"ab", b"abab"}, b"aba", 0, 64)
-@example({b"a"}, b"a\0b", 0, 64)
-def test_the_filter_accepts_what_its_description_says(names: set[bytes], payload: bytes, pad: int, depth: int) -> None:
+@given(st.sets(letters, max_size=12), payloads, st.integers(0, 60), st.sampled_from(FORMS))
+@example({b"ab", b"abab"}, b"aba", 0, (64, False))
+@example({b"a"}, b"a\0b", 0, (64, False))
+@example({b"a"}, b"a\0b", 0, (64, True))
+def test_the_filter_accepts_what_its_description_says(
+    names: set[bytes], payload: bytes, pad: int, form: tuple[int, bool]
+) -> None:
     payload = payload.ljust(pad, b"\0")
-    code = name_filter(names, depth)
-    assert accepted(code, framed(payload)) == accepts(payload, names, depth)
+    depth, padding = form
+    code = name_filter(names, depth, padding=padding)
+    assert accepted(code, framed(payload)) == accepts(payload, names, depth, padding=padding)
     if decode(framed(payload)) in names:
         assert accepted(code, framed(payload))
 
@@ -43,8 +47,29 @@ def test_an_exact_filter_accepts_only_the_names(names: set[bytes], name: bytes, 
 @pytest.mark.parametrize("name", sorted(NAMES))
 @pytest.mark.parametrize("pad", [0, 46, 1500])
 def test_names_of_any_length_pass_with_any_padding(name: bytes, pad: int) -> None:
-    for depth in DEPTHS:
-        assert accepted(name_filter(NAMES, depth), framed(name.ljust(pad, b"\0")))
+    for depth, padding in FORMS:
+        assert accepted(name_filter(NAMES, depth, padding=padding), framed(name.ljust(pad, b"\0")))
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_known_name_before_other_bytes_is_dropped(name: bytes) -> None:
+    code = name_filter(NAMES, DEPTHS[0], padding=True)
+    longest = FRAME_MAX - HEADER_LENGTH
+    for length in (*range(len(name) + 1, 120), *range(longest - 40, longest + 1)):
+        padded = name.ljust(length, b"\0")
+        assert accepted(code, framed(padded))
+        for last in {len(name), (len(name) + length) // 2, length - 1}:
+            junk = padded[:last] + b"x" + padded[last + 1 :]
+            assert not accepted(code, framed(junk)) or junk[: len(name) + 1] in NAMES
+
+
+def test_a_known_name_in_a_frame_that_is_too_long_is_dropped() -> None:
+    longest = b"ihub".ljust(FRAME_MAX - HEADER_LENGTH, b"\0")
+    for depth, padding in FORMS:
+        code = name_filter(NAMES, depth, padding=padding)
+        assert accepted(code, framed(longest))
+        assert not accepted(code, framed(longest + b"\0"))
+        assert not accepts(longest + b"\0", NAMES, depth, padding=padding)
 
 
 @pytest.mark.parametrize("payload", [b"", b"j", b"ihu", b"ihub_", b"ihub_reset_irqs", b"x" * 65, b"\0ihub", b"IHUB"])

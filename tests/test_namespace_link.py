@@ -223,7 +223,7 @@ def test_a_flood_is_also_filtered_in_the_new_namespace(
             give(name, cores_now.core0)
             assert link.refresh()
             assert link._inner is not None
-            assert (link._inner._depth is not None) == on
+            assert (link._inner._form is not None) == on
         link.close()
 
     trio.run(main)

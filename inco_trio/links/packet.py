@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 import trio
 
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
-from inco_trio.frame import ETHERTYPE, HEADER_LENGTH, encode
+from inco_trio.frame import ETHERTYPE, FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.links import name_filter
 from inco_trio.links.link import LinkDownError
 from inco_trio.linux import bpf, if_packet
@@ -91,8 +91,8 @@ class PacketLink:
         self._index = 0
         self._names: Collection[bytes] = ()
         self._outbound: Collection[bytes] = ()
-        self._depth: int | None = None
-        """How many bytes of a name the filter compares, or None if it accepts all names."""
+        self._form: tuple[int, bool] | None = None
+        """How many bytes of a name the filter compares, and whether the padding, too. None: it accepts all frames."""
         self._sampled = False
         """Whether the queue contains only frames that the current filter has accepted."""
         self._frames: dict[str, bytes] = {}
@@ -183,7 +183,7 @@ class PacketLink:
         index = 0 if interface is None else interface.index
         if index != self._index:
             self._index = index
-            self.restrict(self._depth is not None)
+            self.restrict(self._form is not None)
         if interface is None:
             return False
         if self._bound_address(interface) is None:
@@ -218,28 +218,34 @@ class PacketLink:
     def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
         self._names, self._outbound = inbound, outbound
         self._warn_of_short_names()
-        if self._depth is not None:
+        if self._form is not None:
             self.restrict(True)
 
     def restrict(self, on: bool) -> bool:
         # A filter that compares fewer bytes needs less memory, which net.core.optmem_max limits.
-        for depth in name_filter.DEPTHS if on else ():
+        for form in name_filter.FORMS if on else ():
             with contextlib.suppress(OSError):
-                self._attach(depth)
+                self._attach(form)
                 return True
         self._attach(None)
         return False
 
-    def _attach(self, depth: int | None) -> None:
-        names = (bpf.ACCEPT,) if depth is None else name_filter.name_filter(self._names, depth)
+    def _attach(self, form: tuple[int, bool] | None) -> None:
+        names: Sequence[bpf.Instruction] = (bpf.ACCEPT,)
+        if form is not None:
+            names = name_filter.name_filter(self._names, form[0], padding=form[1])
         bpf.attach_filter(self._socket, bpf.program((*HEAD, *_from_interface(self._index), *names)))
-        self._depth = depth
+        self._form = form
         self._sampled = False
 
     def stands_for(self, frame: memoryview) -> int:
-        if self._depth is None or not self._sampled:
+        if self._form is None or not self._sampled:
             return 1
-        known = name_filter.accepts(bytes(frame[HEADER_LENGTH:]), self._names, self._depth)
+        depth, padding = self._form
+        # Only the first FRAME_MAX bytes of a longer frame were read.
+        known = len(frame) < FRAME_MAX and name_filter.accepts(
+            bytes(frame[HEADER_LENGTH:]), self._names, depth, padding=padding
+        )
         return 1 if known else name_filter.SAMPLE
 
     def _warn_of_short_names(self) -> None:
