@@ -847,6 +847,50 @@ def test_a_board_whose_link_changes_continues_its_history(board: Board) -> None:
     assert board.status()["history"]["waiting"] == 0
 
 
+@pytest.mark.parametrize(
+    ("boards", "forget", "kept"),
+    [
+        (None, None, True),
+        (["b"], None, True),
+        (["a"], None, False),
+        (None, {}, False),
+        (None, {"boards": ["b"]}, False),
+        (["b"], {"boards": ["b"]}, False),
+        (None, {"boards": ["a"]}, True),
+    ],
+)
+def test_a_board_that_opens_without_its_former_follower_keeps_its_notifications(
+    board: Board, boards: list[str] | None, forget: dict[str, object] | None, kept: bool
+) -> None:
+    directory = board.home / "boards"
+    directory.mkdir()
+    (directory / "a.json").write_text(
+        json.dumps({"link": f"unix:{board.home}/a0,peer={board.home}/a1", "irq_dir": str(board.home / "a")})
+    )
+    peer = board.core1()
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    first = board.client()
+    first.ask({"request": "follow", "boards": boards} if boards else {"request": "follow"})
+    first.end()
+    client, monitor = board.client(), board.client()
+    monitor.ask({"request": "monitor"})
+    if forget is not None:
+        client.ask({"request": "forget", **forget})
+    (directory / "b.json").write_text(
+        json.dumps({"link": f"unix:{board.home}/core0,peer={board.home}/core1", "irq_dir": str(board.irq)})
+    )
+    assert client.ask({"request": "reload"}) == {"refused": []}
+    board.inbound(peer)
+    monitor.until(event="notification", board="b")
+    second = board.client()
+    position = second.ask({"request": "follow"})["follow"]["b"]
+    assert (position["acknowledged"], position["sequence"]) == ((0, 1) if kept else (1, 1))
+    if kept:
+        assert second.until(event="notification")["sequence"] == 1
+
+
 def test_notifications_beyond_the_limit_are_merged_by_signal(board: Board) -> None:
     peer = board.core1()
     board.running()

@@ -289,6 +289,7 @@ class Connection:
         )  # fmt: skip
         self._monitor = follower
         self._feed.add(follower)
+        self._feed.followed.add(request.boards)
         # A board may have been opened before `proxies` contains it: its link does not exist, or other boards follow.
         for name, keep in self._feed.histories_of.items():
             if follower.follows(name):
@@ -327,6 +328,9 @@ class Connection:
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
         """End the histories of boards that have no follower. Return the names of these boards."""
         self._check_permitted("forget")
+        self._feed.followed.forget(request.boards)
+        for follower in self._feed.followers:
+            self._feed.followed.add(follower.boards)
         followed = {board for follower in self._feed.followers for board in follower.cursors}
         forgotten = []
         for name, proxy in self._served.proxies().items():

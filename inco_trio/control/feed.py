@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,6 +80,38 @@ class HistoryTurn:
     """The scope in which the response is written while a request holds the lock."""
 
 
+@attrs.define(eq=False, repr=False)
+class _Followed:
+    """The boards that a client has followed since the start of the process, whether or not they are open."""
+
+    all: bool = attrs.field(default=False, init=False)
+    """Whether a client followed all boards, including later ones."""
+    names: set[str] = attrs.field(factory=set, init=False)
+    """The boards that a client followed by name."""
+    forgotten: set[str] = attrs.field(factory=set, init=False)
+    """The boards that were forgotten by name. They are exceptions from `all`."""
+
+    def add(self, boards: Collection[str] | None) -> None:
+        if boards is None:
+            self.all = True
+            self.forgotten.clear()
+        else:
+            self.names.update(boards)
+            self.forgotten.difference_update(boards)
+
+    def forget(self, boards: Collection[str] | None) -> None:
+        if boards is None:
+            self.all = False
+            self.names.clear()
+            self.forgotten.clear()
+        else:
+            self.names.difference_update(boards)
+            self.forgotten.update(boards)
+
+    def __contains__(self, board: str) -> bool:
+        return board in self.names or (self.all and board not in self.forgotten)
+
+
 class Feed:
     """A `notifications.Listener` that passes all events of `served` to monitors and followers."""
 
@@ -87,6 +119,8 @@ class Feed:
         self.served = served
         self.monitors: set[Monitor] = set()
         self.followers: Sequence[Follower] = ()
+        self.followed = _Followed()
+        """A board among these keeps its notifications even if it is opened while no follower is connected."""
         self.histories_of: dict[str, Callable[[], History]] = {}
         """For each board that has been opened, the argument of `opened`. The link of the board may not exist yet."""
         self._others: Sequence[Monitor] = ()
@@ -155,6 +189,8 @@ class Feed:
 
     def opened(self, keep: Callable[[], History]) -> None:
         self.histories_of[self._board] = keep
+        if self._board in self.followed:
+            keep()
         for follower in self.followers:
             if follower.follows(self._board):
                 history = keep()
