@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["HISTORIES_MAX", "Batch", "Feed", "HistoryTurn", "Reload", "Served"]
+__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Followed", "HistoryTurn", "Reload", "Served"]
 
 HISTORIES_MAX = 4
 """Maximum number of `history` requests of other users that are answered at the same time, one of each user.
@@ -80,36 +80,34 @@ class HistoryTurn:
     """The scope in which the response is written while a request holds the lock."""
 
 
-@attrs.define(eq=False, repr=False)
-class _Followed:
+class Followed:
     """The boards that a client has followed since the start of the process, whether or not they are open."""
 
-    all: bool = attrs.field(default=False, init=False)
-    """Whether a client followed all boards, including later ones."""
-    names: set[str] = attrs.field(factory=set, init=False)
-    """The boards that a client followed by name."""
-    forgotten: set[str] = attrs.field(factory=set, init=False)
-    """The boards that were forgotten by name. They are exceptions from `all`."""
+    def __init__(self) -> None:
+        self._is_all = False
+        """Whether a client followed all boards, including later ones, except those in `_forgotten`."""
+        self._names: set[str] = set()
+        self._forgotten: set[str] = set()
 
     def add(self, boards: Collection[str] | None) -> None:
         if boards is None:
-            self.all = True
-            self.forgotten.clear()
+            self._is_all = True
+            self._forgotten.clear()
         else:
-            self.names.update(boards)
-            self.forgotten.difference_update(boards)
+            self._names.update(boards)
+            self._forgotten.difference_update(boards)
 
     def forget(self, boards: Collection[str] | None) -> None:
         if boards is None:
-            self.all = False
-            self.names.clear()
-            self.forgotten.clear()
+            self._is_all = False
+            self._names.clear()
+            self._forgotten.clear()
         else:
-            self.names.difference_update(boards)
-            self.forgotten.update(boards)
+            self._names.difference_update(boards)
+            self._forgotten.update(boards)
 
     def __contains__(self, board: str) -> bool:
-        return board in self.names or (self.all and board not in self.forgotten)
+        return board in self._names or (self._is_all and board not in self._forgotten)
 
 
 class Feed:
@@ -119,8 +117,8 @@ class Feed:
         self.served = served
         self.monitors: set[Monitor] = set()
         self.followers: Sequence[Follower] = ()
-        self.followed = _Followed()
-        """A board among these keeps its notifications even if it is opened while no follower is connected."""
+        self.followed = Followed()
+        """Each of these boards keeps its notifications, even if it is opened while no follower is connected."""
         self.histories_of: dict[str, Callable[[], History]] = {}
         """For each board that has been opened, the argument of `opened`. The link of the board may not exist yet."""
         self._others: Sequence[Monitor] = ()
