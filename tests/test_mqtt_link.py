@@ -179,6 +179,24 @@ def test_a_frame_that_is_larger_than_the_brokers_packets_does_not_block_others(t
             assert "the broker allows packets of 700 bytes, but the longest frames need " in bridge.log
 
 
+def test_a_frame_that_exceeds_the_brokers_size_limit_for_messages_does_not_block_others(tmp_path: Path) -> None:
+    """mosquitto does not announce its option `message_size_limit`."""
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, stack, "message_size_limit 700")
+        bridges = bench.joined()
+        here, there = bench.cores
+        os.kill(bridges[0].process.pid, signal.SIGSTOP)
+        small = [frame(number) + bytes(200) for number in range(6)]
+        for data in (*small[:4], bytes(1500), *small[4:]):
+            here.send(data)
+        os.kill(bridges[0].process.pid, signal.SIGCONT)
+        assert [there.receive() for _ in small] == small
+        told = counters(bridges[0], len(small))
+        assert (told["published"], told["too_large"]) == (len(small), 1)
+        assert counters(bridges[1])["missed"] == 0
+        assert "dropped a frame of 1500 bytes (counted as too_large): Packet too large" in bridges[0].log
+
+
 def test_the_longest_frame_fits_into_the_packets_that_the_bridge_asks_for(tmp_path: Path) -> None:
     with ExitStack() as stack:
         bench = Bench(tmp_path, stack, "max_packet_size 700")

@@ -161,6 +161,16 @@ def test_messages_that_are_too_large_are_not_sent() -> None:
     assert (packets, refused.refusals[0] is not None and refused.refusals[0].is_too_large) == ([], True)
 
 
+def test_a_message_that_exceeds_mosquittos_message_size_limit_is_too_large() -> None:
+    """mosquitto then sends a reason code that MQTT 5 does not allow in a PUBACK."""
+    session = opened()
+    receipts, (packet, _) = publish(session, Message("a", b"1"), Message("a", b"2"))
+    assert packet.packet_id is not None
+    session.feed(b"\x40\x03" + packet.packet_id.to_bytes(2) + b"\x95")
+    assert receipts.refusals == [Refusal("Packet too large", is_too_large=True), None]
+    assert receipts.left == 1
+
+
 def test_topics_that_mqtt_does_not_allow_are_refused() -> None:
     receipts, packets = publish(opened(), Message("a/#", b""), Message("", b""), Message("a" * 70_000, b""))
     assert packets == []

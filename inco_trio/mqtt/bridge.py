@@ -373,7 +373,10 @@ class Bridge:
             changed = self._changed
             (refusal,) = await connection.publish([message], heard=heard)
             if refusal is None or refusal.is_too_large:
-                self._problems.well(message.topic)
+                if refusal is None or heard:  # The caller reports a frame that is too large.
+                    self._problems.well(message.topic)
+                else:
+                    self._problems.failed(message.topic, f"not published: {refusal}")
                 return refusal
             if refusal.is_unheard:
                 if not logged:

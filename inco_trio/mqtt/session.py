@@ -64,6 +64,11 @@ _FAILURE = 0x80
 _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
 """Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
+_PUBACK, _TOO_LARGE = 0x40, 0x95
+"""The first byte of a PUBACK, and mosquitto's reason code for a message that exceeds its `message_size_limit`.
+
+MQTT 5 does not allow this code in a PUBACK, so the codec refuses it.
+"""
 _QOS_2_REFUSED = mqtt5.PubRecReasonCode.IMPLEMENTATION_SPECIFIC_ERROR
 _QOS_0, _QOS = mqtt5.QoS.AT_MOST_ONCE, mqtt5.QoS.AT_LEAST_ONCE
 
@@ -148,7 +153,7 @@ class Refusal:
 
     reason: str
     is_too_large: bool = False
-    """Whether the message is larger than the broker's Maximum Packet Size. The message was not sent."""
+    """Whether the message is larger than the broker allows. It was not sent, or the broker has dropped it."""
     is_unheard: bool = False
     """Whether the topic has no subscribers."""
 
@@ -326,7 +331,11 @@ class Session:
         self._data += data
         place = number = 0
         while (end := self._end_of_packet(place)) is not None:
-            self._handle(self._decode(bytes(self._data[place:end])))
+            packet = bytes(self._data[place:end])
+            if packet[0] == _PUBACK and packet[1] < 0x80 and packet[4:5] == bytes([_TOO_LARGE]):
+                self._settle(int.from_bytes(packet[2:4]), Refusal("Packet too large", is_too_large=True))
+            else:
+                self._handle(self._decode(packet))
             place, number = end, number + 1
         if place:
             del self._data[:place]
@@ -391,17 +400,19 @@ class Session:
                 raise BrokerLostError(self._subject, f"sent an unexpected packet ({kind})")
 
     def _on_puback(self, packet: mqtt5.PubAckPacket) -> None:
-        receipts, number, topic = self._awaited.pop(packet.packet_id, (None, 0, ""))
+        code = packet.reason_code.value
+        self._settle(packet.packet_id, Refusal(_text(packet), is_unheard=code < _FAILURE) if code else None)
+
+    def _settle(self, packet_id: int, refusal: Refusal | None) -> None:
+        """Settle the message that the broker has answered."""
+        receipts, number, topic = self._awaited.pop(packet_id, (None, 0, ""))
         if receipts is None:
             return
-        refusal, code = None, packet.reason_code.value
-        if code >= _FAILURE:
-            refusal = Refusal(_text(packet))
-        else:
+        if refusal is None or refusal.is_unheard:
             if topic in self._aliases:
                 self._known_aliases.add(topic)
-            if code and receipts.heard:
-                refusal = Refusal(_text(packet), is_unheard=True)
+            if not receipts.heard:
+                refusal = None
         receipts.settle(number, refusal)
 
     def _on_suback(self, packet: mqtt5.SubAckPacket) -> None:
