@@ -596,6 +596,49 @@ def test_a_report_may_include_frames_that_the_broker_has_not_acknowledged() -> N
     memory.close()
 
 
+def test_one_forged_message_does_not_stop_the_bridge(bench: Bench) -> None:
+    """After a message with a high number, the other side takes the next frames for duplicates."""
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    bridges = bench.joined()
+    here, there = bench.cores
+    here.send(frame(0))
+    assert there.receive() == frame(0)
+    own = reader.next(lambda told: told.topic == "lab/wire/core0/frames" and told.payload.endswith(frame(0)))
+    forged = Batch(Batch.decode(own.payload).boot, NUMBER_MAX, [])
+    reader.publish("lab/wire/core0/frames", forged.encode())
+    bridges[1].wait_log("frames of core0 that the broker had acknowledged")
+    for number in range(2 * WINDOW):
+        here.send(frame(number))
+    bridges[0].wait_log("core1 has confirmed frames that do not exist: another program publishes to the topics")
+    here.send(LAST)
+    while there.receive() != LAST:
+        pass
+    assert counters(bridges[1])["duplicates"] <= WINDOW
+
+
+def test_forged_reports_do_not_stop_the_bridge(tmp_path: Path) -> None:
+    bridge = unopened_bridge(tmp_path)
+    memory = Memory.open(None)
+    bridge._progress = Progress(memory.numbers)
+    bridge._progress.number(1)
+    boots: list[bytes] = []
+
+    class ForgingConnection:
+        async def publish(self, messages: list[Message], **_: object) -> list[None]:
+            boots.append(Batch.decode(messages[0].payload).boot)
+            bridge._progress.reported(NUMBER_MAX)
+            bridge._reported.set()
+            return [None] * len(messages)
+
+    async def main() -> None:
+        await bridge._await_room(ForgingConnection())  # type: ignore[arg-type]
+        assert (len(boots), len(set(boots)), bridge._progress.has_room) == (2, 2, True)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    memory.close()
+
+
 @pytest.mark.parametrize("is_inherited", [False, True])
 def test_a_process_with_stored_numbers_reports_a_discarded_session(
     tmp_path: Path, is_inherited: bool, caplog: pytest.LogCaptureFixture

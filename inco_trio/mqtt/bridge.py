@@ -35,7 +35,7 @@ from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings
 from inco_trio.links.unix import UnixLink
 from inco_trio.mqtt.bridge_codec import Batch, decode_report, decode_status, encode_report, encode_status
-from inco_trio.mqtt.bridge_progress import Memory, Progress
+from inco_trio.mqtt.bridge_progress import WINDOW, Memory, Progress
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.session import (
@@ -340,8 +340,16 @@ class Bridge:
 
         For example, mosquitto drops messages that its ACL does not allow the other side to read, and acknowledges them.
         """
-        progress, pause = self._progress, REPORT_PATIENCE
-        while not progress.has_room:
+        progress, pause, has_restarted = self._progress, REPORT_PATIENCE, False
+        while not progress.has_room or (progress.is_refuted and not has_restarted):
+            if progress.is_refuted and not has_restarted:
+                # The other side would drop the next frames as duplicates. The report may also be forged: in case that
+                # further forged reports follow, start only one numbering before the next frames are published.
+                has_restarted = True
+                progress.restart()
+                text = f"{self._other} has confirmed frames that do not exist: another program publishes to the topics"
+                text += f" of this bridge; restarting the numbering; up to {WINDOW} frames are lost"
+                logger.error("%s: %s", self._broker, text)
             self._reported = trio.Event()
             await self._publish_batch(connection, Batch(progress.boot, progress.following, [], report=True))
             with trio.move_on_after(pause) as scope:

@@ -82,6 +82,8 @@ class Progress:
         self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
         self.is_inherited = bool(len(numbers))
         """Whether an earlier process of this side has stored numbers."""
+        self.is_refuted = False
+        """Whether the last report contained a number that this side has not used yet."""
 
     def number(self, queue: int) -> bool:
         """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is new.
@@ -90,10 +92,18 @@ class Progress:
         """
         if self._sent.rpartition(b":")[2] == b"%d" % queue:
             return False
+        self._start(queue)
+        return True
+
+    def restart(self) -> None:
+        """Start a new numbering of the same socket."""
+        self._start(int(self._sent.rpartition(b":")[2]))
+
+    def _start(self, queue: int) -> None:
         self._numbers[self._sent] = self._numbers[self._LIMIT] = 0
         self._sent = self._SENT + b"%s:%d" % (os.urandom(8).hex().encode(), queue)
         self._numbers[self._sent] = FIRST
-        return True
+        self.is_refuted = False
 
     @property
     def has_room(self) -> bool:
@@ -107,8 +117,10 @@ class Progress:
         """Record that the other side has written all frames up to `number`.
 
         A higher number than that of the last published frame is possible: the broker's acknowledgement of the next
-        frames may be lost.
+        frames may be lost. Those are fewer than WINDOW. A higher number proves that another program has published to a
+        topic of the bridge.
         """
+        self.is_refuted = number >= self.following + WINDOW
         written = min(number, self.following - 1)
         self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], written + WINDOW)
 
