@@ -417,6 +417,29 @@ def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[
     assert imported & unwanted == set()
 
 
+COLLECTOR = """
+import contextlib, gc, sys, trio
+from inco_trio.cli import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "inco_trio.service.daemon":
+            print(gc.isenabled())
+
+sys.meta_path.insert(0, Finder())
+trio.run = lambda *_: print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+main(["run", "none0", "--irq-dir", "/proc/nowhere"])
+gc.disable()
+with contextlib.suppress(SystemExit):
+    main(["run", "--no-such-option"])
+print(gc.isenabled())
+"""
+
+
+def test_the_garbage_collector_is_disabled_only_while_the_daemon_starts() -> None:
+    assert finished(sys.executable, "-c", COLLECTOR).stdout.splitlines() == ["False", "True True", "True"]
+
+
 # The following tests run the command in this process, because coverage cannot measure these failures in a child.
 
 

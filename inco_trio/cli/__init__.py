@@ -1,10 +1,12 @@
 """The entry points of the command line. Each command has its own module in this package.
 
-The entry points of the daemon start to record process signals before they import anything else.
+The entry points of the daemon start to record process signals before they import anything else. They also disable the
+garbage collector, because the imports create few cycles. `service.runner.run_service` enables it again.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["run"]:
         process_signals.hold()
+        gc.disable()
     try:
         from inco_trio.cli.parser import run_command
 
@@ -25,11 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         process_signals.end_by_interrupt()
         raise
+    finally:
+        gc.enable()
 
 
 def inco_proxy(arguments: Sequence[str] | None = None) -> int:
     """Run `inco_proxy`, the command that start scripts of inco-trio's predecessor call; return its exit code."""
     process_signals.hold()
-    from inco_trio.cli.parser import run_drop_in
+    gc.disable()
+    try:
+        from inco_trio.cli.parser import run_drop_in
 
-    return run_drop_in(sys.argv[1:] if arguments is None else list(arguments))
+        return run_drop_in(sys.argv[1:] if arguments is None else list(arguments))
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -64,6 +65,9 @@ def run_service(
     stamped = needs_timestamps(timestamps, fd, is_s6_service=notification_fd is not None)
     write_held = set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
     service = make()
+    # The modules and classes stay until the process ends, so the garbage collector never needs to examine them.
+    gc.freeze()
+    gc.enable()
     try:
         trio.run(Runner(service, notification_fd, write_held).run)
     except IncoError:
