@@ -127,13 +127,12 @@ def parse_board(text: bytes, source: str) -> Board:
     return Board(tuple(places), tuple(notes))
 
 
-# attrs builds these classes at every proxy start. Without slots, repr and eq, this takes much less time.
-@attrs.frozen(slots=False, repr=False, eq=False)
 class _Address:
     """A register in the form that udrv.json uses: "<device>.<register>"."""
 
-    device: str
-    register: str
+    def __init__(self, device: str, register: str) -> None:
+        self.device = device
+        self.register = register
 
 
 def _to_address(text: str) -> _Address:
@@ -146,7 +145,6 @@ def _to_address(text: str) -> _Address:
 ADDRESS = Rule((str,), "<device>.<register>", lambda text: "." in text, _to_address)
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class _Device:
     """An entry of the table `file` in a udrv.json."""
 
@@ -154,7 +152,6 @@ class _Device:
     """The absolute path of the directory. Devices that share it must use the same path. The proxy creates it."""
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class _Reg:
     """An entry of the table `misc.ihub_config_dev.regs` in a udrv.json."""
 
@@ -162,7 +159,6 @@ class _Reg:
     """`"<device>.<register>"`: the text after the first dot is the name of a file in the device's directory."""
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class _Entry:
     """An entry of `misc.inco_proxy.signals`, whose key is the wire name. Unknown keys in the entry are an error."""
 
@@ -172,14 +168,14 @@ class _Entry:
     """`"<device>.<register>"`, in the same form as for the built-in signals."""
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class _Found:
     """A signal whose device has not been looked up yet. `where` is the key path of its entry."""
 
-    name: str
-    direction: Direction
-    address: _Address
-    where: str
+    def __init__(self, name: str, direction: Direction, address: _Address, where: str) -> None:
+        self.name = name
+        self.direction = direction
+        self.address = address
+        self.where = where
 
 
 def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
@@ -193,7 +189,7 @@ def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
             if fault := name_fault(name):
                 signals.fault(name, fault)
             if entry := signals.table(name):
-                entry.only(field.name for field in attrs.fields(_Entry))
+                entry.only(_Entry.__annotations__)
                 direction, address = entry.value("direction", RULES[Direction]), entry.value("reg", ADDRESS)
                 if direction and address and not fault:
                     yield _Found(name, direction, address, entry.where)

@@ -88,16 +88,16 @@ class Signal:
         return self.directory / self.register
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class BuiltinSignal:
     """A signal that every board has. A udrv.json may select another register for it."""
 
-    name: str
-    direction: Direction
-    reg: str
-    """The key in `misc.ihub_config_dev.regs`."""
-    register: str
-    """The default file name of the register."""
+    def __init__(self, name: str, direction: Direction, reg: str, register: str) -> None:
+        self.name = name
+        self.direction = direction
+        self.reg = reg
+        """The key in `misc.ihub_config_dev.regs`."""
+        self.register = register
+        """The default file name of the register."""
 
 
 BUILTIN = (

@@ -93,15 +93,20 @@ class InvalidValueError(ValueError):
     """A value violates its rule. The exception's message gives the reason."""
 
 
-# attrs builds this class at every proxy start. Without slots, repr and eq, this takes much less time.
-@attrs.frozen(slots=False, repr=False, eq=False)
 class Rule:
     """A rule for a JSON value. `convert` returns the Python value, or raises InvalidValueError."""
 
-    types: tuple[type, ...]
-    expected: str
-    is_valid: Callable[[Any], bool] = lambda _: True
-    convert: Callable[[Any], Any] = lambda value: value
+    def __init__(
+        self,
+        types: tuple[type, ...],
+        expected: str,
+        is_valid: Callable[[Any], bool] = lambda _: True,
+        convert: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        self.types = types
+        self.expected = expected
+        self.is_valid = is_valid
+        self.convert = convert
 
     def __call__(self, value: object, _: object = None) -> Any:
         """Check and convert a value. Raises InvalidValueError."""
@@ -200,13 +205,13 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class Table:
     """A JSON object at the key path `where`. Its methods record errors in `problems`."""
 
-    values: dict[str, object]
-    where: str = ""
-    problems: list[str] = attrs.Factory(list)
+    def __init__(self, values: dict[str, object], where: str = "", problems: list[str] | None = None) -> None:
+        self.values = values
+        self.where = where
+        self.problems = [] if problems is None else problems
 
     def path(self, key: str) -> str:
         """Return the key path of a key. Quote a key that is not a plain word."""

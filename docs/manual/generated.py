@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
+
 from docs.fields import described, figures, table
 from docs.manual.completion import complete
 from docs.manual.page import command_pages, configuration_page, drop_in_page
@@ -21,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 MAN = Path("docs/man")
 MAN5 = Path("docs/man5")
 COMPLETION = Path("docs/completion")
+DEVICE, REG, ENTRY = map(attrs.frozen, (config._Device, config._Reg, config._Entry))
+"""The tables of a udrv.json. The proxy does not create instances of these classes."""
 EXAMPLE = Path(config.__file__).with_name("example.json")
 TABLE = re.compile(r"^(<!-- table: (.+?) -->\n)(?:\|.*\n)*", re.MULTILINE)
 """A generated table of a page, with the comment that names it."""
@@ -43,9 +47,9 @@ def generate() -> dict[Path, str]:
 def _pages() -> dict[Path, str]:
     """Return the pages that contain tables, with their current tables."""
     tables: dict[str, Callable[[], list[str]]] = {
-        "file.<device>": lambda: table(config._Device, "file.<device>."),
-        "misc.ihub_config_dev.regs.<reg>": lambda: table(config._Reg, "misc.ihub_config_dev.regs.<reg>."),
-        "misc.inco_proxy.signals.<wire name>": lambda: table(config._Entry, "misc.inco_proxy.signals.<wire name>."),
+        "file.<device>": lambda: table(DEVICE, "file.<device>."),
+        "misc.ihub_config_dev.regs.<reg>": lambda: table(REG, "misc.ihub_config_dev.regs.<reg>."),
+        "misc.inco_proxy.signals.<wire name>": lambda: table(ENTRY, "misc.inco_proxy.signals.<wire name>."),
         "NAME.json": lambda: table(BoardFile),
         "gateway.json": lambda: table(GatewayConfig),
         "broker": lambda: table(Credentials, "broker."),
@@ -72,9 +76,9 @@ def _signals() -> list[str]:
 def _keys() -> list[tuple[str, str]]:
     """Return each key of udrv.json with its description."""
     tables = {
-        "file.DEVICE": config._Device,
-        "misc.ihub_config_dev.regs.REG": config._Reg,
-        "misc.inco_proxy.signals.SIGNAL": config._Entry,
+        "file.DEVICE": DEVICE,
+        "misc.ihub_config_dev.regs.REG": REG,
+        "misc.inco_proxy.signals.SIGNAL": ENTRY,
     }
     return [(f"{table}.{key}", what) for table, cls in tables.items() for key, what in described(cls).items()]
 

@@ -201,7 +201,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
 }
 """The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
-_SET = attrs.evolve(NAMES, convert=frozenset)
+_SET = Rule(NAMES.types, NAMES.expected, NAMES.is_valid, frozenset)
 _POSITIONS = Rule(
     (list,),
     "a list of lists [board, boot, sequence]",
