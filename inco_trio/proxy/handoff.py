@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Generic, NoReturn, TypeVar
 
-import attrs
 import trio
 
 from inco_trio import real_clock
@@ -22,27 +21,36 @@ Item = TypeVar("Item")
 """The type of an item in a batch: a state file to write, or a signal to send."""
 
 
-@attrs.define(eq=False, repr=False)
 class Batch(Generic[Item]):
     """Notifications, in order, that one task reads and another task writes or sends."""
 
-    items: list[Item]
-    banks: Sequence[tuple[Bank, int]] = ()
-    """The parts of the in-flight buffer to clear once all items are finished, each with the number of bytes in use."""
-    watches: Mapping[bytes, int] = attrs.field(factory=dict)
-    """The watches to store once all items are finished; see `Triggered.watches`."""
-    drained: bool = True
-    """Whether the kernel's queue was empty after the read."""
-    frames: Sequence[bytes] = ()
-    """The frame of each item. Empty unless `Listener.wants_frames` is set."""
-    pending_since: int = 0
-    """When the items became pending, or 0; see `Listener.carried`."""
-    is_reported: bool = False
-    """Whether the items were reported as pending."""
-    offered: int = 0
-    """When the hand-over began (real_clock.monotonic_ns()), or 0 if the consumer took the batch immediately."""
-    finished: trio.Event | None = None
-    """An event that is set once all items are finished."""
+    def __init__(
+        self,
+        items: list[Item],
+        banks: Sequence[tuple[Bank, int]] = (),
+        watches: Mapping[bytes, int] | None = None,
+        drained: bool = True,
+        frames: Sequence[bytes] = (),
+        pending_since: int = 0,
+        finished: trio.Event | None = None,
+    ) -> None:
+        self.items = items
+        self.banks = banks
+        """The parts of the in-flight buffer to clear once all items are finished, each with its used size in bytes."""
+        self.watches = {} if watches is None else watches
+        """The watches to store once all items are finished; see `Triggered.watches`."""
+        self.drained = drained
+        """Whether the kernel's queue was empty after the read."""
+        self.frames = frames
+        """The frame of each item. Empty unless `Listener.wants_frames` is set."""
+        self.pending_since = pending_since
+        """When the items became pending, or 0; see `Listener.carried`."""
+        self.is_reported = False
+        """Whether the items were reported as pending."""
+        self.offered = 0
+        """When the hand-over began (real_clock.monotonic_ns()), or 0 if the consumer took the batch immediately."""
+        self.finished = finished
+        """An event that is set once all items are finished."""
 
     @property
     def has_waited(self) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-import attrs
 import trio
 
 from inco_trio import real_clock
@@ -56,17 +55,26 @@ SHORTLY = 0.2
 """Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
-# attrs builds this class at every proxy start. Without slots, repr and eq, this takes much less time.
-@attrs.define(slots=False, repr=False, eq=False)
 class _Parts:
-    counters: Counters
-    fd_store: FdStore
-    events: Events
-    registers: Registers
-    link: Link
-    handoffs: tuple[Handoff[StateFile], Handoff[Signal]]
-    inbound: Inbound
-    outbound: Outbound
+    def __init__(
+        self,
+        counters: Counters,
+        fd_store: FdStore,
+        events: Events,
+        registers: Registers,
+        link: Link,
+        handoffs: tuple[Handoff[StateFile], Handoff[Signal]],
+        inbound: Inbound,
+        outbound: Outbound,
+    ) -> None:
+        self.counters = counters
+        self.fd_store = fd_store
+        self.events = events
+        self.registers = registers
+        self.link = link
+        self.handoffs = handoffs
+        self.inbound = inbound
+        self.outbound = outbound
 
 
 class Proxy:
@@ -423,21 +431,31 @@ class Proxy:
                 health.well()
 
 
-@attrs.define(slots=False, repr=False, eq=False)
 class Ground:
     """The resources that a proxy uses and that the board's next proxy inherits."""
 
-    inflight: Inflight
-    inotify: Watcher
-    mounts: Mounts
-    fds: Mapping[str, int]
-    """The descriptors to put into the fd store, keyed by name."""
-    around: Surroundings
-    leave_nothing: bool
-    """Whether to delete the link's socket file when the proxy closes, because no later proxy needs it."""
-    listener: Listener | None = None
-    recorded: int = KEPT
-    """How many notifications a new flight recorder keeps by default."""
+    def __init__(
+        self,
+        inflight: Inflight,
+        inotify: Watcher,
+        mounts: Mounts,
+        fds: Mapping[str, int],
+        around: Surroundings,
+        leave_nothing: bool,
+        listener: Listener | None = None,
+        recorded: int = KEPT,
+    ) -> None:
+        self.inflight = inflight
+        self.inotify = inotify
+        self.mounts = mounts
+        self.fds = fds
+        """The descriptors to put into the fd store, keyed by name."""
+        self.around = around
+        self.leave_nothing = leave_nothing
+        """Whether to delete the link's socket file when the proxy closes, because no later proxy needs it."""
+        self.listener = listener
+        self.recorded = recorded
+        """How many notifications a new flight recorder keeps by default."""
 
 
 @asynccontextmanager

@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import attrs
-
 from inco_trio import real_clock
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
@@ -41,12 +39,12 @@ NAMES_MASK = SELF_MASK | APPEARED | VANISHED
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 
-@attrs.define(eq=False, repr=False)
 class _Awaited:
     """An ancestor that is watched for new entries. `names` maps each awaited entry to missing directories."""
 
-    path: Path
-    names: dict[bytes, set[Directory]] = attrs.Factory(dict)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: dict[bytes, set[Directory]] = {}
 
     def next_name(self, directory: Directory) -> bytes:
         """Return the next component of the path to `directory`."""

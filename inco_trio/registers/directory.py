@@ -12,8 +12,6 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-import attrs
-
 from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.files import fuse_user, kind_of_file, mount_id
@@ -49,52 +47,52 @@ def temporary_name() -> str:
     return f"{TEMPORARY}{os.getpid()}"
 
 
-@attrs.define(eq=False, repr=False)
 class Directory:
     """An IRQ directory. `fd` is -1 while the directory is not open.
 
     Methods do not block. They raise OSError, or UnfitFileError for a file that is not regular.
     """
 
-    path: Path
-    states: set[str] = attrs.Factory(set)
-    """The names of the state files."""
-    fd: int = -1
-    wd: int = 0
-    """The watch descriptor of the directory, or 0 if the directory is not watched."""
-    identity: tuple[int, int] = (0, 0)
-    shared: bool = False
-    """Whether a user other than root and the proxy's own user may change the file names in the directory."""
-    trust: Trust = attrs.Factory(Trust)
-    """The users whom the proxy trusted when it last opened or checked the directory."""
-    checked: set[bytes] = attrs.Factory(set)
-    """The names of state files that passed `check` and that no event has reported as changed since.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.states: set[str] = set()
+        """The names of the state files."""
+        self.fd = -1
+        self.wd = 0
+        """The watch descriptor of the directory, or 0 if the directory is not watched."""
+        self.identity: tuple[int, int] = 0, 0
+        self.shared = False
+        """Whether a user other than root and the proxy's own user may change the file names in the directory."""
+        self.trust = Trust()
+        """The users whom the proxy trusted when it last opened or checked the directory."""
+        self.checked: set[bytes] = set()
+        """The names of state files that passed `check` and that no event has reported as changed since.
 
-    This set is empty while the directory is not open or is `shared`. In a shared directory, another user could replace
-    a file before the proxy reads the event.
-    """
-    devices: set[int] = attrs.Factory(set)
-    """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
-    above: set[int] = attrs.Factory(set)
-    """The watch descriptors of the ancestor directories."""
-    openings: int = 0
-    """A number that changes whenever this process opens or loses the directory; 0 before that."""
-    awaited_in: int = 0
-    """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
-    missing_since: float | None = None
-    """When the path was first found missing or could not be opened (real_clock.monotonic())."""
-    states_missing_since: float | None = None
-    vanished_at: float = -math.inf
-    """When a name in the directory was last deleted or moved away."""
-    making_in: int = 0
-    """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
-    any_making_in: int = 0
-    """Like `making_in`, but for the temporary file of any proxy, such as a predecessor that was killed."""
-    retry_at: float = math.inf
-    troubled_again: bool = False
-    """Whether another operation in the directory failed during the last retry."""
-    backoff: Backoff = attrs.Factory(Backoff)
-    _path: bytes = attrs.field(init=False, default=attrs.Factory(lambda self: os.fsencode(self.path), takes_self=True))
+        This set is empty while the directory is not open or is `shared`. In a shared directory, another user could
+        replace a file before the proxy reads the event.
+        """
+        self.devices: set[int] = set()
+        """The device numbers of files on the directory's filesystem. An overlayfs may have several device numbers."""
+        self.above: set[int] = set()
+        """The watch descriptors of the ancestor directories."""
+        self.openings = 0
+        """A number that changes whenever this process opens or loses the directory; 0 before that."""
+        self.awaited_in = 0
+        """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
+        self.missing_since: float | None = None
+        """When the path was first found missing or could not be opened (real_clock.monotonic())."""
+        self.states_missing_since: float | None = None
+        self.vanished_at = -math.inf
+        """When a name in the directory was last deleted or moved away."""
+        self.making_in = 0
+        """Equal to `wd` between the events IN_CREATE and IN_DELETE of the file `temporary_name`; otherwise 0."""
+        self.any_making_in = 0
+        """Like `making_in`, but for the temporary file of any proxy, such as a predecessor that was killed."""
+        self.retry_at = math.inf
+        self.troubled_again = False
+        """Whether another operation in the directory failed during the last retry."""
+        self.backoff = Backoff()
+        self._path = os.fsencode(path)
 
     @property
     def current(self) -> bool:

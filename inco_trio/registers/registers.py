@@ -6,7 +6,6 @@ import math
 from collections.abc import Generator
 from pathlib import Path
 
-import attrs
 import trio
 
 from inco_trio import real_clock
@@ -28,18 +27,18 @@ from inco_trio.trust import Trust, UnfitFileError
 __all__ = ["Registers"]
 
 
-@attrs.define(eq=False, repr=False)
 class _New:
     """The registers that a new table adds. `exchange` collects them before it replaces the table."""
 
-    directories: list[Directory] = attrs.Factory(list)
-    triggers: list[Trigger] = attrs.Factory(list)
-    files: list[StateFile] = attrs.Factory(list)
-    signals: dict[Trigger, Signal] = attrs.Factory(dict)
-    path: Path = Path("/")
-    """The path that is being opened, for error messages."""
-    directory: Path = Path("/")
-    """The IRQ directory that contains `path`, or `path` itself if it is the directory."""
+    def __init__(self) -> None:
+        self.directories: list[Directory] = []
+        self.triggers: list[Trigger] = []
+        self.files: list[StateFile] = []
+        self.signals: dict[Trigger, Signal] = {}
+        self.path = Path("/")
+        """The path that is being opened, for error messages."""
+        self.directory = Path("/")
+        """The IRQ directory that contains `path`, or `path` itself if it is the directory."""
 
 
 class Registers:

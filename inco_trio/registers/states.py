@@ -12,8 +12,6 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import attrs
-
 from inco_trio import real_clock
 from inco_trio.counters import Counters
 from inco_trio.persist.inflight import PENDING, Inflight
@@ -33,31 +31,29 @@ SLICE = 32
 """Maximum number of pending notifications to write before other tasks run."""
 
 
-@attrs.define(eq=False, repr=False)
 class StateFile:
     """The file of an inbound signal."""
 
-    signal: Signal
-    directory: Directory
-    fd: int = -1
-    """A descriptor kept open after a failed write (disk full), because closing the file would notify its watchers."""
-    count: int = 0
-    last: int = 0
-    """Time of the last write (real_clock.monotonic_ns())."""
-    failures: int = 0
-    reason: str = "older notifications are pending"
-    """Why the last write failed."""
-    runs: deque[list[int]] = attrs.Factory(deque)
-    """Pairs of a time (real_clock.monotonic_ns()) and a number of pending notifications, oldest first.
+    def __init__(self, signal: Signal, directory: Directory) -> None:
+        self.signal = signal
+        self.directory = directory
+        self.fd = -1
+        """A descriptor kept open after a failed write (disk full): closing the file would notify its watchers."""
+        self.count = 0
+        self.last = 0
+        """Time of the last write (real_clock.monotonic_ns())."""
+        self.failures = 0
+        self.reason = "older notifications are pending"
+        """Why the last write failed."""
+        self.runs: deque[list[int]] = deque()
+        """Pairs of a time (real_clock.monotonic_ns()) and a number of pending notifications, oldest first.
 
-    The oldest notification of a pair became pending at that time, the others later. A negative time means that all of
-    them became pending at `-time` or later.
-    """
-    _stride: int = attrs.field(init=False, default=1)
-    """Maximum number of notifications in a new pair of `runs`. It doubles whenever `runs` is full."""
-    _register: bytes = attrs.field(
-        init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
-    )
+        The oldest notification of a pair became pending at that time, the others later. A negative time means that all
+        of them became pending at `-time` or later.
+        """
+        self._stride = 1
+        """Maximum number of notifications in a new pair of `runs`. It doubles whenever `runs` is full."""
+        self._register = os.fsencode(signal.register)
 
     def write(self) -> None:
         """Write one notification. Raises OSError.

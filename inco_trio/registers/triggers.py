@@ -20,8 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import attrs
-
 from inco_trio import real_clock
 from inco_trio.counters import Counters
 from inco_trio.linux import inotify as ino
@@ -44,45 +42,40 @@ RETIREMENT = 1.0
 """How long (seconds) to keep watching the old file of a replaced trigger: a process may still have it open."""
 
 
-@attrs.define(eq=False, repr=False)
 class Trigger:
     """The file of an outbound signal."""
 
-    directory: Directory
-    register: str
-    signal: Signal | None = None
-    """The signal, or None while the trigger is not in the table."""
-    wd: int = 0
-    """The watch descriptor of the file, or 0."""
-    looked_at: int = 0
-    """`openings` of the directory when the file was last found, or 0."""
-    missing_since: float | None = None
-    made_in: int = 0
-    """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
-    made: int = 0
-    """How often the proxy has created the file in `made_in` without having read IN_CREATE."""
-    inherited_made_in: int = 0
-    """Like `made_in`, but for a file that an earlier process created."""
-    replaced: deque[int] = attrs.Factory(deque)
-    """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
-    path: Path = attrs.field(init=False)
-    key: bytes = attrs.field(init=False)
-    made_key: bytes = attrs.field(init=False)
-    """The key under which `Inflight.watches` stores `made_in`. No watch has this key."""
-
-    def __attrs_post_init__(self) -> None:
-        self.path = self.directory.path / self.register
+    def __init__(self, directory: Directory, register: str) -> None:
+        self.directory = directory
+        self.register = register
+        self.signal: Signal | None = None
+        """The signal, or None while the trigger is not in the table."""
+        self.wd = 0
+        """The watch descriptor of the file, or 0."""
+        self.looked_at = 0
+        """`openings` of the directory when the file was last found, or 0."""
+        self.missing_since: float | None = None
+        self.made_in = 0
+        """The watch descriptor of the directory in which the proxy created the file, or 0 after IN_CREATE was read."""
+        self.made = 0
+        """How often the proxy has created the file in `made_in` without having read IN_CREATE."""
+        self.inherited_made_in = 0
+        """Like `made_in`, but for a file that an earlier process created."""
+        self.replaced: deque[int] = deque()
+        """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
+        self.path = directory.path / register
         self.key = watch_key(self.path)
         self.made_key = b"+" + self.key[1:]
+        """The key under which `Inflight.watches` stores `made_in`. No watch has this key."""
 
 
-@attrs.define(eq=False, repr=False)
 class Triggered:
     """Notifications to send, and watches to store after the notifications have been sent."""
 
-    signals: list[Signal] = attrs.Factory(list)
-    watches: dict[bytes, int] = attrs.Factory(dict)
-    """Entries to store in `Inflight.watches` after sending: otherwise, a crash could lose notifications."""
+    def __init__(self) -> None:
+        self.signals: list[Signal] = []
+        self.watches: dict[bytes, int] = {}
+        """Entries to store in `Inflight.watches` after sending: otherwise, a crash could lose notifications."""
 
     def extend(self, other: Triggered) -> None:
         self.signals += other.signals
