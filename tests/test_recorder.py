@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +33,7 @@ def memory() -> memoryview:
 
 def contents(recorder: Recorder) -> list[tuple[Any, ...]]:
     """Return all fields of the notifications and the events."""
-    return [*map(attrs.astuple, recorder.notifications()), *map(attrs.astuple, recorder.notes())]
+    return [tuple(vars(each).values()) for each in (*recorder.notifications(), *recorder.notes())]
 
 
 def counts(recorder: Recorder) -> list[tuple[str, int, int]]:
@@ -48,7 +47,7 @@ def test_notifications_have_times_sequence_and_delay(memory: memoryview) -> None
     recorder.append([OUT], since=before[1])
     after = time.time_ns(), time.monotonic_ns()
     first, second = recorder.notifications()
-    assert attrs.astuple(first) == (*at, 1, 1, Direction.INBOUND, "in_irq", 0.0)
+    assert contents(recorder)[0] == (*at, 1, 1, Direction.INBOUND, "in_irq", 0.0)
     assert before[0] <= first.time_ns <= second.time_ns <= after[0]
     assert before[1] <= first.monotonic_ns <= second.monotonic_ns <= after[1]
     assert (second.sequence, second.direction) == (2, Direction.OUTBOUND)

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-import attrs
 import trio
 
 from inco_trio.notifications import Times
@@ -47,37 +46,50 @@ class Served(Protocol):
         """Return why each of the other boards is not open, keyed by board name."""
 
 
-@attrs.define(eq=False, repr=False)
 class Batch:
     """Notifications that the proxy delivered or sent together, or that became pending together."""
 
-    board: str
-    signals: Sequence[Signal]
-    sequence: int
-    """Sequence number of the first notification; 0 for pending notifications."""
-    frames: Sequence[bytes]
-    """The frame of each notification, or empty if the frames are unknown."""
-    time_ns: int
-    monotonic_ns: int
-    since: int = 0
-    """When the notifications became pending (real_clock.monotonic_ns()), or 0 if they were never pending."""
-    reason: str = ""
-    """Why pending notifications cannot be delivered or sent."""
-    lines: dict[tuple[int, bool], str] = attrs.field(factory=dict, init=False)
-    """Encoded events, keyed by index and whether with frames. The first monitor that needs one encodes it for all."""
+    def __init__(
+        self,
+        board: str,
+        signals: Sequence[Signal],
+        sequence: int,
+        frames: Sequence[bytes],
+        time_ns: int,
+        monotonic_ns: int,
+        since: int = 0,
+        reason: str = "",
+    ) -> None:
+        self.board = board
+        self.signals = signals
+        self.sequence = sequence
+        """Sequence number of the first notification; 0 for pending notifications."""
+        self.frames = frames
+        """The frame of each notification, or empty if the frames are unknown."""
+        self.time_ns = time_ns
+        self.monotonic_ns = monotonic_ns
+        self.since = since
+        """When the notifications became pending (real_clock.monotonic_ns()), or 0 if they were never pending."""
+        self.reason = reason
+        """Why pending notifications cannot be delivered or sent."""
+        self.lines: dict[tuple[int, bool], str] = {}
+        """Encoded events, keyed by index and whether with frames.
+
+        The first monitor that needs one encodes it for all.
+        """
 
     @property
     def kind(self) -> str:
         return "pending" if self.reason else "notification"
 
 
-@attrs.define(eq=False, repr=False)
 class HistoryTurn:
     """The turn of a user's `history` requests. A user other than the proxy's has only one of them at a time."""
 
-    lock: trio.Lock = attrs.field(factory=trio.Lock, init=False)
-    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
-    """The scope in which the response is written while a request holds the lock."""
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.scope = trio.CancelScope()
+        """The scope in which the response is written while a request holds the lock."""
 
 
 class Followed:

@@ -271,7 +271,7 @@ class _Cursor:
         sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         sent.update({(each.direction, each.name): each.count for each in self.merged})
         return [
-            attrs.evolve(each, count=count)
+            Merged(each.direction, each.name, count)
             for each in self.history.merged()
             if (count := each.count - sent[each.direction, each.name]) > 0
         ]

@@ -7,7 +7,6 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-import attrs
 import trio
 
 from inco_trio.control.accepting import accept
@@ -32,12 +31,12 @@ FAREWELL = 0.1
 """Time in seconds for which clients can still read their queued events when the server closes."""
 
 
-@attrs.frozen(eq=False, repr=False)
 class Peer:
     """The process and the user of a client."""
 
-    process: int
-    user: int
+    def __init__(self, process: int, user: int) -> None:
+        self.process = process
+        self.user = user
 
     @classmethod
     def of(cls, stream: trio.SocketStream) -> Peer:

@@ -15,8 +15,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import attrs
-
 from inco_trio.frame import is_wire_name
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 from inco_trio.signals import Direction, Signal
@@ -51,13 +49,13 @@ class Record(NamedTuple):
     """The same time on the monotonic clock (real_clock.monotonic_ns())."""
 
 
-@attrs.define(eq=False, repr=False)
 class Merged:
     """The number of merged notifications for one signal."""
 
-    direction: Direction
-    name: str
-    count: int
+    def __init__(self, direction: Direction, name: str, count: int) -> None:
+        self.direction = direction
+        self.name = name
+        self.count = count
 
 
 class History:

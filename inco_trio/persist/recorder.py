@@ -21,8 +21,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from inco_trio import real_clock
 from inco_trio.frame import is_wire_name
 from inco_trio.signals import Direction, Signal
@@ -107,38 +105,59 @@ def waited(now: int, since: int) -> float:
     return (now - since) / 1e9 if since > 0 else -(now + since) / 1e9 if since else 0.0
 
 
-@attrs.define(eq=False, repr=False)
 class Recorded:
     """Notifications of one signal that were delivered or sent at the same time."""
 
-    time_ns: int
-    monotonic_ns: int
-    sequence: int
-    """The sequence number of the last notification."""
-    count: int
-    direction: Direction
-    signal: str
-    delay: float
-    """The result of `waited`."""
+    def __init__(
+        self,
+        time_ns: int,
+        monotonic_ns: int,
+        sequence: int,
+        count: int,
+        direction: Direction,
+        signal: str,
+        delay: float,
+    ) -> None:
+        self.time_ns = time_ns
+        self.monotonic_ns = monotonic_ns
+        self.sequence = sequence
+        """The sequence number of the last notification."""
+        self.count = count
+        self.direction = direction
+        self.signal = signal
+        self.delay = delay
+        """The result of `waited`."""
 
 
-@attrs.define(eq=False, repr=False)
 class Note:
     """An event other than a notification. `count` is the number of occurrences."""
 
-    kind: str
-    time_ns: int
-    monotonic_ns: int
-    last_ns: int
-    """When the event last occurred (real_clock.monotonic_ns())."""
-    count: int
-    direction: Direction | None
-    signal: str | None
-    state: int
-    """For the kind `link`, whether the link is running. For other kinds, the index of the level in `LEVELS`."""
-    text: str
-    seconds: float = 0.0
-    """For the kind `link`: how long the link was in the previous state, or 0 if that is unknown."""
+    def __init__(
+        self,
+        kind: str,
+        time_ns: int,
+        monotonic_ns: int,
+        last_ns: int,
+        count: int,
+        direction: Direction | None,
+        signal: str | None,
+        state: int,
+        text: str,
+        seconds: float = 0.0,
+    ) -> None:
+        self.kind = kind
+        self.time_ns = time_ns
+        self.monotonic_ns = monotonic_ns
+        self.last_ns = last_ns
+        """When the event last occurred (real_clock.monotonic_ns())."""
+        self.count = count
+        self.direction = direction
+        self.signal = signal
+        self.state = state
+        """For the kind `link`, whether the link is running. For other kinds, the index of the level in `LEVELS`."""
+        self.text = text
+        self.seconds = seconds
+        """For the kind `link`: how long the link was in the previous state, or 0 if that is unknown."""
 
 
 class Recorder:

@@ -15,7 +15,6 @@ import signal
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
-import attrs
 import trio
 
 from inco_trio.errors import IncoError, ResourceError, unwrapped
@@ -88,12 +87,12 @@ def _exhausted(error: Exception) -> OSError | None:
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
-@attrs.define(eq=False, repr=False)
 class _Answer:
     """The result of a reload, for a caller of `Runner.reload`."""
 
-    ready: trio.Event = attrs.Factory(trio.Event)
-    refused: Sequence[str] = ()
+    def __init__(self) -> None:
+        self.ready = trio.Event()
+        self.refused: Sequence[str] = ()
 
 
 class Runner:

@@ -11,8 +11,6 @@ import contextvars
 import logging
 from collections.abc import Callable
 
-import attrs
-
 __all__ = ["PERIOD", "Throttle"]
 
 PERIOD = 1.0
@@ -23,13 +21,13 @@ CAUSES_MAX = 1000
 """Maximum number of causes with waiting lines, per board. Lines of further causes are only counted."""
 
 
-@attrs.define(eq=False, repr=False)
 class _Cause:
     """The time when a cause was last logged, the latest record, and the number of records since then."""
 
-    logged: float
-    held: tuple[logging.LogRecord, contextvars.Context] | None = None
-    number: int = 0
+    def __init__(self, logged: float) -> None:
+        self.logged = logged
+        self.held: tuple[logging.LogRecord, contextvars.Context] | None = None
+        self.number = 0
 
 
 class Throttle:
