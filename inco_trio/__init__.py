@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from inco_trio.cores.core import Arrival
     from inco_trio.cores.core0 import Core0
     from inco_trio.cores.core1 import Core1
-    from inco_trio.counters import Stats
     from inco_trio.errors import (
         BoardNotOpenError,
         ClosedError,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
     from inco_trio.proxy_status import RecorderStatus, RivalStatus, SignalStatus, Status, TaskStatus
     from inco_trio.signals import Direction, Signal, builtin_signals
+    from inco_trio.stats import Stats
 
 __all__ = [
     "Arrival",
@@ -80,11 +80,11 @@ _NAMES_OF = {
     "cores.core": ("Arrival",),
     "cores.core0": ("Core0",),
     "cores.core1": ("Core1",),
-    "counters": ("Stats",),
     "notifications": ("Notification",),
     "proxy.fleet": ("Proxies", "open_proxies"),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
+    "stats": ("Stats",),
     "proxy_status": ("RecorderStatus", "RivalStatus", "SignalStatus", "Status", "TaskStatus"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

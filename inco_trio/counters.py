@@ -1,61 +1,44 @@
-"""The counters of a proxy. `Counters` changes while the proxy runs; `Stats` is a snapshot."""
+"""The counters of a running proxy."""
 
 from __future__ import annotations
 
-import attrs
+from typing import TYPE_CHECKING
 
-__all__ = ["Counters", "Stats"]
+if TYPE_CHECKING:
+    from inco_trio.stats import Stats
+
+__all__ = ["Counters"]
 
 
-@attrs.define(eq=False)
 class Counters:
-    """Counts since the proxy was opened. Only the proxy changes them."""
+    """Counts since the proxy was opened; `Stats` describes each of them. Only the proxy changes them."""
 
-    received: int = 0
-    """Frames read from the link."""
-    delivered: int = 0
-    """Writes of state files, one for each frame of an inbound signal."""
-    triggered: int = 0
-    """Outbound notifications accepted from trigger files and from `Proxy.send`."""
-    sent: int = 0
-    """Frames that the link accepted."""
-    unknown: int = 0
-    """Well-formed frames whose name is not an inbound signal of the table. Estimated from a sample during a flood."""
-    malformed: int = 0
-    """Frames without a valid wire name. Estimated from a sample during a flood."""
-    foreign: int = 0
-    """Datagrams that a process other than the peer sent to a `unix:` link. They also count as malformed."""
-    dropped: int = 0
-    """Frames that the kernel dropped because the receive queue was full (PACKET_STATISTICS, packet(7))."""
-    overflowed: int = 0
-    """Overflows of the inotify queue (inotify(7)). After each one, the proxy sends a frame for every trigger file."""
-    write_failures: int = 0
-    """Failed attempts to write a state file. The proxy keeps the notification and retries."""
-    send_failures: int = 0
-    """Failed attempts to send a frame. The proxy keeps the notification and retries, unless it is `unsendable`."""
-    unsendable: int = 0
-    """Outbound notifications that were discarded because the link can never send their frame (EMSGSIZE)."""
-    unfinished: int = 0
-    """Notifications that were still pending when the proxy closed. A proxy that inherits them finishes them."""
-    recovered: int = 0
-    """Notifications that a previous process had read but not delivered, and that this process delivered."""
-    events_lost: int = 0
-    """Events that a slow reader of an event stream missed. The notifications themselves were delivered or sent."""
-    restarts: int = 0
-    """Restarts of failed tasks."""
-    link_downs: int = 0
-    """How many times the link has gone down."""
-    rivals: int = 0
-    """Other proxies that were noticed because they served the same link or watched the same triggers."""
-
-    def snapshot(self) -> Stats:
-        return Stats(**attrs.asdict(self))
-
-
-@attrs.frozen(slots=False, repr=False)
-class Stats(Counters):
-    """The counters of a proxy at one moment."""
+    def __init__(self) -> None:
+        self.received = 0
+        self.delivered = 0
+        self.triggered = 0
+        self.sent = 0
+        self.unknown = 0
+        self.malformed = 0
+        self.foreign = 0
+        self.dropped = 0
+        self.overflowed = 0
+        self.write_failures = 0
+        self.send_failures = 0
+        self.unsendable = 0
+        self.unfinished = 0
+        self.recovered = 0
+        self.events_lost = 0
+        self.restarts = 0
+        self.link_downs = 0
+        self.rivals = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts, keyed by name."""
-        return attrs.asdict(self)
+        return dict(vars(self))
+
+    def snapshot(self) -> Stats:
+        # Import the module lazily, because the import would delay the start of the daemon.
+        from inco_trio.stats import Stats
+
+        return Stats(**vars(self))

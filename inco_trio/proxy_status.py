@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from inco_trio.counters import Stats
 from inco_trio.signals import Direction
+from inco_trio.stats import Stats
 
 __all__ = ["RecorderStatus", "RivalStatus", "SignalStatus", "Status", "TaskStatus"]
 

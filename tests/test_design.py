@@ -16,7 +16,7 @@ PACKAGE = Path(inco_trio.__file__).parent
 PAGE = (ROOT / "docs/design.md").read_text()
 LAYERS = (
     ("linux", "real_clock"),
-    ("backoff", "counters", "errors", "frame", "problems", "trio_clock", "wall_clock"),
+    ("backoff", "counters", "errors", "frame", "problems", "stats", "trio_clock", "wall_clock"),
     ("notify", "nurseries", "signals", "trust"),
     ("proxy_status", "validation"),
     ("links", "persist"),

@@ -29,7 +29,6 @@ from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
-from inco_trio.counters import Stats
 from inco_trio.doctor import links, machine, proxies, register_files, space
 from inco_trio.doctor.answers import Answer, Answers
 from inco_trio.doctor.examination import examine, expected_trust, trust_of
@@ -55,6 +54,7 @@ from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.service.descriptions import reading
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.stats import Stats
 from inco_trio.trust import Trust
 from netns.hang import HANG
 from tests.support_acl import add_acl

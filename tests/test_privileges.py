@@ -18,7 +18,6 @@ import pytest
 import trio
 
 from inco_trio.config import Config
-from inco_trio.counters import Stats
 from inco_trio.doctor import proxies
 from inco_trio.errors import ResourceError
 from inco_trio.linux import capabilities as cap
@@ -28,6 +27,7 @@ from inco_trio.service import privileges
 from inco_trio.service.privileges import drop_capabilities, needed_capabilities
 from inco_trio.signals import builtin_signals
 from inco_trio.simulation.world import Cores, veth
+from inco_trio.stats import Stats
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.supervised import wait_path

@@ -43,9 +43,9 @@ from inco_trio.control.protocol import (
     encode_alone,
     encode_notifications,
 )
-from inco_trio.counters import Stats
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.signals import Direction
+from inco_trio.stats import Stats
 
 STATUS = Status(
     "l", 1.5, 2.5, True, "d", "systemd", Stats(received=3),

@@ -37,7 +37,7 @@ from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import Monitor
 from inco_trio.control.past import past_events
 from inco_trio.control.protocol import BoardStatus, Event, Past, decode_reply, encode_board, encode_status
-from inco_trio.counters import Counters, Stats
+from inco_trio.counters import Counters
 from inco_trio.frame import encode
 from inco_trio.notifications import Events
 from inco_trio.persist.followed import HISTORY, History
@@ -49,6 +49,7 @@ from inco_trio.registers.states import RUNS
 from inco_trio.service import launch
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.simulation.world import Cores, Peer
+from inco_trio.stats import Stats
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped

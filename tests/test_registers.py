@@ -16,7 +16,6 @@ from typing import Any
 import attrs
 import pytest
 
-from inco_trio.counters import Stats
 from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -26,6 +25,7 @@ from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
+from inco_trio.stats import Stats
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 

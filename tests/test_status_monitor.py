@@ -30,13 +30,13 @@ from inco_trio.control.client import CHUNK, client_of, connect, sockets, wait_fo
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.place import silent_services
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, HistoryRequest, MonitorRequest
-from inco_trio.counters import Stats
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import textfile
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
+from inco_trio.stats import Stats
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped

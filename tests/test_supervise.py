@@ -13,8 +13,9 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.backoff import Backoff
-from inco_trio.counters import Counters, Stats
+from inco_trio.counters import Counters
 from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
+from inco_trio.stats import Stats
 
 Task = Callable[[Health], Awaitable[None]]
 

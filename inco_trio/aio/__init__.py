@@ -19,12 +19,12 @@ import trio
 
 from inco_trio.aio.thread import Beside
 from inco_trio.config import Config
-from inco_trio.counters import Stats
 from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction
+from inco_trio.stats import Stats
 
 __all__ = ["AsyncioProxy", "Proxy", "on_notification", "open_proxy", "run"]
 

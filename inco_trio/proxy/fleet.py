@@ -12,13 +12,14 @@ import logging
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
-from inco_trio.counters import Counters, Stats
+from inco_trio.counters import Counters
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.mounts import Mounts
@@ -34,6 +35,9 @@ from inco_trio.proxy.proxy import Ground, Proxy, build, running
 from inco_trio.proxy.share import Share, SharedInotify
 from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
+
+if TYPE_CHECKING:
+    from inco_trio.stats import Stats
 
 __all__ = ["Proxies", "open_fleet", "open_proxies"]
 
@@ -134,7 +138,7 @@ class Proxies(Mapping[str, Proxy]):
         self._kept: dict[str, _Kept] = {}
         self._changing = trio.Lock()
         self._closed = False
-        self._last: dict[str, Stats] = {}
+        self._last: dict[str, Counters] = {}
         self._nursery: trio.Nursery | None = None
         self._around = Surroundings()
         self._recorded = KEPT
@@ -217,7 +221,12 @@ class Proxies(Mapping[str, Proxy]):
     @property
     def stats(self) -> Mapping[str, Stats]:
         """The counters of each open board or, after the fleet has closed, of each board that was open at the end."""
-        return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
+        return {name: counters.snapshot() for name, counters in self._counted().items()}
+
+    def _counted(self) -> Mapping[str, Counters]:
+        """Return the counters of the boards in `stats`; see `Proxy._counted`."""
+        opened = {name: board.proxy for name, board in self._boards.items() if board.proxy is not None}
+        return {name: proxy._counted() for name, proxy in opened.items()} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
         """Replace the set of boards. Existing boards in `keep` do not change.
@@ -310,7 +319,7 @@ class Proxies(Mapping[str, Proxy]):
             boards = [board for board in self._boards.values() if board.proxy is not None]
             proxies = {board.name: board.proxy for board in boards}
             await self._end(list(self._boards.values()), leave_nothing=False)
-            self._last = {name: proxy.stats for name, proxy in proxies.items() if proxy is not None}
+            self._last = {name: proxy._counted() for name, proxy in proxies.items() if proxy is not None}
         assert self._nursery is not None  # noqa: S101 - set by `_start`
         self._nursery.cancel_scope.cancel()
         for kept in self._kept.values():

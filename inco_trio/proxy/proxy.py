@@ -17,7 +17,7 @@ import trio
 
 from inco_trio import real_clock
 from inco_trio.config import Config
-from inco_trio.counters import Counters, Stats
+from inco_trio.counters import Counters
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
@@ -46,6 +46,7 @@ from inco_trio.wall_clock import WallClock
 if TYPE_CHECKING:
     from inco_trio.proxy.others import Others
     from inco_trio.proxy_status import SignalStatus, Status
+    from inco_trio.stats import Stats
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -115,10 +116,7 @@ class Proxy:
     @property
     def stats(self) -> Stats:
         """The current counters."""
-        if not self._closed:
-            with noted_by(self._parts.events.note):
-                self._inbound.count_dropped()
-        return self._counters.snapshot()
+        return self._counted().snapshot()
 
     @property
     def status(self) -> Status:
@@ -286,6 +284,13 @@ class Proxy:
         """Report the process `pid` if it shares this link or directory (see `RivalRequest`). Return whether it does."""
         open_directories = self._registers.directories.by_path.values()
         return self._rivals().claimed(pid, link, netns, directory, self.config, open_directories)
+
+    def _counted(self) -> Counters:
+        """Return the counters, after adding the frames that the kernel has dropped since the last call."""
+        if not self._closed:
+            with noted_by(self._parts.events.note):
+                self._inbound.count_dropped()
+        return self._counters
 
     def _recorder(self) -> Recorder | None:
         return self._parts.events.recorder

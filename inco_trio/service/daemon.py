@@ -83,7 +83,7 @@ class OneBoard:
 
     def log_statistics(self) -> None:
         if self._proxy is not None:
-            log_statistics(self._proxy.stats.as_dict())
+            log_statistics(self._proxy._counted().as_dict())
 
     def signals(self) -> Collection[Signal]:
         return self._config.signals

@@ -79,9 +79,9 @@ class ManyBoards:
         )  # fmt: skip
 
     def log_statistics(self) -> None:
-        for name, stats in ({} if self._proxies is None else self._proxies.stats).items():
+        for name, counters in ({} if self._proxies is None else self._proxies._counted()).items():
             with working_for(name):
-                log_statistics(stats.as_dict())
+                log_statistics(counters.as_dict())
 
     def signals(self) -> Collection[Signal]:
         return [signal for config in self._boards.configs.values() for signal in config.signals]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inco_trio.cores.watch import trigger
-from inco_trio.counters import Stats
 from inco_trio.errors import ClosedError, IncoError, InvalidArgumentError, from_os_error
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
+from inco_trio.stats import Stats
 from inco_trio.testing.carriers import Carrier
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults

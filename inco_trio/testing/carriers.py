@@ -14,11 +14,11 @@ from typing import Protocol
 import trio
 
 from inco_trio.config import Config
-from inco_trio.counters import Stats
 from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, ResourceError, from_os_error
 from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.service.launch import STOP, Launched
+from inco_trio.stats import Stats
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.happenings import History
 from inco_trio.testing.layout import Layout
