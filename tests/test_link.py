@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -95,6 +94,11 @@ def watcher(cores: Cores) -> Iterator[Rtnetlink]:
     made = cores.core0.run(Rtnetlink)
     yield made
     made.close()
+
+
+def changed(interface: Interface, **fields: Any) -> Interface:
+    """Return a copy of `interface` with other values of some fields."""
+    return Interface(**{**vars(interface), **fields})
 
 
 def run(function: Callable[[], Awaitable[None]]) -> None:
@@ -412,7 +416,7 @@ def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtne
 def test_an_interface_with_a_carrier_names_its_state(watcher: Rtnetlink, cores: Cores) -> None:
     found = watcher.interface(cores.link)
     assert found is not None
-    dormant = attrs.evolve(found, running=False, carrier=True, operstate=OPERSTATES.index("DORMANT"))
+    dormant = changed(found, running=False, carrier=True, operstate=OPERSTATES.index("DORMANT"))
     assert dormant.down_reason == "the interface is not RUNNING, but DORMANT"
 
 
@@ -647,8 +651,8 @@ class FakeRtnetlink(Rtnetlink):
         found = super().interface(name or "lo")
         assert found is not None
         if index:
-            return attrs.evolve(found, name=self.master)
-        return attrs.evolve(found, master=7 if self.master else 0, port_of=self.port_of, kind=self.kind)
+            return changed(found, name=self.master)
+        return changed(found, master=7 if self.master else 0, port_of=self.port_of, kind=self.kind)
 
 
 @pytest.mark.parametrize(

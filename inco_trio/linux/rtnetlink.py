@@ -11,7 +11,6 @@ import struct
 import sys
 from collections.abc import Iterator
 
-import attrs
 import trio
 
 __all__ = ["Interface", "Rtnetlink"]
@@ -58,34 +57,50 @@ OPERSTATES = ("UNKNOWN", "NOTPRESENT", "DOWN", "LOWERLAYERDOWN", "TESTING", "DOR
 """The names of the operational states, as `ip link` prints them."""
 
 
-@attrs.frozen(slots=False, repr=False, eq=False)
 class Interface:
     """One interface, as RTM_NEWLINK describes it."""
 
-    index: int
-    name: str
-    up: bool
-    running: bool
-    """Whether the interface is up and RUNNING: its operational state is UP or UNKNOWN."""
-    master: int
-    """The index of the bridge, bond or other master device that the interface is a port of, or 0."""
-    port_of: str
-    """The kind of `master`, such as "bridge", "bond" or "openvswitch", or "" if the kernel does not report it."""
-    mtu: int
-    """Maximum payload of a frame in bytes."""
-    address: bytes
-    kind: str = ""
-    """The kind of a virtual interface, such as "vlan" or "veth"."""
-    below: int = 0
-    """The index of the lower interface or of the veth peer, or 0 if that interface is in another network namespace."""
-    activated: bool = False
-    """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
-    downs: int = 0
-    """How many times the carrier has gone down."""
-    carrier: bool = False
-    """Whether the lower layer reports a carrier (IFF_LOWER_UP). The interface may still not be running."""
-    operstate: int = 0
-    """The operational state (RFC 2863), an index of OPERSTATES."""
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        up: bool,
+        running: bool,
+        master: int,
+        port_of: str,
+        mtu: int,
+        address: bytes,
+        kind: str = "",
+        below: int = 0,
+        activated: bool = False,
+        downs: int = 0,
+        carrier: bool = False,
+        operstate: int = 0,
+    ) -> None:
+        self.index = index
+        self.name = name
+        self.up = up
+        self.running = running
+        """Whether the interface is up and RUNNING: its operational state is UP or UNKNOWN."""
+        self.master = master
+        """The index of the bridge, bond or other master device that the interface is a port of, or 0."""
+        self.port_of = port_of
+        """The kind of `master`, such as "bridge", "bond" or "openvswitch", or "" if the kernel does not report it."""
+        self.mtu = mtu
+        """Maximum payload of a frame in bytes."""
+        self.address = address
+        self.kind = kind
+        """The kind of a virtual interface, such as "vlan" or "veth"."""
+        self.below = below
+        """The index of the lower interface or of the veth peer, or 0 if it is in another network namespace."""
+        self.activated = activated
+        """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
+        self.downs = downs
+        """How many times the carrier has gone down."""
+        self.carrier = carrier
+        """Whether the lower layer reports a carrier (IFF_LOWER_UP). The interface may still not be running."""
+        self.operstate = operstate
+        """The operational state (RFC 2863), an index of OPERSTATES."""
 
     @property
     def is_taken(self) -> bool:
