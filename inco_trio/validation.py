@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import functools
 import json
@@ -275,7 +276,7 @@ def parse_table(text: bytes, source: str) -> Table:
     """Parse a JSON object. Integers become floats. Raises ConfigError with the subject `source`."""
     try:
         # Parse integers as floats, because int() refuses very long numbers. No key needs exact integers.
-        document = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=float)
+        document = json.loads(text.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object, parse_int=float)
         return Table(RULES[dict](document))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
