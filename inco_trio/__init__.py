@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         ResourceError,
         UnknownSignalError,
     )
-    from inco_trio.notifications import Notification
+    from inco_trio.notification import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
     from inco_trio.proxy_status import RecorderStatus, RivalStatus, SignalStatus, Status, TaskStatus
@@ -80,7 +80,7 @@ _NAMES_OF = {
     "cores.core": ("Arrival",),
     "cores.core0": ("Core0",),
     "cores.core1": ("Core1",),
-    "notifications": ("Notification",),
+    "notification": ("Notification",),
     "proxy.fleet": ("Proxies", "open_proxies"),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),

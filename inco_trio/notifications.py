@@ -7,9 +7,8 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import attrs
 import trio
 
 from inco_trio import real_clock
@@ -19,7 +18,10 @@ from inco_trio.persist.recorder import Recorder
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["Deaf", "Events", "Listener", "Notification", "Times"]
+if TYPE_CHECKING:
+    from inco_trio.notification import Notification
+
+__all__ = ["Deaf", "Events", "Listener", "Times"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +34,6 @@ _signal_of = operator.attrgetter("signal")
 
 def _now() -> Times:
     return real_clock.time_ns(), real_clock.monotonic_ns()
-
-
-@attrs.frozen
-class Notification:
-    """One notification that was delivered or sent."""
-
-    signal: Signal
-    sequence: int
-    """Sequence number among all notifications of the proxy, starting at 1."""
-    monotonic_ns: int
-    """When the notification was delivered or sent (time.monotonic_ns())."""
-    time_ns: int
-    """When the notification was delivered or sent (time.time_ns())."""
-
-    @property
-    def direction(self) -> Direction:
-        """The direction of the signal."""
-        return self.signal.direction
 
 
 class Listener(Protocol):
@@ -147,6 +131,8 @@ class Events:
                 logger.debug("%s: %s", signal.direction.value, signal.name)
         if not self._entries:
             return at
+        from inco_trio.notification import Notification
+
         wall, now = at
         first = self._sequence - len(signals) + 1
         reported = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
@@ -201,6 +187,9 @@ class Events:
     @contextmanager
     def open(self, buffer: float, wanted: Wanted) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
         """Open a stream of new notifications whose signals `wanted` accepts."""
+        # Import the module now rather than with the first notification. The daemon opens no streams.
+        from inco_trio.notification import Notification
+
         entry, stream = trio.open_memory_channel[Notification](buffer)
         self._entries[entry] = wanted
         try:

@@ -388,8 +388,8 @@ finally:
 
 NEVER = {"asyncio", "trio_asyncio", "inco_trio.aio", "inco_trio.cli.demo", "inco_trio.simulation"}
 NOT_FOR_RUN = {
-    "cattrs", "email", "importlib.metadata", "inco_trio.cli.check", "inco_trio.cli.s6", "inco_trio.proxy_status",
-    "inco_trio.stats",
+    "cattrs", "email", "importlib.metadata", "inco_trio.cli.check", "inco_trio.cli.s6", "inco_trio.notification",
+    "inco_trio.proxy_status", "inco_trio.stats",
 }  # fmt: skip
 NOT_FOR_OTHERS = {"inco_trio.service.daemon", "inco_trio.proxy.proxy", "inco_trio.registers", "pyinotify", "trio"}
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("linux", "real_clock"),
     ("backoff", "counters", "errors", "frame", "problems", "stats", "trio_clock", "wall_clock"),
     ("notify", "nurseries", "signals", "trust"),
-    ("proxy_status", "validation"),
+    ("notification", "proxy_status", "validation"),
     ("links", "persist"),
     ("config", "registers"),
     ("board_files", "notifications"),

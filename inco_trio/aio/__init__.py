@@ -20,7 +20,7 @@ import trio
 from inco_trio.aio.thread import Beside
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError
-from inco_trio.notifications import Notification
+from inco_trio.notification import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction

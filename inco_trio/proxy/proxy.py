@@ -25,7 +25,7 @@ from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher, parse_events
 from inco_trio.linux.mounts import Mounts
-from inco_trio.notifications import Events, Listener, Notification
+from inco_trio.notifications import Events, Listener
 from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.followed import History
@@ -44,6 +44,7 @@ from inco_trio.trust import Trust
 from inco_trio.wall_clock import WallClock
 
 if TYPE_CHECKING:
+    from inco_trio.notification import Notification
     from inco_trio.proxy.others import Others
     from inco_trio.proxy_status import SignalStatus, Status
     from inco_trio.stats import Stats
