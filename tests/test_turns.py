@@ -27,7 +27,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 class Queue:
     """A stand-in for a link with a long queue."""
 
-    name, foreign = "a queue", 0
+    name, foreign, fd = "a queue", 0, -1
 
     def __init__(self, number: int) -> None:
         self.left = number
