@@ -177,6 +177,29 @@ def test_a_credential_file_that_vanishes_is_a_problem_of_the_connection(tmp_path
     assert next(reader.notifications()).body["sequence"] == 1
 
 
+@pytest.mark.parametrize("words", [("mqtt",), ("mqtt-link", "--end", "core0")], ids=["gateway", "bridge"])
+def test_a_broker_that_accepts_only_connections_does_not_work_again(
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack
+) -> None:
+    board = Board(tmp_path, stack)
+    board.core1()
+    board.running()
+    server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    server.settimeout(HANG)
+    place = ["--control", board.path] if words == ("mqtt",) else ["--link", f"unix:{tmp_path}/b0,peer={tmp_path}/b1"]
+    url = f"mqtt://127.0.0.1:{server.getsockname()[1]}/lab"
+    service = Gateway(tmp_path / "service.log", words[0], url, *words[1:], *place)
+    stack.callback(service.close)
+    for _ in range(3):
+        with server.accept()[0] as sock:
+            sock.settimeout(HANG)
+            sock.recv(1000)
+            sock.sendall(b"\x20\x03\0\0\0")
+            sock.recv(1000)
+    assert "; retrying" in service.log
+    assert "works again" not in service.log
+
+
 def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitStack) -> None:
     broker, credentials = with_password(tmp_path, stack, "user reader", "topic readwrite #", "user gateway")
     board = Board(tmp_path, stack)

@@ -187,7 +187,6 @@ class Bridge:
             try:
                 async with open_connection(self._broker, credentials, name, will=will, session=SESSION) as connection:
                     backoff.connected()
-                    self._problems.well("broker", self._broker)
                     logger.info("%s: connected as %s", self._broker, self._end)
                     if not connection.session_present:
                         self._start_session()
@@ -248,6 +247,8 @@ class Bridge:
             statuses = [self._topic(end, "status") for end in (self._other, self._end)]
             await connection.subscribe([*topics, *statuses], statuses)
             await self._publish(connection, self._status("online"))
+            # Some brokers accept connections, but end them because of the subscription or the first message.
+            self._problems.well("broker", self._broker)
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:

@@ -331,7 +331,6 @@ class Gateway:
                 ) as connection:
                     begun = trio.current_time()
                     backoff.connected()
-                    self._problems.well("broker", self._broker)
                     self._check_limits(board, connection.limits, had_session=had_session)
                     had_session = True
                     if not connection.session_present:
@@ -390,7 +389,10 @@ class Gateway:
                 now[topics.counters] = _json({key: status.get(key) for key in keys})
             new = [Message(topic, body, retain=True) for topic, body in now.items() if published.get(topic) != body]
             again = math.inf
-            for message, refusal in zip(new, await connection.publish(new), strict=True):
+            refusals = await connection.publish(new)
+            # Some brokers accept connections, but end them because of a subscription or the first message.
+            self._problems.well("broker", self._broker)
+            for message, refusal in zip(new, refusals, strict=True):
                 if refusal is None:
                     self._problems.well(message.topic)
                 elif refusal.is_too_large:
