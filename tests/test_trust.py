@@ -567,6 +567,39 @@ def test_a_recording_follows_no_symlink_of_a_stranger(home: Path) -> None:
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_an_output_follows_no_symlink_of_a_stranger_to_a_directory(home: Path, mode: int) -> None:
+    place, victim = give(home / "app", 0 if mode & 0o1000 else STRANGER, mode), home / "victim"
+    victim.mkdir()
+    link_of_a_stranger(place / "link", victim)
+    ours = home / "ours"
+    ours.symlink_to(place / "link" / ".")
+    for path in (place / "link" / "out", ours / "out", place / "link" / ".." / "out"):
+        with pytest.raises(PermissionError, match=f"^.Errno 13. {place}/link is a symlink that another user owns$"):
+            open_output(path)
+    assert [*victim.iterdir()] == []
+    assert not (home / "out").exists()
+
+
+def test_an_output_may_be_below_a_symlink_of_our_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "a" / "b").mkdir(parents=True)
+    (home / "link").symlink_to("a/b/../b")
+    os.close(open_output(home / "link" / ".." / "out"))
+    assert (home / "a" / "out").exists()
+    monkeypatch.chdir(home)
+    os.close(open_output(Path("link/relative")))
+    assert (home / "a" / "b" / "relative").exists()
+    fd = os.open(home / "a", os.O_PATH)
+    os.close(open_output(Path(f"/proc/self/fd/{fd}/b/descriptor")))
+    os.close(fd)
+    assert (home / "a" / "b" / "descriptor").exists()
+    (home / "a" / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        open_output(home / "a" / "loop" / "out")
+    with pytest.raises(NotADirectoryError):
+        open_output(home / "a" / "out" / "below")
+
+
 def test_an_output_may_be_a_symlink_of_our_own(home: Path) -> None:
     def write(path: Path, text: bytes) -> None:
         fd = open_output(path)

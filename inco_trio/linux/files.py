@@ -274,42 +274,62 @@ def pinned(path: Path | str, *, follow: bool = True) -> Iterator[int]:
 def open_output(path: Path) -> int:
     """Open a file for writing; create it if it is missing. Do not truncate it, and do not wait for readers of a FIFO.
 
-    If the last component is a symlink, follow it only if root or this user owns it. Otherwise, another user could make
-    root overwrite any file. The sysctl fs.protected_symlinks checks this only in sticky directories. The check and the
-    open use the same parent directory. The directories above are not checked: their owners decide where they lead.
-    Refuse a hard link if other users may write to its directory. Raises OSError.
+    Follow a symlink only if root or this user owns it, also on the way to the file. Otherwise, another user could make
+    root write any file. The sysctl fs.protected_symlinks checks only the last component, and only in sticky
+    directories. Each check and the next open use the same directory. Refuse a hard link if other users may write to
+    its directory. Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    parent, name = os.open(path.parent, _PARENT), path.name or "."
+    left, symlinks = deque(path.parts or (".",)), 0
+    parent = os.open(".", _PARENT)
     try:
-        for _ in range(_SYMLINKS_MAX):
+        while True:
+            name = left.popleft()
             try:
-                fd = os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
+                fd = os.open(name, (_PARENT if left else flags) | os.O_NOFOLLOW, 0o666, dir_fd=parent)
             except OSError as error:
-                if error.errno != errno.ELOOP:
+                # O_DIRECTORY causes ENOTDIR for a symlink.
+                if (
+                    error.errno not in (errno.ELOOP, errno.ENOTDIR)
+                    or (target := _target(name, parent, is_last=not left)) is None
+                ):
                     raise
-            else:
+                symlinks += 1
+                if symlinks > _SYMLINKS_MAX:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+                if not re.match(_OF_PROCESS, os.path.realpath(f"/proc/self/fd/{parent}")):
+                    left.extendleft(reversed(target.parts or (".",)))
+                    continue
+                # A link to an open descriptor, such as /dev/stdout, does not contain a path.
+                fd = os.open(name, _PARENT if left else flags, dir_fd=parent)
+                if not left:
+                    return fd
+            if not left:
                 try:
                     _check_names(fd, name, parent)
                 except BaseException:
                     os.close(fd)
                     raise
                 return fd
-            found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-            try:
-                if os.fstat(found).st_uid not in (0, os.geteuid()):
-                    raise PermissionError(errno.EACCES, "it is a symlink that another user owns")
-                target = Path(os.readlink("", dir_fd=found))
-            finally:
-                os.close(found)
-            if re.match(_OF_PROCESS, os.path.realpath(f"/proc/self/fd/{parent}")):
-                # A link to an open descriptor, such as /dev/stdout, does not contain a path.
-                return os.open(name, flags, dir_fd=parent)
-            before, parent, name = parent, os.open(target.parent, _PARENT, dir_fd=parent), target.name or "."
+            before, parent = parent, fd
             os.close(before)
     finally:
         os.close(parent)
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _target(name: str, parent: int, *, is_last: bool) -> Path | None:
+    """Return the target of a symlink, or None if `name` is another file. Raises OSError if another user owns it."""
+    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        status = os.fstat(found)
+        if not stat.S_ISLNK(status.st_mode):
+            return None
+        if status.st_uid not in (0, os.geteuid()):
+            what = "it" if is_last else os.path.join(os.path.realpath(f"/proc/self/fd/{parent}"), name)  # noqa: PTH118
+            raise PermissionError(errno.EACCES, f"{what} is a symlink that another user owns")
+        return Path(os.readlink("", dir_fd=found))
+    finally:
+        os.close(found)
 
 
 def _check_names(fd: int, name: str, parent: int) -> None:
