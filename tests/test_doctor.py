@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def test_processes_that_end_meanwhile_are_skipped(tree: Tree) -> None:
     tree.put("proc/4/comm", "nothing else is left")
     tree.process(5)
     assert [found.pid for found in look(tree.root, BOOTED).all] == [5]
+
+
+def test_a_command_line_of_any_length_needs_little_memory(tree: Tree) -> None:
+    tree.process(3, "/usr/bin/python3 -m inco_trio run l0")
+    tree.process(4)
+    os.truncate(tree.root / "proc/3/cmdline", 1 << 25)
+    os.truncate(tree.root / "proc/4/cmdline", 1 << 25)
+    tracemalloc.start()
+    processes = look(tree.root, BOOTED)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert [each.is_proxy for each in processes.all] == [True, False]
+    assert processes.all[0].command[-1] == "l0"
 
 
 @pytest.mark.parametrize("user", [0, 1000])

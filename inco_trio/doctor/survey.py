@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -21,11 +20,13 @@ from inco_trio.errors import IncoError
 from inco_trio.links.address import address_fault, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.processes import (
+    ENVIRONMENT_MAX,
     Process,
     Processes,
     interfaces_of,
     is_same_mount_namespace,
     is_same_system,
+    read,
 )
 from inco_trio.service.rivals import users_of
 from inco_trio.signals import Signal, builtin_signals
@@ -217,10 +218,9 @@ def _configuration(process: Process) -> Path | None:
         return None
     given = value_of("--config", process.command)
     if given is None:
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            values = [value for value in environment if value.startswith(b"UDRV_JSON_PATH=")]
-            given = os.fsdecode(values[0].partition(b"=")[2]) if values else None
+        environment = read(Path(f"/proc/{process.pid}/environ"), ENVIRONMENT_MAX) or ""
+        values = [value for value in environment.split("\0") if value.startswith("UDRV_JSON_PATH=")]
+        given = values[0].partition("=")[2] if values else None
     return None if given is None else _path(process, given)
 
 

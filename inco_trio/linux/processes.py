@@ -17,6 +17,7 @@ from pathlib import Path
 import attrs
 
 __all__ = [
+    "ENVIRONMENT_MAX",
     "Process",
     "Processes",
     "described",
@@ -52,6 +53,11 @@ WORDS = 100
 """Maximum number of characters of a command line in `described`."""
 _COMMAND = 4096
 """Maximum number of characters of a command line that `described` reads."""
+ENVIRONMENT_MAX = 1 << 20
+"""Maximum number of characters of an environment that are read. Any user can make that of a process arbitrarily long
+(PR_SET_MM_MAP of prctl(2))."""
+_COMMAND_MAX = 1 << 14
+"""The same for a command line. `look` keeps those of all processes that look like proxies."""
 NS_GET_USERNS = 0xB701
 """The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20
@@ -228,7 +234,7 @@ def look(
     found, unseen, parents = list[Process](), False, set[int]()
     for number in numbers:
         place = proc / str(number)
-        command = tuple((read(place / "cmdline") or "").rstrip("\0").split("\0"))
+        command = tuple((read(place / "cmdline", _COMMAND_MAX) or "").rstrip("\0").split("\0"))
         if not wanted(command):
             continue
         status = status_of(place)
@@ -276,7 +282,7 @@ def _supervisor(place: Path, parent: str) -> str:
     if is_trusted and (stop := _S6_STYLE.get(name)):
         # The service directory is the working directory of the supervisor and of the process that it starts. This user
         # may be unable to see the former. The supervisor's last argument is only the name of the service.
-        service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        service = (read(above / "cmdline", _COMMAND_MAX) or "").rstrip("\0").rpartition("\0")[2]
         seen = [working_directory(int(pid), place.parent.parent) for pid in (parent, place.name)]
         if seen[0] is not None:
             service = str(seen[0])
