@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
@@ -39,6 +40,9 @@ from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import (
+    PAUSE,
+    PER_PAUSE,
+    SEARCH_SECONDS,
     Process,
     Processes,
     described,
@@ -128,6 +132,37 @@ def test_a_command_line_of_any_length_needs_little_memory(tree: Tree) -> None:
     assert peak < 4 << 20
     assert [each.is_proxy for each in processes.all] == [True, False]
     assert processes.all[0].command[-1] == "l0"
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Simulate the clock of the searches. Return the pauses."""
+    pauses = list[float]()
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "monotonic", lambda: len(pauses) * 1.0)
+    return pauses
+
+
+def test_a_search_pauses_and_ends(tree: Tree, simulated: list[float]) -> None:
+    number = int(SEARCH_SECONDS) * PER_PAUSE
+    tree.process(3, fds=dict.fromkeys(range(number), "/dev/null"))
+    tree.process(4, fds={3: "socket:[77]"})
+    assert [each.hidden for each in look(tree.root, BOOTED).all] == [False, False]
+    assert simulated == [PAUSE] * int(SEARCH_SECONDS)
+    tree.process(5, fds=dict.fromkeys(range(number), "/dev/null"))
+    tree.process(6, fds={3: "socket:[77]"})
+    assert [each.hidden for each in look(tree.root, BOOTED).all] == [False, False, True, True]
+    assert len(simulated) == 2 * int(SEARCH_SECONDS) + 1
+
+
+def test_a_search_begins_with_trusted_users(tree: Tree, simulated: list[float]) -> None:
+    tree.process(3, fds=dict.fromkeys(range(2 * int(SEARCH_SECONDS) * PER_PAUSE), "/dev/null"))
+    tree.process(20, fds={3: "socket:[77]"})
+    os.chown(tree.root / "proc/3", 12345, 12345)
+    processes = look(tree.root, BOOTED)
+    assert [(each.pid, each.hidden) for each in processes.all] == [(3, True), (20, False)]
+    assert [each.pid for each in processes.with_socket(77)] == [20]
+    assert (processes.unseen, len(simulated)) == (False, SEARCH_SECONDS + 1)
 
 
 @pytest.mark.parametrize("user", [0, 1000])

@@ -18,8 +18,12 @@ import attrs
 
 __all__ = [
     "ENVIRONMENT_MAX",
+    "PAUSE",
+    "PER_PAUSE",
+    "SEARCH_SECONDS",
     "Process",
     "Processes",
+    "Search",
     "described",
     "interfaces_of",
     "is_proxy_command",
@@ -31,12 +35,19 @@ __all__ = [
     "look",
     "named",
     "packet_sockets",
+    "processes_in",
     "read",
     "status_of",
     "unix_sockets",
     "working_directory",
 ]
 
+SEARCH_SECONDS = 10.0
+"""Maximum time in seconds of a search of the descriptors of all processes. Any user can have millions of them."""
+PER_PAUSE = 64
+"""Number of descriptors that are looked at without a pause. Without pauses, a search delays the other threads."""
+PAUSE = 0.001
+"""The pause in seconds."""
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
@@ -118,7 +129,8 @@ class Process:
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
     hidden: bool = False
-    """Whether this user is not permitted to inspect the descriptors. `sockets` and `watches` are then empty."""
+    """Whether this user is not permitted to inspect the descriptors, or the time for that was over. `sockets` and
+    `watches` are then empty."""
     supervised: str = ""
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
     groups: frozenset[int] = frozenset()
@@ -217,6 +229,50 @@ class Processes:
         return [process for process in self.all if (device, inode) in process.watches and not process.is_holder]
 
 
+class Search:
+    """A search of the descriptors of all processes. It ends after SEARCH_SECONDS, and hardly delays other threads."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + SEARCH_SECONDS
+        self._looked = 0
+        self._is_over = False
+
+    def descriptors(self, process: Path) -> Iterator[tuple[str, str]]:
+        """Yield the number and the target of each descriptor. Raises OSError, or TimeoutError if the time is over."""
+        with os.scandir(process / "fd") as entries:
+            for entry in entries:
+                self._pause()
+                try:
+                    target = os.readlink(entry.path)  # noqa: PTH115 - faster
+                except FileNotFoundError:
+                    continue  # The process has just closed the descriptor.
+                yield entry.name, target
+
+    def _pause(self) -> None:
+        self._looked += 1
+        if self._looked % PER_PAUSE == 0:
+            time.sleep(PAUSE)
+            self._is_over = time.monotonic() > self._end
+        if self._is_over:
+            raise TimeoutError
+
+
+def processes_in(proc: Path) -> list[Path]:
+    """Return the directories of the processes in /proc: first those of root and of this user, then the others.
+
+    Each group is sorted by PID. A search may end before it has looked at all processes. Raises OSError.
+    """
+    numbers = sorted(int(name) for name in os.listdir(proc) if name.isdecimal())  # noqa: PTH208 - faster
+    return sorted((proc / str(number) for number in numbers), key=_is_of_another_user)
+
+
+def _is_of_another_user(process: Path) -> bool:
+    try:
+        return process.stat().st_uid not in (0, os.geteuid())
+    except OSError:
+        return True  # The process has ended.
+
+
 def look(
     root: Path = Path("/"), booted: float | None = None, wanted: Callable[[Sequence[str]], bool] = lambda _: True
 ) -> Processes:
@@ -228,12 +284,11 @@ def look(
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     proc = root / "proc"
     try:
-        numbers = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
+        places = processes_in(proc)
     except OSError:
-        numbers = []
-    found, unseen, parents = list[Process](), False, set[int]()
-    for number in numbers:
-        place = proc / str(number)
+        places = []
+    found, unseen, parents, search = list[Process](), False, set[int](), Search()
+    for place in places:
         command = tuple((read(place / "cmdline", _COMMAND_MAX) or "").rstrip("\0").split("\0"))
         if not wanted(command):
             continue
@@ -245,15 +300,16 @@ def look(
             parents.add(int(status["PPid"]))
         hidden = False
         try:
-            sockets, instances, watches = _descriptors(place)
-        except PermissionError:
+            sockets, instances, watches = _descriptors(place, search)
+        except (PermissionError, TimeoutError) as error:
             sockets, instances, watches, hidden = frozenset(), 0, (), True
-            unseen = os.geteuid() != 0  # Some processes cannot be inspected even by root.
+            if isinstance(error, PermissionError):
+                unseen = os.geteuid() != 0  # Some processes cannot be inspected even by root.
         except OSError:
             continue
         found.append(
             Process(
-                pid=number,
+                pid=int(place.name),
                 name=(read(place / "comm") or ""),
                 uid=int(status["Uid"].split()[1]),
                 command=command,
@@ -270,7 +326,7 @@ def look(
         )
     # Each proxy has an inotify instance, even if it has started another one. A wrapper, such as uv, can have sockets.
     marked = (attrs.evolve(each, is_wrapper=each.pid in parents and each.instances == 0) for each in found)
-    return Processes(tuple(marked), unseen, bool(numbers))
+    return Processes(tuple(sorted(marked, key=lambda each: each.pid)), unseen, bool(places))
 
 
 def _supervisor(place: Path, parent: str) -> str:
@@ -298,21 +354,17 @@ def _supervisor(place: Path, parent: str) -> str:
     return f"{manager} stop {shlex.quote(units[0])}"
 
 
-def _descriptors(place: Path) -> tuple[frozenset[int], int, tuple[tuple[int, int], ...]]:
+def _descriptors(place: Path, search: Search) -> tuple[frozenset[int], int, tuple[tuple[int, int], ...]]:
     """Return the sockets, the number of inotify descriptors, and the watched files of a process. Raises OSError."""
     sockets: set[int] = set()
     instances = 0
     watches: list[tuple[int, int]] = []
-    for fd in (place / "fd").iterdir():
-        try:
-            target = str(fd.readlink())
-        except FileNotFoundError:
-            continue  # The process has just closed the descriptor.
+    for fd, target in search.descriptors(place):
         if match := _SOCKET.fullmatch(target):
             sockets.add(int(match[1]))
         elif _INOTIFY.fullmatch(target):
             instances += 1
-            watches += _watches(read(place / "fdinfo" / fd.name) or "")
+            watches += _watches(read(place / "fdinfo" / fd) or "")
     return frozenset(sockets), instances, tuple(watches)
 
 

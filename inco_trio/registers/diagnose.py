@@ -81,19 +81,25 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
     """Yield the signal, the PID and a warning for each process that holds a register open."""
+    # Import the module lazily, because the import would delay the start of the daemon.
+    from inco_trio.linux.processes import Search, processes_in
+
     registers = {str(signal.path): signal for signal in signals}
     try:
-        processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208
+        processes = processes_in(Path("/proc"))
     except OSError:
         return  # /proc is not mounted.
-    for number in processes:
-        process = Path("/proc", number)
+    search = Search()
+    for process in processes:
+        number = process.name
+        if number == str(os.getpid()):
+            continue
         try:
-            for fd in (process / "fd").iterdir():
-                signal = registers.get(str(fd.readlink()))
+            for fd, target in search.descriptors(process):
+                signal = registers.get(target)
                 if signal is None:
                     continue
-                flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_bytes(), re.MULTILINE)
+                flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd).read_bytes(), re.MULTILINE)
                 writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
                 # A process name may contain any bytes.
                 name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
@@ -102,5 +108,7 @@ def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str
                     yield signal, int(number), f"{who}: it must read the file again, or watch it, to see a notification"
                 elif writes:
                     yield signal, int(number), f"{who} for writing: only closing the file causes a notification"
+        except TimeoutError:
+            return
         except OSError:
             continue  # The process has ended or belongs to another user.
