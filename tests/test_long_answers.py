@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import mmap
 import os
 import tracemalloc
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.control.answering import CLOSED, HISTORY_SECONDS, HISTORY_SECONDS_SHARED
 from inco_trio.control.feed import HISTORIES_MAX, Feed
+from inco_trio.counters import Stats
 from inco_trio.persist.recorder import AREA, KEPT_MAX, Recorder
+from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.signals import Direction, Signal
 from tests.test_history import BOARD, ServedBoard, SlowClient
 
@@ -175,6 +178,44 @@ def test_a_board_that_closes_while_the_status_is_written_is_not_open() -> None:
         }
 
     run(served, [os.geteuid()], test)
+
+
+@pytest.mark.parametrize("user", [os.geteuid(), OTHER])
+def test_the_status_of_many_signals_does_not_delay_other_tasks(user: int) -> None:
+    number, done = 2000, list[str]()
+
+    class Large:
+        def _signals(self) -> Iterator[SignalStatus]:
+            for each in range(number):
+                done.append("signal")
+                yield SignalStatus(f"{each}_irq", Direction.INBOUND, f"/irq/{each}", 1, 1.5, 0, 0, None)
+
+        def _status(self, signals: tuple[SignalStatus, ...] = ()) -> Status:
+            return Status("l0", 1, 1, True, "", None, Stats(), signals, ())
+
+        @property
+        def status(self) -> Status:
+            return self._status(tuple(self._signals()))
+
+        def _history(self) -> object:
+            return SimpleNamespace(keeping=False)
+
+    class Serving(ServedBoard):
+        def proxies(self) -> dict[str, Any]:
+            return {BOARD: Large()}
+
+    async def test(_feed: Feed, clients: list[SlowClient]) -> None:
+        clients[0].put({"request": "status"})
+        received = b""
+        while data := await clients[0].receive():
+            done.append("read")
+            received += data
+        (board,) = json.loads(received)["status"]
+        assert [each["signal"] for each in board["signals"]] == [f"{each}_irq" for each in range(number)]
+
+    run(Serving(), [user], test)
+    runs = [len([*run]) for what, run in itertools.groupby(done) if what == "signal"]
+    assert (sum(runs), max(runs) < number / 10) == (number, True)
 
 
 def test_a_client_that_does_not_read_the_history_is_disconnected() -> None:

@@ -301,6 +301,30 @@ def test_an_id_must_not_be_nested() -> None:
         decode_request(b'{"request": "status", "id": [[1]]}')
 
 
+@pytest.mark.parametrize(
+    ("id_", "is_short"),
+    [
+        (["x" * 256] * 16, True),
+        ({f"{key:0256}": 10**255 for key in range(16)}, True),
+        ([1e-300, True, None], True),
+        (10**256, False),
+        (-(10**256), False),
+        ("x" * 257, False),
+        ({"x" * 257: 1}, False),
+        ([0] * 17, False),
+        (dict.fromkeys(map(str, range(17))), False),
+    ],
+)
+def test_an_id_must_be_short(id_: object, is_short: bool) -> None:
+    """Encoding an `id` of 65,536 bytes takes milliseconds, in which the proxy would handle no notification."""
+    line = json.dumps({"request": "status", "id": id_}).encode()
+    if is_short:
+        assert decode_request(line) == (StatusRequest(), {"id": id_})
+    else:
+        with pytest.raises(RequestError, match="more than 16 values"):
+            decode_request(line)
+
+
 def test_the_documentation_names_the_protocol_version_and_every_key() -> None:
     page = (Path(__file__).parents[1] / "docs/control.md").read_text()
     assert f'{{"protocol": {protocol.PROTOCOL},' in page

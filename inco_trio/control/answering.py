@@ -178,13 +178,13 @@ class Connection:
         except RequestError as error:
             await self._write([protocol.encode_error(RequestError(error.error, error.message, error.tag or tag))])
 
-    def _status(self, request: protocol.StatusRequest) -> Iterator[str]:
+    def _status(self, request: protocol.StatusRequest) -> Iterator[Iterator[str]]:
         """Return an iterator that encodes the status of each board when it is needed. Raises RequestError."""
         self._check_board(request.board)
         return self._encoded(request.board)
 
-    def _encoded(self, board: str | None) -> Iterator[str]:
-        """Yield the encoded status of `board` (None: of all boards)."""
+    def _encoded(self, board: str | None) -> Iterator[Iterator[str]]:
+        """Yield the parts of the status of `board` (None: of each board)."""
         not_open = dict(self._served.not_open())
         names = [name for name in self._served.proxies() if board in (None, name)]
         for name, problem in not_open.items():
@@ -197,7 +197,7 @@ class Connection:
                 closed.append(name)
                 continue
             history = self._history(name, proxy._history())
-            yield protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history))
+            yield protocol.encode_board(protocol.BoardStatus(name, "", proxy._status(), history), proxy._signals())
         # Ask for the reasons only once: each request lists all boards.
         problems = self._served.not_open() if closed else {}
         for name in closed:

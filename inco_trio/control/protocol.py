@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import attrs
 
 from inco_trio import real_clock
-from inco_trio.proxy_status import Status
+from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.signals import Direction
 from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
 
@@ -36,6 +36,9 @@ PROTOCOL = 1
 """The protocol version. Each change that breaks clients increments it."""
 LINE_MAX = 65_536
 """Maximum length of a line from a client, in bytes."""
+ID_VALUES_MAX, ID_LENGTH_MAX = 16, 256
+"""Maximum number of values in the `id` of a request, and maximum length of each text and integer."""
+_ID_INTEGER_MAX: int = 10**ID_LENGTH_MAX
 REPLY_MAX = 1 << 25
 """Maximum length of a line from a proxy, in bytes. The status of 5,000 boards needs 20 MB."""
 AHEAD = 1024
@@ -232,7 +235,8 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
         raise RequestError("not-json", str(error)) from None
     tag = {"id": message["id"]} if "id" in message else {}
     if not _is_flat(tag.get("id")):
-        raise RequestError("invalid", "id: must not contain nested lists or objects, or numbers above 1e308")
+        text = f"id: must not contain nested lists or objects, more than {ID_VALUES_MAX} values, numbers above 1e308,"
+        raise RequestError("invalid", f"{text} or texts or integers of more than {ID_LENGTH_MAX} characters")
     try:
         kind: type[Request] = _REQUEST(message.get("request"))
     except InvalidValueError as error:
@@ -249,10 +253,22 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
 def _is_flat(value: object) -> bool:
     """Return whether a value contains no nested lists or objects, and no number that is too large for a float.
 
-    Encoding a deeply nested value may fail. Python decodes 1e999 as infinity, which JSON cannot represent.
+    Encoding a deeply nested value may fail. Python decodes 1e999 as infinity, which JSON cannot represent. Also check
+    that the value is small: encoding one of 65,536 bytes would delay notifications by some milliseconds.
     """
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return not any(isinstance(each, (list, dict)) or (isinstance(each, float) and math.isinf(each)) for each in inner)
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return len(inner) <= (2 if isinstance(value, dict) else 1) * ID_VALUES_MAX and all(map(_is_short, inner))
+
+
+def _is_short(value: object) -> bool:
+    match value:
+        case str():
+            return len(value) <= ID_LENGTH_MAX
+        case int():
+            return -_ID_INTEGER_MAX < value < _ID_INTEGER_MAX
+        case float():
+            return not math.isinf(value)
+    return not isinstance(value, (list, dict))
 
 
 @attrs.frozen(slots=False)
@@ -352,17 +368,30 @@ def encode_error(error: RequestError) -> bytes:
     return _line({**error.tag, "error": error.error, "message": error.message})
 
 
-def encode_board(board: BoardStatus) -> str:
-    """Encode the status of one board, for `encode_status`."""
+def encode_board(board: BoardStatus, signals: Iterable[SignalStatus] | None = None) -> Iterator[str]:
+    """Yield the status of one board in parts, for `encode_status`. Take each signal only when its part is needed.
+
+    `signals` replaces the signals of the status.
+    """
     fields: dict[str, object] = {"board": board.board, "open": board.status is not None}
-    fields |= {"problem": board.problem} if board.status is None else {**vars(board.status), "history": board.history}
-    return _json(fields)
+    if board.status is None:
+        yield _json(fields | {"problem": board.problem})
+        return
+    fields |= {**vars(board.status), "history": board.history}
+    names = [*fields]
+    at = names.index("signals")
+    yield _json({name: fields[name] for name in names[:at]})[:-1] + ', "signals": ['
+    # vars() is faster than attrs.asdict().
+    yield from _separated(_json(vars(signal)) for signal in (board.status.signals if signals is None else signals))
+    yield "], " + _json({name: fields[name] for name in names[at + 1 :]})[1:]
 
 
-def encode_status(boards: Iterable[str], tag: Mapping[str, object]) -> Iterator[str]:
-    """Yield the response to a StatusRequest in parts. Take each encoded board only when its part is needed."""
+def encode_status(boards: Iterable[Iterable[str]], tag: Mapping[str, object]) -> Iterator[str]:
+    """Yield the response to a StatusRequest in parts. Take each part of a board only when it is needed."""
     yield f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": ['
-    yield from _separated(boards)
+    for number, parts in enumerate(boards):
+        yield ", " if number else ""
+        yield from parts
     yield "]}\n"
 
 
@@ -382,7 +411,7 @@ def _separated(items: Iterable[str]) -> Iterator[str]:
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
-    message: dict[str, object] = json.loads(encode_board(board))
+    message: dict[str, object] = json.loads("".join(encode_board(board)))
     return message
 
 
@@ -600,7 +629,7 @@ def encode_event(event: Event, *, frames: bool = False) -> str:
 
 
 def _json(message: object) -> str:
-    return json.dumps(message, default=_plain)
+    return _ENCODER.encode(message)
 
 
 def _line(message: object) -> bytes:
@@ -612,6 +641,9 @@ def _plain(value: Any) -> Any:
     if attrs.has(type(value)):
         return attrs.asdict(value, recurse=False)
     return value.value if isinstance(value, Enum) else list(value)
+
+
+_ENCODER = json.JSONEncoder(default=_plain)  # json.dumps() would create a new encoder for each message.
 
 
 def _refuse(name: str) -> NoReturn:

@@ -122,13 +122,16 @@ class Proxy:
     @property
     def status(self) -> Status:
         """The current state of the proxy."""
+        return self._status(tuple(self._signals()))
+
+    def _status(self, signals: tuple[SignalStatus, ...] = ()) -> Status:
+        """Return the current state of the proxy, with these `signals`."""
         from inco_trio.proxy_status import Status, TaskStatus
 
         parts = self._parts
         self._clock.refresh()
         recorder = parts.events.recorder
         running = self._link.running and not self._closed
-        unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
             since=self._clock.seconds(self._since),
@@ -142,7 +145,7 @@ class Proxy:
             last_down_duration=self._down_duration,
             recorded=None if recorder is None else recorder.status(),
             counters=self.stats,
-            signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
+            signals=signals,
             tasks=tuple(
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
@@ -157,6 +160,19 @@ class Proxy:
             group=self.config.group,
             rivals=() if self._others is None else self._others.status(self._clock),
         )
+
+    def _signals(self) -> Iterator[SignalStatus]:
+        """Yield the state of each signal when it is needed. Skip those that a reload removes meanwhile."""
+        self._clock.refresh()
+        unsent = Counter(signal.name for batch in self._parts.handoffs[1].unfinished for signal in batch.items)
+        table, current = self._registers.table, frozenset[Signal]()
+        begun = table
+        for signal in begun:
+            if table is not self._registers.table:
+                table = self._registers.table
+                current = frozenset(table)
+            if table is begun or signal in current:
+                yield self._signal_status(signal, unsent)
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
         from inco_trio.proxy_status import SignalStatus

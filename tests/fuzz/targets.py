@@ -121,7 +121,7 @@ def replies(data: bytes) -> None:
                 assert found.json()
             elif isinstance(found, protocol.Response):
                 for board in found.status:
-                    protocol.encode_board(board)
+                    assert "".join(protocol.encode_board(board))
 
 
 def recordings(data: bytes) -> None:
