@@ -43,11 +43,14 @@ __all__ = [
 ]
 
 SEARCH_SECONDS = 10.0
-"""Maximum time in seconds of a search of the descriptors of all processes. Any user can have millions of them."""
+"""Maximum processor time in seconds for a search of the descriptors of all processes.
+
+Any user can have millions of them. A slow or busy machine does not end a search early, unlike with another clock.
+"""
 PER_PAUSE = 64
-"""Number of descriptors that are looked at without a pause. Without pauses, a search delays the other threads."""
+"""Number of descriptors between two pauses. Without pauses, a search would delay the other threads."""
 PAUSE = 0.001
-"""The pause in seconds."""
+"""Length of such a pause in seconds."""
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
@@ -65,8 +68,10 @@ WORDS = 100
 _COMMAND = 4096
 """Maximum number of characters of a command line that `described` reads."""
 ENVIRONMENT_MAX = 1 << 20
-"""Maximum number of characters of an environment that are read. Any user can make that of a process arbitrarily long
-(PR_SET_MM_MAP of prctl(2))."""
+"""Maximum number of characters that are read of the environment of a process.
+
+Any user can make it arbitrarily long (PR_SET_MM_MAP of prctl(2)).
+"""
 _COMMAND_MAX = 1 << 14
 """The same for a command line. `look` keeps those of all processes that look like proxies."""
 NS_GET_USERNS = 0xB701
@@ -129,8 +134,10 @@ class Process:
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
     hidden: bool = False
-    """Whether this user is not permitted to inspect the descriptors, or the time for that was over. `sockets` and
-    `watches` are then empty."""
+    """Whether this user is not permitted to inspect the descriptors, or the search ended before it reached them.
+
+    `sockets` and `watches` are then empty.
+    """
     supervised: str = ""
     """The supervisor's command that stops the process, or an empty string if no supervisor restarts it."""
     groups: frozenset[int] = frozenset()
@@ -219,6 +226,8 @@ class Processes:
     """Whether there are processes whose descriptors root can inspect, but this user cannot."""
     mounted: bool
     """Whether /proc is mounted."""
+    is_cut: bool = False
+    """Whether the search ended after SEARCH_SECONDS, and has not looked at all descriptors."""
 
     def with_socket(self, inode: int) -> list[Process]:
         """Return the processes that have the socket `inode` open."""
@@ -233,12 +242,12 @@ class Search:
     """A search of the descriptors of all processes. It ends after SEARCH_SECONDS, and hardly delays other threads."""
 
     def __init__(self) -> None:
-        self._end = time.monotonic() + SEARCH_SECONDS
+        self._end = time.thread_time() + SEARCH_SECONDS
         self._looked = 0
-        self._is_over = False
+        self.is_over = False
 
     def descriptors(self, process: Path) -> Iterator[tuple[str, str]]:
-        """Yield the number and the target of each descriptor. Raises OSError, or TimeoutError if the time is over."""
+        """Yield the number and the target of each descriptor. Raises OSError, or TimeoutError after SEARCH_SECONDS."""
         with os.scandir(process / "fd") as entries:
             for entry in entries:
                 self._pause()
@@ -252,8 +261,8 @@ class Search:
         self._looked += 1
         if self._looked % PER_PAUSE == 0:
             time.sleep(PAUSE)
-            self._is_over = time.monotonic() > self._end
-        if self._is_over:
+            self.is_over = time.thread_time() > self._end
+        if self.is_over:
             raise TimeoutError
 
 
@@ -326,7 +335,7 @@ def look(
         )
     # Each proxy has an inotify instance, even if it has started another one. A wrapper, such as uv, can have sockets.
     marked = (attrs.evolve(each, is_wrapper=each.pid in parents and each.instances == 0) for each in found)
-    return Processes(tuple(sorted(marked, key=lambda each: each.pid)), unseen, bool(places))
+    return Processes(tuple(sorted(marked, key=lambda each: each.pid)), unseen, bool(places), search.is_over)
 
 
 def _supervisor(place: Path, parent: str) -> str:
