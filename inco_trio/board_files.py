@@ -132,10 +132,11 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
 def claims(configs: Iterable[Config]) -> list[dict[object, str]]:
     """Return the link and the directories of each board, which no other board may use, each with a description.
 
+    Do not follow symlinks of applications: with such a symlink, one board could claim the directory of another board.
     Raises ResourceError if no descriptors or memory are left.
     """
     try:
-        with closing(Resolver()) as resolver:
+        with closing(Resolver(wary=True)) as resolver:
             return [_claims(config, resolver) for config in configs]
     except OSError as error:
         raise ResourceError("boards", f"cannot compare their paths: {error.strerror}") from error

@@ -26,10 +26,12 @@ from typing import Any
 import pytest
 
 from inco_trio import trust as trust_module
+from inco_trio.board_files import refuse_shared
 from inco_trio.capture.recording import Recorder
 from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
 from inco_trio.cli.run import _load
+from inco_trio.config import Config
 from inco_trio.control.client import Client
 from inco_trio.control.protocol import ReloadRequest
 from inco_trio.doctor.register_files import trusted
@@ -43,7 +45,7 @@ from inco_trio.linux.process import overflow_uid
 from inco_trio.registers.diagnose import unreported_type
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.service.launch import Launched
-from inco_trio.signals import Direction, Signal
+from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
 from netns.hang import HANG
 from tests.support_acl import add_acl
@@ -275,7 +277,7 @@ import pytest
 from inco_trio.errors import ConfigError
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.trust import Trust
-from inco_trio.signals import Direction, Signal
+from inco_trio.signals import Direction, Signal, builtin_signals
 from tests.support_registers import Clock, World
 irq, cover, owner, missing = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "missing"
 libc = ctypes.CDLL(None)
@@ -336,7 +338,7 @@ from pathlib import Path
 import pytest
 from inco_trio.registers.directory import Directory
 from inco_trio.trust import Trust
-from inco_trio.signals import Direction, Signal
+from inco_trio.signals import Direction, Signal, builtin_signals
 from tests.support_registers import Clock, World
 irq, owner = Path(sys.argv[1]), int(sys.argv[2])
 libc = ctypes.CDLL(None)
@@ -395,6 +397,23 @@ def test_a_fuse_filesystem_is_refused_without_a_trusted_owner(monkeypatch: pytes
 
     monkeypatch.setattr(trust_module, "mount_id", without_proc)
     assert refusal(place) is None
+
+
+@pytest.mark.parametrize("place", ["directory", "socket"])
+def test_a_symlink_of_an_owner_does_not_claim_the_place_of_another_board(home: Path, place: str) -> None:
+    """Otherwise the owner of a board could keep the boards of other owners from opening."""
+    (home / "other").mkdir()
+    app = give(home / "app", OWNER)
+    target, link = (home / "other/irq", app / "irq") if place == "directory" else (home / "other/0", app / "0")
+    link.symlink_to(target)
+    os.lchown(link, OWNER, OWNER)
+    configs = {
+        "a": Config(f"unix:{app}/0,peer={app}/1", builtin_signals(app / "irq"), owner=OWNER),
+        "b": Config(f"unix:{home}/other/0,peer={home}/other/1", builtin_signals(home / "other/irq"), owner=STRANGER),
+    }
+    assert refuse_shared(configs) == {}
+    os.lchown(link, 0, 0)
+    assert list(refuse_shared(configs)) == ["b"]
 
 
 LOOK = """

@@ -103,9 +103,12 @@ class Resolver:
 
     It opens each component of a path in turn, and follows symlinks. It checks the mount of each component before it
     looks up the next one, so a mount cannot get in between. Without /proc, it cannot check mounts.
+
+    With `wary`, a symlink of another user than root and the user of this process cannot be opened.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, wary: bool = False) -> None:
+        self._wary = wary
         self._names: list[str] = []
         """The components of the last path that exist, without symlinks."""
         self._fds = [os.open("/", _PARENT)]
@@ -231,11 +234,14 @@ class Resolver:
             if follow and not is_directory:
                 with contextlib.suppress(FileNotFoundError):  # ENOENT means that `fd` is not a symlink.
                     target = os.readlink("", dir_fd=fd)
+            refused = target is not None and self._wary and os.fstat(fd).st_uid not in (0, os.geteuid())
         except BaseException:
             os.close(fd)
             raise
         if target is not None:
             os.close(fd)
+            if refused:
+                raise PermissionError(errno.EACCES, "a symlink of another user", "/" + "/".join([*self._names, name]))
         else:
             self._names.append(name)
             self._fds.append(fd)
