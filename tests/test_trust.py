@@ -416,6 +416,17 @@ def test_a_symlink_of_an_owner_does_not_claim_the_place_of_another_board(home: P
     assert list(refuse_shared(configs)) == ["b"]
 
 
+def test_a_new_mode_is_noticed_without_an_event_above(world: World, state: Signal) -> None:
+    """A container sees the directory through a bind mount. Changes on the host cause no event above the mount."""
+    world.registers.directories._watch_above = lambda *_, **__: None  # type: ignore[method-assign]
+    world.open()
+    world.restore()
+    assert not world.troubled
+    state.directory.chmod(0o777)
+    world.triggered()
+    assert world.troubled
+
+
 LOOK = """
 import ctypes, errno, logging, os, sys
 from pathlib import Path

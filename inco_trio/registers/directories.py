@@ -35,7 +35,8 @@ ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
 """Events to watch on an ancestor. IN_ATTRIB reports a new owner or mode of the ancestor and of its entries."""
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
-NAMES_MASK = SELF_MASK | APPEARED | VANISHED
+NAMES_MASK = SELF_MASK | APPEARED | VANISHED | ino.IN_ATTRIB
+"""Events to watch on an IRQ directory. Below a bind mount, only this watch reports a new owner or mode of it."""
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 
@@ -282,6 +283,8 @@ class Directories:
             for other in below or ():
                 if not name or os.fsdecode(name) in other.path.parts:
                     self.trouble(other)  # Check whether the path is still trusted.
+            if directory is not None and not name:
+                self.trouble(directory)
             return None
         if mask & APPEARED and (awaited := self._awaited.get(wd)):
             for waiting in tuple(awaited.names.get(name, ())):
