@@ -36,8 +36,10 @@ PROTOCOL = 1
 """The protocol version. Each change that breaks clients increments it."""
 LINE_MAX = 65_536
 """Maximum length of a line from a client, in bytes."""
-ID_VALUES_MAX, ID_LENGTH_MAX = 16, 256
-"""Maximum number of values in the `id` of a request, and maximum length of each text and integer."""
+ID_VALUES_MAX = 16
+"""Maximum number of values in the `id` of a request."""
+ID_LENGTH_MAX = 256
+"""Maximum length of each text and integer in the `id` of a request, in characters."""
 _ID_INTEGER_MAX: int = 10**ID_LENGTH_MAX
 REPLY_MAX = 1 << 25
 """Maximum length of a line from a proxy, in bytes. The status of 5,000 boards needs 20 MB."""
