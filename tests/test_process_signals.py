@@ -88,9 +88,12 @@ sys.exit(main(sys.argv[3:]))
 """A program that runs inco-trio and sends signals to itself while the interpreter shuts down."""
 
 
-def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str | Path) -> tuple[int, str]:
+def run(
+    script: str, place: str, numbers: list[signal.Signals], *arguments: str | Path, command: str = "run"
+) -> tuple[int, str]:
+    sent = ",".join(str(int(number)) for number in numbers)
     done = subprocess.run(
-        [sys.executable, "-c", script, place, ",".join(str(int(n)) for n in numbers), "run", *map(str, arguments)],
+        [sys.executable, "-c", script, place, sent, command, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -116,6 +119,24 @@ def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Sig
         "inco-trio: info: none0: stopped before it was ready\n",
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["argparse", "trio"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("mqtt", ["mqtt://127.0.0.1:1"]),
+        ("mqtt-link", ["mqtt://127.0.0.1:1", "--end", "core0", "--link", "unix:{}/wire,peer={}/core"]),
+        ("exporter", ["--listen", "127.0.0.1:9"]),
+    ],
+)
+def test_signals_while_another_service_imports_modules(
+    module: str, command: str, words: list[str], tmp_path: Path
+) -> None:
+    """The first signal must not end the process."""
+    words = [word.replace("{}", str(tmp_path)) for word in words]
+    code, said = run(AT_IMPORT, module, [signal.SIGHUP, signal.SIGTERM], *words, command=command)
+    assert (code, said.splitlines()[-1].endswith(": stopped before it was ready")) == (0, True), said
 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)

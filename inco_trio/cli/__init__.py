@@ -1,7 +1,7 @@
 """The entry points of the command line. Each command has its own module in this package.
 
-The entry points of the daemon start to record process signals before they import anything else. They also disable the
-garbage collector, because the imports create few cycles. `service.runner.run_service` enables it again.
+The services start to record process signals before they import anything else. They also disable the garbage collector,
+because the imports create few cycles. `service.runner.run_service` enables it again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from inco_trio.service import process_signals
 
 __all__ = ["inco_proxy", "main"]
 
+_SERVICES = ("run", "mqtt", "mqtt-link", "exporter")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `inco-trio`; return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["run"]:
+    if words and words[0] in _SERVICES:
         process_signals.hold()
         gc.disable()
     try:
