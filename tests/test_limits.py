@@ -55,6 +55,7 @@ LISTED = {
     "proxy.flood.FLOOD": "unknown and malformed frames on an interface",
     "proxy.inbound.DRAINED_MAX": "frames in the queue of a link that is replaced",
     "registers.directory.SEARCHED_MAX": "files of an IRQ directory that are searched for those of a killed proxy",
+    "service.lines.TEXT_MAX": "text of a log line",
     "service.throttle.CAUSES_MAX": "log lines of one board, except those of notifications with `-v`",
     "service.throttle.LINES_MAX": "log lines of one board, except those of notifications with `-v`",
     "validation.REPORTED_MAX": "other configuration files",

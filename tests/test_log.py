@@ -225,6 +225,20 @@ def test_json_lines_have_time_level_event_and_message(capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("char", ["x", "\x1b", "\N{SNOWMAN}", "\U0001f600", "\ud800"])
+def test_a_long_line_loses_its_middle(log_format: str, char: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The logger of s6 splits lines of more than 8192 bytes: the next line would begin with text of others."""
+    set_up_logging(log_format, verbose=False)
+    with working_for("b" * 64):
+        logger.warning("%s: cannot be read: %s", char * 100_000, "Permission denied")
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line.encode()) <= 8192
+    assert "bytes omitted) ..." in line
+    assert "cannot be read: Permission denied" in line
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_an_exception_keeps_its_traceback(log_format: str, capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging(log_format, verbose=False)
     try:

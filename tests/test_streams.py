@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -174,3 +175,14 @@ def test_unprintable_characters_in_an_error_are_escaped() -> None:
     code, out, err = finished(["check", "--config", "/no\nsuch\x1b[2Jfile\udcff"])
     assert (code, out) == (78, b"")
     assert err == b"inco-trio: error: /no\\nsuch\\x1b[2Jfile\\udcff: cannot be read: No such file or directory\n"
+
+
+def test_a_long_key_does_not_fill_a_line(tmp_path: Path) -> None:
+    """The logger of s6 splits lines of more than 8192 bytes: the next line would begin with the rest of the key."""
+    file = tmp_path / "udrv.json"
+    file.write_text(
+        json.dumps({"file": {"ihub-irq-dev": {"path": "/x"}}, "misc": {"inco_proxy": {"signals": {"d" * 20_000: 3}}}})
+    )
+    done = subprocess.run([*RUN, "check", "--config", file], capture_output=True, timeout=HANG, check=False)
+    assert (done.returncode, done.stdout) == (78, b"")
+    assert max(map(len, done.stderr.splitlines())) <= 8192

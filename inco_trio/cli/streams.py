@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, TextIO
 
 from inco_trio.errors import IncoError, ResourceError
-from inco_trio.service.lines import printable
+from inco_trio.service.lines import printable, shortened
 
 
 def open_missing() -> None:
@@ -95,11 +95,11 @@ def settle() -> None:
 def remark(text: str) -> None:
     """Print a note to standard error."""
     with contextlib.suppress(OSError):
-        print(f"inco-trio: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - not part of the output
+        print(f"inco-trio: {shortened(printable(text))}", file=sys.stderr, flush=True)  # noqa: T201 - not part of the output
 
 
 def complain(error: IncoError) -> None:
     """Print an error to standard error, one line per problem. If that fails, only the exit code reports the error."""
     with contextlib.suppress(OSError):
         for problem in error.problems:
-            print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - independent of the log
+            print(f"inco-trio: error: {shortened(printable(problem))}", file=sys.stderr)  # noqa: T201 - independent of the log

@@ -1,14 +1,17 @@
-"""Write to a standard stream without waiting for its reader, and escape the text of a line."""
+"""Write to a standard stream without waiting for its reader, and escape and shorten the text of a line."""
 
 from __future__ import annotations
 
 import os
 import select
 
-__all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "printable", "write_at_once"]
+__all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "TEXT_MAX", "printable", "shortened", "write_at_once"]
 
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
+TEXT_MAX = 6000
+"""Maximum size in bytes of the text of a log line. s6-log(1) splits lines of more than 8,192 bytes, and systemd's
+journal those of more than 48 KiB. Whoever chooses a key or a path could then write the next line of the log."""
 PIECE = 4096
 """PIPE_BUF (pipe(7)): a writable pipe accepts this many bytes without blocking."""
 
@@ -16,6 +19,16 @@ PIECE = 4096
 def printable(text: str) -> str:
     """Escape line breaks and terminal controls in `text`. Paths and process names may contain them."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, size_max: int = TEXT_MAX) -> str:
+    """Return `text` without its middle if it is larger than `size_max` bytes. The reason of an error is at the end."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) <= size_max:
+        return text
+    half = size_max // 2
+    head, tail = (part.decode(errors="ignore") for part in (data[:half], data[-half:]))
+    return f"{head}... ({len(data) - 2 * half} bytes omitted) ...{tail}"
 
 
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:

@@ -27,7 +27,7 @@ import trio
 from inco_trio import real_clock
 from inco_trio.problems import board_name
 from inco_trio.service import throttle
-from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
+from inco_trio.service.lines import STANDARD_ERROR, TEXT_MAX, printable, shortened, write_at_once
 
 __all__ = ["log_statistics", "needs_timestamps", "set_up_logging"]
 
@@ -37,16 +37,21 @@ _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (log
 """Pairs of a minimum level of the logging module and its syslog(3) priority, highest level first."""
 PATIENCE_MS = 10
 """Maximum time in milliseconds to wait for a slow reader. After a lost line, the limit is 0 until a write succeeds."""
+JSON_GROWTH = 6
+"""Maximum number of bytes in JSON for one byte of text: a control character becomes \\u0001."""
 
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        message = record.getMessage()
+        if len(json.dumps(message)) > TEXT_MAX:
+            message = shortened(message, TEXT_MAX // JSON_GROWTH)
         entry: dict[str, object] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "message"),
-            "message": record.getMessage(),
+            "message": message,
         }
         if board := board_name.get():
             entry["board"] = board
@@ -65,7 +70,8 @@ class _Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         board = board_name.get()
-        text = f"inco-trio: {record.levelname.lower()}: {board}{': ' if board else ''}{printable(record.message)}"
+        message = shortened(printable(record.message))
+        text = f"inco-trio: {record.levelname.lower()}: {board}{': ' if board else ''}{message}"
         left_out = getattr(record, "left_out", 0)
         if left_out:
             text += f" ({left_out} similar lines omitted)"
