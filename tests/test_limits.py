@@ -82,6 +82,7 @@ OTHERS = {
     "linux.files.FILE_NAME_MAX": "the kernel's limit",
     "linux.inotify.PADDED_MAX": "the kernel's limit",
     "linux.sockets.SOCKET_PATH_MAX": "the kernel's limit",
+    "linux.users.ID_MAX": "the kernel's limit",
     "mqtt.bridge_codec.NUMBER_MAX": "a larger number in a message is invalid",
     "mqtt.configuration.SECRET_MAX": "a value of the configuration: MQTT allows no longer password",
     "mqtt.configuration.STATUS_SECONDS_MAX": "a value of the configuration",

@@ -227,7 +227,20 @@ def test_an_owner_is_parsed(text: str, ids: tuple[int | None, int | None]) -> No
     assert users.find_owner(text) == ids
 
 
-@pytest.mark.parametrize("text", ["", ":", "no such user", "root:no such group"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":",
+        "no such user",
+        "root:no such group",
+        "4294967295",
+        ":4294967295",
+        f"{1 << 32}",
+        "9" * 5000,
+        "\N{ARABIC-INDIC DIGIT SEVEN}",
+    ],
+)
 def test_an_unknown_owner_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(repr(text))}: "):
         users.find_owner(text)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 __all__ = ["find_owner", "is_private_group", "user_name"]
 
+ID_MAX = (1 << 32) - 2
+"""The highest user or group ID. For chown(2), the next number means "no change"."""
 FRESH = 10.0
 """Seconds for which `is_private_group` keeps an answer."""
 _found: dict[tuple[int, int], tuple[float, bool]] = {}
@@ -30,13 +33,23 @@ def find_owner(text: str) -> tuple[int | None, int | None]:
 
     user, _, group = text.partition(":")
     try:
-        uid = None if not user else int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
-        gid = None if not group else int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        uid = _find_id(user, lambda name: pwd.getpwnam(name).pw_uid)
+        gid = _find_id(group, lambda name: grp.getgrnam(name).gr_gid)
     except KeyError:
         raise ValueError(f"{text!r}: no such user or group") from None
     if uid is None and gid is None:
         raise ValueError(f"{text!r}: expected USER, USER:GROUP or :GROUP")
     return uid, gid
+
+
+def _find_id(text: str, search: Callable[[str], int]) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        return search(text)
+    if len(text) > len(str(ID_MAX)) or int(text) > ID_MAX:
+        raise KeyError(text)
+    return int(text)
 
 
 def is_private_group(gid: int, uid: int) -> bool:
