@@ -19,7 +19,7 @@ import attrs
 
 from inco_trio.errors import ConfigError, ResourceError
 from inco_trio.frame import is_wire_name
-from inco_trio.linux.files import FILE_NAME_MAX, is_path, kind_of_file
+from inco_trio.linux.files import FILE_NAME_MAX, PATH_MAX, is_path, kind_of_file
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ REPORTED_MAX = 20
 """Maximum number of mistakes that are listed for one file. Further mistakes are only counted."""
 SHOWN_MAX = 60
 """Maximum number of characters of an invalid value that a message shows."""
+NAMES_MAX = 256
+"""Maximum number of names in a path."""
+SEPARATORS_MAX = 500_000
+"""Maximum number of commas, brackets and braces in a file. The largest signal table of a board needs 200,000. The proxy
+reads a file in a thread, but json.loads does not let other threads run: notifications would wait for seconds."""
 NUMBER_MAX = 1 << 64
 TIME_MAX = 1 << 34
 """Latest valid time, in seconds since 1970. In nanoseconds, it still fits in 64 bits."""
@@ -124,6 +129,9 @@ class Rule:
 def _path(text: str) -> str:
     if not is_path(text):
         raise InvalidValueError(f"{text!r} cannot be a path: it has a NUL byte or an unpaired surrogate")
+    # The proxy opens a path one name at a time. Longer paths would keep it from its other boards for seconds or hours.
+    if len(os.fsencode(text)) > PATH_MAX or text.count("/") > NAMES_MAX:
+        raise InvalidValueError(f"{text[:40]!r}... has more than {PATH_MAX} bytes or {NAMES_MAX} names")
     if any(len(os.fsencode(part)) > FILE_NAME_MAX for part in text.split("/")):
         raise InvalidValueError(f"a name in {text[:40]!r}... has more than {FILE_NAME_MAX} bytes")
     return text
@@ -274,6 +282,8 @@ class Table:
 
 def parse_table(text: bytes, source: str) -> Table:
     """Parse a JSON object. Integers become floats. Raises ConfigError with the subject `source`."""
+    if sum(map(text.count, (b",", b"[", b"{"))) > SEPARATORS_MAX:
+        raise ConfigError(source, f"more than {SEPARATORS_MAX:,} values")
     try:
         # Parse integers as floats, because int() refuses very long numbers. No key needs exact integers.
         document = json.loads(text.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object, parse_int=float)

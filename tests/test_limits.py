@@ -36,6 +36,7 @@ LISTED = {
     "links.name_filter.SAMPLE": "unknown and malformed frames on an interface",
     "links.packet.RECEIVE_BUFFER": "frames in the receive queue",
     "links.unix.SENDERS_MAX": "sender paths of a `unix:` link, including the peer's path",
+    "linux.files.PATH_MAX": "paths in configuration files",
     "linux.files.TARGETS_MAX": "symlinks on a path of another user",
     "linux.files._SYMLINKS_MAX": "symlinks on a path of another user",
     "linux.processes.ENVIRONMENT_MAX": "command line and environment of another process",
@@ -58,7 +59,9 @@ LISTED = {
     "service.lines.TEXT_MAX": "text of a log line",
     "service.throttle.CAUSES_MAX": "log lines of one board, except those of notifications with `-v`",
     "service.throttle.LINES_MAX": "log lines of one board, except those of notifications with `-v`",
+    "validation.NAMES_MAX": "paths in configuration files",
     "validation.REPORTED_MAX": "other configuration files",
+    "validation.SEPARATORS_MAX": "udrv.json",
     "validation.SIZE_MAX": "other configuration files",
 }
 """The row of the table for each limit that others can reach."""

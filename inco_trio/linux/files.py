@@ -18,6 +18,7 @@ from pathlib import Path
 __all__ = [
     "EXHAUSTED",
     "FILE_NAME_MAX",
+    "PATH_MAX",
     "TARGETS_MAX",
     "ForeignFuseError",
     "Resolver",
@@ -31,6 +32,8 @@ __all__ = [
 
 FILE_NAME_MAX = 255
 """Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
+PATH_MAX = 4095
+"""Maximum length of a path in bytes (PATH_MAX of limits.h, without the NUL byte)."""
 
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PINNED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
