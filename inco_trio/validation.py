@@ -37,8 +37,10 @@ SHOWN_MAX = 60
 NAMES_MAX = 256
 """Maximum number of names in a path."""
 SEPARATORS_MAX = 500_000
-"""Maximum number of commas, brackets and braces in a file. The largest signal table of a board needs 200,000. The proxy
-reads a file in a thread, but json.loads does not let other threads run: notifications would wait for seconds."""
+"""Maximum number of commas, brackets and braces in a file. The largest signal table of a board needs 200,000.
+
+The proxy reads a file in a thread, but json.loads does not let other threads run: notifications would wait for seconds.
+"""
 NUMBER_MAX = 1 << 64
 TIME_MAX = 1 << 34
 """Latest valid time, in seconds since 1970. In nanoseconds, it still fits in 64 bits."""

@@ -10,8 +10,11 @@ __all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "TEXT_MAX", "printable", "shorte
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
 TEXT_MAX = 6000
-"""Maximum size in bytes of the text of a log line. s6-log(1) splits lines of more than 8,192 bytes, and systemd's
-journal those of more than 48 KiB. Whoever chooses a key or a path could then write the next line of the log."""
+"""Maximum size of the text of a log line in bytes.
+
+s6-log(1) splits lines of more than 8,192 bytes, and systemd's journal those of more than 48 KiB. Whoever chooses a key or
+a path could then write a line of the log.
+"""
 PIECE = 4096
 """PIPE_BUF (pipe(7)): a writable pipe accepts this many bytes without blocking."""
 
