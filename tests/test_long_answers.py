@@ -19,10 +19,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.control.answering import CLOSED, HISTORY_SECONDS, HISTORY_SECONDS_SHARED
 from inco_trio.control.feed import HISTORIES_MAX, Feed
-from inco_trio.counters import Stats
 from inco_trio.persist.recorder import AREA, KEPT_MAX, Recorder
 from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.signals import Direction, Signal
+from inco_trio.stats import Stats
 from tests.test_history import BOARD, ServedBoard, SlowClient
 
 SIGNALS = [Signal(name, Direction.INBOUND, Path("/irq"), name) for name in ("a_irq", "b_irq")]

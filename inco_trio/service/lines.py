@@ -12,8 +12,8 @@ STANDARD_ERROR = 2
 TEXT_MAX = 6000
 """Maximum size of the text of a log line in bytes.
 
-s6-log(1) splits lines of more than 8,192 bytes, and systemd's journal those of more than 48 KiB. Whoever chooses a key or
-a path could then write a line of the log.
+s6-log(1) splits lines of more than 8,192 bytes, and systemd's journal those of more than 48 KiB. Whoever chooses a key
+or a path could then write a line of the log.
 """
 PIECE = 4096
 """PIPE_BUF (pipe(7)): a writable pipe accepts this many bytes without blocking."""
