@@ -39,7 +39,7 @@ from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.problems import working_for
 from inco_trio.proxy.proxy import open_supervised
-from inco_trio.proxy_status import Status
+from inco_trio.proxy_status import SignalStatus, Status
 from inco_trio.signals import Direction, Signal
 from inco_trio.testing.layout import make_layout
 from netns.hang import HANG
@@ -61,14 +61,18 @@ async def _reload() -> tuple[str, ...]:
 class Opened:
     """An open board of a stand-in for a proxy. Its history is real."""
 
-    status = STATUS
-
     def __init__(self, memory: bytearray, control: Control) -> None:
         self.events = Events(Counters(), History(memoryview(memory)), control.feed)
         control.feed.opened(self.events.keep)
 
     def _history(self) -> History:
         return self.events.history
+
+    def _status(self) -> Status:
+        return STATUS
+
+    def _signals(self) -> tuple[SignalStatus, ...]:
+        return STATUS.signals
 
 
 class Process:
