@@ -516,6 +516,28 @@ def test_a_loss_is_counted_before_the_other_side_has_written_a_frame(bench: Benc
     assert counters(bridges[1])["missed"] == 3
 
 
+def test_a_loss_is_counted_although_no_frame_follows(bench: Bench) -> None:
+    """The broker restores an older state of both sessions: no side can see that it has lost frames."""
+    bridge, away = bench.joined()
+    bench.cores[0].send(frame(0))
+    assert bench.cores[1].receive() == frame(0)
+    counters(bridge, 1)
+    wait_stopped(away.process.pid)
+    bench.broker.end()  # On SIGTERM, mosquitto saves its state.
+    older = (bench.broker.directory / "mosquitto.db").read_bytes()
+    bench.broker.start()
+    for number in range(1, 4):
+        bench.cores[0].send(frame(number))
+    counters(bridge, 4)
+    bench.broker.end(signal.SIGKILL)
+    (bench.broker.directory / "mosquitto.db").write_bytes(older)
+    bench.broker.start()
+    away.process.send_signal(signal.SIGCONT)
+    away.wait_log("lost 3 frames of core0 that the broker had acknowledged")
+    assert "discarded the session" not in bridge.log + away.log
+    assert counters(away)["missed"] == 3
+
+
 def test_frames_wait_for_the_other_side_after_the_broker_has_discarded_the_sessions(bench: Bench) -> None:
     """Because the test has subscribed, the broker acknowledges frames before core 1's side has subscribed again."""
     reader = Reader(bench.broker)

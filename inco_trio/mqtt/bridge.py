@@ -111,6 +111,9 @@ class Bridge:
         self._announced = False
         """Whether this process has received its own `online` status. Messages that arrive before it are older."""
         self._other_is_online: bool | None = None
+        self._other_connection = ("", 0)
+        """The other side's process and connection, as its last `online` status identified them."""
+        self._other_connected = trio.Event()
         self._is_open = False
         self._link: UnixLink
         self._progress: Progress
@@ -249,6 +252,7 @@ class Bridge:
             await self._publish(connection, self._status("online"))
             # Some brokers accept connections, but end them because of the subscription or the first message.
             self._problems.well("broker", self._broker)
+            nursery.start_soon(self._verify, connection)
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
@@ -274,6 +278,9 @@ class Bridge:
                     state, instance, number = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
                         self._take_status(state == "online")
+                        if state == "online" and self._other_connection != (instance, number):
+                            self._other_connection = instance, number
+                            self._other_connected.set()
                     elif received.topic != self._topic(self._end, "status"):
                         self._refuse(received)  # Another program has left a subscription in this side's session.
                     elif not received.retain:
@@ -335,6 +342,22 @@ class Bridge:
                 progress.taken()
                 link.dequeue()
             self.counts.published += len(frames)
+
+    async def _verify(self, connection: Connection) -> None:
+        """Request a report whenever the other side has connected and has not confirmed the last frames.
+
+        The broker may have lost these frames, for example with the session of the other side. Without the request, the
+        other side would count them only when the local core sends the next frame. There is only one request for each
+        connection, so reconnections of this side do not fill the broker's queue.
+        """
+        while True:
+            await self._other_connected.wait()
+            verified = self._other_connection
+            if self._progress.is_unconfirmed:
+                batch = Batch(self._progress.boot, self._progress.following, [], report=True)
+                await self._publish_batch(connection, batch)
+            if self._other_connection == verified:
+                self._other_connected = trio.Event()
 
     async def _await_room(self, connection: Connection) -> None:
         """Wait until frames may be published. Repeat the request for a report, because the broker may have dropped it.

@@ -113,6 +113,11 @@ class Progress:
         """
         return self.following <= self._numbers[self._LIMIT]
 
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether frames may be published although the other side has not reported the last published frame."""
+        return 0 < self.following <= self._numbers[self._LIMIT] < self.following - 1 + WINDOW
+
     def reported(self, number: int) -> None:
         """Record that the other side has written all frames up to `number`.
 
