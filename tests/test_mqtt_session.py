@@ -225,6 +225,17 @@ def test_subscriptions_are_checked_one_by_one() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_each_subscription_needs_its_reason_code(count: int) -> None:
+    session = opened()
+    _, (packet,) = subscribe(session, "a", "b")
+    assert isinstance(packet, mqtt5.SubscribePacket)
+    answer = mqtt5.SubAckPacket(packet.packet_id, [mqtt5.SubAckReasonCode.GRANTED_QOS_AT_LEAST_ONCE] * count)
+    with pytest.raises(BrokerLostError, match=f"answered 2 subscriptions with {count} reason codes"):
+        session.feed(answer.write())
+    assert session.goodbye == mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
+
+
 def test_messages_are_acknowledged_once() -> None:
     session = opened()
     session.feed(incoming(7, response_topic="r", correlation_data=b"c") + incoming(None))

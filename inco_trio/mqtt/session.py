@@ -417,7 +417,12 @@ class Session:
 
     def _on_suback(self, packet: mqtt5.SubAckPacket) -> None:
         receipts, filters = self._subscribing.pop(packet.packet_id)
-        for number, (wanted, reason) in enumerate(zip(filters, packet.reason_codes, strict=False)):
+        if len(packet.reason_codes) != len(filters):
+            # Without its reason code, a subscription may not exist, and nothing would arrive.
+            self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
+            text = f"answered {len(filters)} subscriptions with {len(packet.reason_codes)} reason codes"
+            raise BrokerLostError(self._subject, text)
+        for number, (wanted, reason) in enumerate(zip(filters, packet.reason_codes, strict=True)):
             if reason.value >= _FAILURE:
                 receipts.refusals[number] = Refusal(_text(packet, reason))
             elif reason.value < wanted.max_qos.value:
