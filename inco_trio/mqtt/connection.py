@@ -296,8 +296,9 @@ class Connection:
             session.taken = entry.statistics().current_buffer_used
             number = session.feed(data)
             self._send_now()  # The session may have answered messages at QoS 2.
+            # Each part of a long packet counts: on a new connection, a slow broker would only send it again.
+            self._progress = trio.current_time()
             if number:
-                self._progress = trio.current_time()
                 self._is_pinging = False
                 self._room.set()
                 self.room_changed()
