@@ -539,11 +539,27 @@ async def test_a_successor_inherits_the_stored_descriptors(place: Place) -> None
             await wait_handled(proxies, name, 2)
             assert place.state(name) == "1"
         assert sorted(heir.kept) == ["bundle", "inflight", "inotify"]
-        assert heir.stored == ["bundle"]
+        assert heir.stored == ["bundle", "bundle"]  # The second one does not contain the descriptors of "gone".
         # The new proxies do not send the inherited notifications a second time.
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
         assert proxies["a"].stats.sent == 2
+    heir.close()
+
+
+@in_trio
+async def test_the_socket_of_a_board_that_was_removed_meanwhile_is_closed(place: Place) -> None:
+    """Otherwise, it would receive frames that nobody reads, and another proxy could not take over the path."""
+    peer = place.peer("moved")
+    holder = Cupboard()
+    async with open_fleet(place.configs("a", "moved"), holder):
+        pass
+    async with open_fleet(place.configs("a"), heir := holder.heir()):
+        with pytest.raises(ConnectionRefusedError):
+            place.interrupt("moved", peer)
+        async with open_proxies(place.configs("moved")) as others:
+            place.interrupt("moved", peer)
+            await wait_handled(others, "moved", 1)
     heir.close()
 
 

@@ -51,6 +51,10 @@ class Bundle:
         self.supervisor = outer.supervisor
         self._outer = outer
         self.kept: dict[str, int] = {}
+        self._inherited: set[str] = set()
+        """The descriptors in `kept` that a former process has stored."""
+        self._outdated = False
+        """Whether the queue contains such a descriptor that has been replaced or removed."""
         held = inherited_fd(outer.inherited, NAME)
         if held is not None:
             with socket.socket(fileno=os.dup(held)) as former:
@@ -89,6 +93,7 @@ class Bundle:
                 os.close(fd)
         for name in tuple(self.kept):
             inherited_fd(self.kept, name)
+        self._inherited = {*self.kept}
 
     def store(self, name: str, fd: int) -> None:
         try:
@@ -104,7 +109,18 @@ class Bundle:
             self._forget(name)
             self._append(REMOVED + os.fsencode(name) + b"\n", [])
 
+    def tidy(self) -> None:
+        """Close inherited descriptors that have been replaced or removed. Raises ResourceError.
+
+        A socket of a former process would otherwise remain bound to its path, although nobody reads from it.
+        """
+        if self._outdated:
+            self._renew()
+
     def _forget(self, name: str) -> None:
+        if name in self._inherited:
+            self._inherited.remove(name)
+            self._outdated = True
         if (fd := self.kept.pop(name, None)) is not None:
             os.close(fd)
 
@@ -145,7 +161,7 @@ class Bundle:
             failed.pop_all()
         if self._entry is not None:
             self._entry.close()
-        self._entry, self._changes = entry, 0
+        self._entry, self._changes, self._outdated = entry, 0, False
 
     def _fill(self, entry: socket.socket) -> None:
         """Queue all descriptors. Raises OSError, for example BlockingIOError if they do not fit."""

@@ -249,6 +249,9 @@ class Proxies(Mapping[str, Proxy]):
             for name in [name for name in self._kept if name not in plan.staying]:
                 self._drop(name)
             await self._open_or_change(plan.later, refused)
+            if self._bundle is not None:
+                with contextlib.suppress(ResourceError):  # The descriptors stay open for now.
+                    self._bundle.tidy()
             self._shared.release()
             return refused
 
