@@ -99,6 +99,23 @@ def test_certificates_are_checked_on_both_sides(tmp_path: Path, stack: ExitStack
     assert "the certificate files" in str(refusal(where, identity(tmp_path / "empty", of_client)))
 
 
+def test_a_reload_with_unusable_certificate_files_is_refused(tmp_path: Path, stack: ExitStack) -> None:
+    ours = Certificates(tmp_path / "ours")
+    certificate, key = ours.sign("host1")
+    (tmp_path / "gateway.json").write_text(json.dumps({"broker": {
+        "ca_file": str(ours.ca), "certificate_file": str(certificate), "key_file": str(key)}}))  # fmt: skip
+    url = str(at(free_port(), tls=True))
+    words = ("mqtt", url, "--control", tmp_path / "control", "--config", tmp_path / "gateway.json")
+    gateway = Gateway(tmp_path / "gateway.log", *words)
+    stack.callback(gateway.close)
+    gateway.wait_ready()
+    key.rename(tmp_path / "moved")
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_log("reload")
+    assert "reload refused, keeping the old configuration" in gateway.log
+    assert "cannot use the certificate files" in gateway.log
+
+
 def test_an_expired_certificate_is_refused(tmp_path: Path, stack: ExitStack) -> None:
     ours = Certificates(tmp_path / "ours")
     certificate, key = ours.sign("127.0.0.1", days=-1)

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
         with needing("mqtt5", "mqtt5", "mqtt"):
             from inco_trio.mqtt.gateway import Gateway
         from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
+        from inco_trio.mqtt.connection import check_certificates
         from inco_trio.service.runner import Restarting, run_service
 
         broker = parse_broker(args.url)
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
             config = GatewayConfig() if path is None else read_gateway(path)
             config.check_response_prefix(broker)
-            config.broker.read()  # Report invalid credentials before the service starts.
+            config.broker.read()  # Report invalid credentials before the service starts, and refuse them in a reload.
+            check_certificates(broker, config.broker)
             return Gateway(broker, config, controls).run
 
         return run_service(

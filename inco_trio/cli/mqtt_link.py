@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         with needing("mqtt5", "mqtt5", "mqtt"):
             from inco_trio.mqtt.bridge import Bridge
         from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
+        from inco_trio.mqtt.connection import check_certificates
         from inco_trio.persist.fdstore import fd_store_from_environment
         from inco_trio.service.runner import Restarting, run_service
 
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
             def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
                 config = GatewayConfig() if path is None else read_gateway(path)
-                config.broker.read()  # Report invalid credentials before the service starts.
+                # Report invalid credentials before the service starts, and refuse them in a reload.
+                config.broker.read()
+                check_certificates(broker, config.broker)
                 return functools.partial(bridge.run, config.broker)
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)

@@ -41,7 +41,7 @@ from inco_trio.mqtt.session import (
     do_nothing,
 )
 
-__all__ = ["BrokerBackoff", "Connection", "open_connection"]
+__all__ = ["BrokerBackoff", "Connection", "check_certificates", "open_connection"]
 
 logger = logging.getLogger(__name__)
 
@@ -522,6 +522,12 @@ def _connect_error(broker: Broker, error: Exception) -> IncoError:
         case ConnectionResetError() | None if broker.tls:
             return BrokerLostError(broker, "reset the connection (does it support TLS?)")
     return BrokerLostError(broker, f"cannot be reached: {getattr(cause, 'strerror', None) or cause}")
+
+
+def check_certificates(broker: Broker, credentials: Credentials) -> None:
+    """Raise BrokerRefusedError if a connection to the broker cannot use the certificate files."""
+    if broker.tls:
+        _context(broker, credentials)
 
 
 def _context(broker: Broker, credentials: Credentials) -> ssl.SSLContext:
