@@ -112,7 +112,7 @@ class Bundle:
     def tidy(self) -> None:
         """Close inherited descriptors that have been replaced or removed. Raises ResourceError.
 
-        A socket of a former process would otherwise remain bound to its path, although nobody reads from it.
+        A socket of a former process would otherwise remain bound to its path, although no process reads from it.
         """
         if self._outdated:
             self._renew()
