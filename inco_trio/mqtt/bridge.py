@@ -324,7 +324,7 @@ class Bridge:
         while True:
             progress.number(link.queue)
             await self._await_room(connection)
-            frames = link.peek()
+            frames = link.peek()[: progress.room]
             if not frames:
                 await link.wait_readable()
                 continue

@@ -111,7 +111,12 @@ class Progress:
 
         After starting a new numbering, this side first waits for the other side's report.
         """
-        return self.following <= self._numbers[self._LIMIT]
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many frames may be published before the next report."""
+        return self._numbers[self._LIMIT] - self.following + 1
 
     @property
     def is_unconfirmed(self) -> bool:
