@@ -37,8 +37,9 @@ SHOWN_MAX = 60
 NAMES_MAX = 256
 """Maximum number of names in a path."""
 SEPARATORS_MAX = 500_000
-"""Maximum number of commas, brackets and braces in a file. The largest signal table of a board needs 200,000.
+"""Maximum number of commas, opening brackets and opening braces in a file.
 
+The largest signal table of a board needs 200,000.
 The proxy reads a file in a thread, but json.loads does not let other threads run: notifications would wait for seconds.
 """
 NUMBER_MAX = 1 << 64
@@ -131,7 +132,7 @@ class Rule:
 def _path(text: str) -> str:
     if not is_path(text):
         raise InvalidValueError(f"{text!r} cannot be a path: it has a NUL byte or an unpaired surrogate")
-    # The proxy opens a path one name at a time. Longer paths would keep it from its other boards for seconds or hours.
+    # The proxy opens a path one name at a time. Longer paths would block its other boards for seconds or even hours.
     if len(os.fsencode(text)) > PATH_MAX or text.count("/") > NAMES_MAX:
         raise InvalidValueError(f"{text[:40]!r}... has more than {PATH_MAX} bytes or {NAMES_MAX} names")
     if any(len(os.fsencode(part)) > FILE_NAME_MAX for part in text.split("/")):
@@ -285,7 +286,7 @@ class Table:
 def parse_table(text: bytes, source: str) -> Table:
     """Parse a JSON object. Integers become floats. Raises ConfigError with the subject `source`."""
     if sum(map(text.count, (b",", b"[", b"{"))) > SEPARATORS_MAX:
-        raise ConfigError(source, f"more than {SEPARATORS_MAX:,} values")
+        raise ConfigError(source, f"more than {SEPARATORS_MAX:,} commas, opening brackets and opening braces")
     try:
         # Parse integers as floats, because int() refuses very long numbers. No key needs exact integers.
         document = json.loads(text.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object, parse_int=float)

@@ -400,7 +400,7 @@ def test_a_duplicate_key_elsewhere_is_ignored(once: str, twice: str) -> None:
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"[]", "a list (expected a table)"),
-        (b'{"x": [' + b"[]," * 250_000 + b"[]]}", "more than 500,000 values"),
+        (b'{"x": [' + b"[]," * 250_000 + b"[]]}", "more than 500,000 commas, opening brackets"),
         (b"null", "null (expected a table)"),
         (b"7", "a number (expected a table)"),
     ],

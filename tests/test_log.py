@@ -226,7 +226,7 @@ def test_json_lines_have_time_level_event_and_message(capfd: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("char", ["x", "\x1b", "\N{SNOWMAN}", "\U0001f600", "\ud800"])
-def test_a_long_line_loses_its_middle(log_format: str, char: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_middle_of_a_long_line_is_omitted(log_format: str, char: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The logger of s6 splits lines of more than 8192 bytes: the next line would begin with text of others."""
     set_up_logging(log_format, verbose=False)
     with working_for("b" * 64):

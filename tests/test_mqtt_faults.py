@@ -195,7 +195,7 @@ def test_a_credential_file_that_vanishes_is_a_problem_of_the_connection(tmp_path
 
 
 @pytest.mark.parametrize("words", [("mqtt",), ("mqtt-link", "--end", "core0")], ids=["gateway", "bridge"])
-def test_a_broker_that_accepts_only_connections_does_not_work_again(
+def test_no_recovery_is_logged_while_the_broker_only_accepts_connections(
     words: tuple[str, ...], tmp_path: Path, stack: ExitStack
 ) -> None:
     board = Board(tmp_path, stack)

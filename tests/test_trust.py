@@ -290,7 +290,7 @@ import pytest
 from inco_trio.errors import ConfigError
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.trust import Trust
-from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 irq, cover, owner, missing = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "missing"
 libc = ctypes.CDLL(None)
@@ -351,7 +351,7 @@ from pathlib import Path
 import pytest
 from inco_trio.registers.directory import Directory
 from inco_trio.trust import Trust
-from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 irq, owner = Path(sys.argv[1]), int(sys.argv[2])
 libc = ctypes.CDLL(None)
@@ -667,6 +667,19 @@ def test_an_output_may_be_a_symlink_of_our_own(home: Path) -> None:
         write(home / "loop", b"")
     with pytest.raises(FileNotFoundError):
         write(home / "missing" / "file", b"")
+
+
+def test_an_output_with_an_absolute_path_needs_no_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = home / "private"
+    private.mkdir(0o700)
+    monkeypatch.chdir(private)
+    os.seteuid(STRANGER)
+    try:
+        os.close(open_output(Path("/dev/null")))
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize(

@@ -713,7 +713,7 @@ def test_a_removed_or_replaced_path_is_bound_again(
     assert caplog.messages == [f"{world.local}: the file was removed or replaced: bound a new socket"]
 
 
-def test_a_replaced_socket_accepts_no_frame_that_its_end_would_discard(world: World) -> None:
+def test_a_replaced_socket_refuses_frames_that_closing_it_would_discard(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
         other.connect(str(world.local))

@@ -184,7 +184,7 @@ class Connection:
         return self._encoded(request.board)
 
     def _encoded(self, board: str | None) -> Iterator[Iterator[str]]:
-        """Yield the parts of the status of `board` (None: of each board)."""
+        """Yield an iterator over the parts of the encoded status of `board` (None: of each board)."""
         not_open = dict(self._served.not_open())
         names = [name for name in self._served.proxies() if board in (None, name)]
         for name, problem in not_open.items():

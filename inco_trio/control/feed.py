@@ -93,7 +93,10 @@ class HistoryTurn:
 
 
 class Followed:
-    """The boards that a client has followed since the start of the process, whether or not they are open."""
+    """The boards that clients have followed since the start of the process and have not forgotten since.
+
+    They need not be open.
+    """
 
     def __init__(self) -> None:
         self._is_all = False

@@ -13,7 +13,10 @@ __all__ = ["DEPTHS", "FORMS", "SAMPLE", "accepts", "name_filter"]
 DEPTHS = (64, 8, 4, 2, 1, 0)
 """How many bytes of a name a filter may compare, in order of preference. Fewer bytes make the filter shorter."""
 FORMS = ((DEPTHS[0], True), *((depth, False) for depth in DEPTHS))
-"""The depths, and whether the filter compares the padding, in order of preference. This takes 1,100 instructions."""
+"""Depths, each with whether the filter also compares all padding, in order of preference.
+
+Comparing the padding takes about 1,100 instructions.
+"""
 SAMPLE = 256
 """The filter also accepts one in SAMPLE other frames, selected at random. SAMPLE must be a power of two."""
 
@@ -78,8 +81,8 @@ def name_filter(names: Iterable[bytes], depth: int, *, padding: bool = False) ->
 def _compare_padding() -> list[Instruction]:
     """Return code that accepts a frame with only NUL bytes from X to its end. For other frames, the next code runs.
 
-    A load beyond the end of the frame would reject the frame. So compare as many bytes as each bit of the number of
-    remaining bytes says.
+    A load beyond the end of the frame would reject the frame. For each bit that is set in the number of remaining
+    bytes, compare that power of two of bytes.
     """
     code: list[Instruction] = [ACCEPT]
     for exponent in range((FRAME_MAX - HEADER_LENGTH).bit_length()):

@@ -92,7 +92,7 @@ class PacketLink:
         self._names: Collection[bytes] = ()
         self._outbound: Collection[bytes] = ()
         self._form: tuple[int, bool] | None = None
-        """How many bytes of a name the filter compares, and whether the padding, too. None: it accepts all frames."""
+        """The filter's entry in `name_filter.FORMS`, or None if the filter accepts all frames."""
         self._sampled = False
         """Whether the queue contains only frames that the current filter has accepted."""
         self._frames: dict[str, bytes] = {}

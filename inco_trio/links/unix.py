@@ -280,7 +280,8 @@ class UnixLink:
         if sock is not self._socket:
             report(logger, logging.WARNING, f"{self.name}: the file was removed or replaced: bound a new socket")
             trio.lowlevel.notify_closing(self._socket)
-            # Closing the socket discards its queue. A sender that waits for room could fill it after the last read.
+            # Make senders fail with EPIPE. Otherwise, a blocked sender could queue a frame after the last read, and
+            # closing the socket would discard it.
             self._socket.shutdown(socket.SHUT_RD)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()
@@ -533,4 +534,8 @@ class UnixLink:
         self._names.forget(self._watched)
         trio.lowlevel.notify_closing(self.fd)
         for sock in (*self._former, self._socket):
+            if remove:
+                # An fd store may keep a copy of the socket. Senders must not wait for room in its queue.
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RD)
             sock.close()

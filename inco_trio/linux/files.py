@@ -107,7 +107,8 @@ class Resolver:
     It opens each component of a path in turn, and follows symlinks. It checks the mount of each component before it
     looks up the next one, so a mount cannot get in between. Without /proc, it cannot check mounts.
 
-    With `wary`, a symlink of another user than root and the user of this process cannot be opened.
+    With `wary`, it follows a symlink only if root or the user of this process owns it. Other symlinks cause
+    PermissionError.
     """
 
     def __init__(self, *, wary: bool = False) -> None:
@@ -283,14 +284,14 @@ def pinned(path: Path | str, *, follow: bool = True) -> Iterator[int]:
 def open_output(path: Path) -> int:
     """Open a file for writing; create it if it is missing. Do not truncate it, and do not wait for readers of a FIFO.
 
-    Follow a symlink only if root or this user owns it, also on the way to the file. Otherwise, another user could make
-    root write any file. The sysctl fs.protected_symlinks checks only the last component, and only in sticky
+    Follow a symlink in any component of the path only if root or this user owns it. Otherwise, another user could make
+    root overwrite any file. The sysctl fs.protected_symlinks checks only the last component, and only in sticky
     directories. Each check and the next open use the same directory. Refuse a hard link if other users may write to
     its directory. Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     left, symlinks = deque(path.parts or (".",)), 0
-    parent = os.open(".", _PARENT)
+    parent = os.open("/" if path.is_absolute() else ".", _PARENT)
     try:
         while True:
             name = left.popleft()
@@ -333,9 +334,10 @@ def _target(name: str, parent: int, *, is_last: bool) -> Path | None:
         status = os.fstat(found)
         if not stat.S_ISLNK(status.st_mode):
             return None
-        if status.st_uid not in (0, os.geteuid()):
-            what = "it" if is_last else os.path.join(os.path.realpath(f"/proc/self/fd/{parent}"), name)  # noqa: PTH118
-            raise PermissionError(errno.EACCES, f"{what} is a symlink that another user owns")
+        place = os.path.join(os.path.realpath(f"/proc/self/fd/{parent}"), name)  # noqa: PTH118
+        # In a user namespace, /proc/self may belong to a user that is not mapped.
+        if status.st_uid not in (0, os.geteuid()) and place not in ("/proc/self", "/proc/thread-self"):
+            raise PermissionError(errno.EACCES, f"{'it' if is_last else place} is a symlink that another user owns")
         return Path(os.readlink("", dir_fd=found))
     finally:
         os.close(found)

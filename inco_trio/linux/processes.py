@@ -45,7 +45,7 @@ __all__ = [
 SEARCH_SECONDS = 10.0
 """Maximum processor time in seconds for a search of the descriptors of all processes.
 
-Any user can have millions of them. A slow or busy machine does not end a search early, unlike with another clock.
+Any user can open millions of descriptors. A limit of wall-clock time would end searches early on a busy machine.
 """
 PER_PAUSE = 64
 """Number of descriptors between two pauses. Without pauses, a search would delay the other threads."""
@@ -73,7 +73,7 @@ ENVIRONMENT_MAX = 1 << 20
 Any user can make it arbitrarily long (PR_SET_MM_MAP of prctl(2)).
 """
 _COMMAND_MAX = 1 << 14
-"""The same for a command line. `look` keeps those of all processes that look like proxies."""
+"""Maximum number of characters that are read of a command line. `look` keeps those that `wanted` accepts."""
 NS_GET_USERNS = 0xB701
 """The ioctl that opens the user namespace to which a namespace belongs (ioctl_ns(2))."""
 _MINOR_BITS = 20

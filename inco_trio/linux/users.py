@@ -47,7 +47,8 @@ def _find_id(text: str, search: Callable[[str], int]) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal()):
         return search(text)
-    if len(text) > len(str(ID_MAX)) or int(text) > ID_MAX:
+    digits = text.lstrip("0")
+    if len(digits) > len(str(ID_MAX)) or int(text) > ID_MAX:
         raise KeyError(text)
     return int(text)
 

@@ -367,8 +367,8 @@ class Bridge:
         progress, pause, has_restarted = self._progress, REPORT_PATIENCE, False
         while not progress.has_room or (progress.is_refuted and not has_restarted):
             if progress.is_refuted and not has_restarted:
-                # The other side would drop the next frames as duplicates. The report may also be forged: in case that
-                # further forged reports follow, start only one numbering before the next frames are published.
+                # The other side would drop the next frames as duplicates. The report itself may be forged, and more
+                # may follow. Therefore, restart only once before the next frames are published.
                 has_restarted = True
                 progress.restart()
                 text = f"{self._other} has confirmed frames that do not exist: another program publishes to the topics"

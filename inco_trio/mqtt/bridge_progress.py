@@ -83,7 +83,7 @@ class Progress:
         self.is_inherited = bool(len(numbers))
         """Whether an earlier process of this side has stored numbers."""
         self.is_refuted = False
-        """Whether the last report contained a number that this side has not used yet."""
+        """Whether the last report contained a number that this side cannot have used; see `reported`."""
 
     def number(self, queue: int) -> bool:
         """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is new.
@@ -115,20 +115,20 @@ class Progress:
 
     @property
     def room(self) -> int:
-        """How many frames may be published before the next report."""
+        """How many frames may be published before the next report; not positive if none may be published."""
         return self._numbers[self._LIMIT] - self.following + 1
 
     @property
     def is_unconfirmed(self) -> bool:
-        """Whether frames may be published although the other side has not reported the last published frame."""
+        """Whether the last published frame is not reported, and no request is pending, because there is room."""
         return 0 < self.following <= self._numbers[self._LIMIT] < self.following - 1 + WINDOW
 
     def reported(self, number: int) -> None:
         """Record that the other side has written all frames up to `number`.
 
-        A higher number than that of the last published frame is possible: the broker's acknowledgement of the next
-        frames may be lost. Those are fewer than WINDOW. A higher number proves that another program has published to a
-        topic of the bridge.
+        `number` can exceed the number of the last acknowledged frame, because the broker's acknowledgements of further
+        frames may be lost. There are at most WINDOW of them. A number above that proves that another program has
+        published to a topic of the bridge.
         """
         self.is_refuted = number >= self.following + WINDOW
         written = min(number, self.following - 1)

@@ -162,7 +162,7 @@ class Proxy:
         )
 
     def _signals(self) -> Iterator[SignalStatus]:
-        """Yield the state of each signal when it is needed. Skip those that a reload removes meanwhile."""
+        """Yield the state of each signal when it is needed. Skip signals that a reload removes meanwhile."""
         self._clock.refresh()
         unsent = Counter(signal.name for batch in self._parts.handoffs[1].unfinished for signal in batch.items)
         table, current = self._registers.table, frozenset[Signal]()

@@ -36,7 +36,10 @@ ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED | ino.IN_ATTRIB
-"""Events to watch on an IRQ directory. Below a bind mount, only this watch reports a new owner or mode of it."""
+"""Events to watch on an IRQ directory.
+
+If it is the root of a bind mount, only this watch reports its new owner or mode.
+"""
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 

@@ -12,8 +12,8 @@ STANDARD_ERROR = 2
 TEXT_MAX = 6000
 """Maximum size of the text of a log line in bytes.
 
-s6-log(1) splits lines of more than 8,192 bytes, and systemd's journal those of more than 48 KiB. Whoever chooses a key
-or a path could then write a line of the log.
+s6-log(1) splits lines of more than 8,192 bytes, and systemd's journal those of more than 48 KiB. The end of a long
+key or path would then look like another line of the log.
 """
 PIECE = 4096
 """PIPE_BUF (pipe(7)): a writable pipe accepts this many bytes without blocking."""
@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, size_max: int = TEXT_MAX) -> str:
-    """Return `text` without its middle if it is larger than `size_max` bytes. The reason of an error is at the end."""
+    """Return `text`, or its two ends if it is larger than `size_max` bytes. The reason of an error is at the end."""
     data = text.encode(errors="backslashreplace")
     if len(data) <= size_max:
         return text

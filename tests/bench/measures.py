@@ -640,7 +640,7 @@ def start(bench: Bench) -> Measured:
         if pair:  # Ignore the first pair, which fills the page cache.
             for name, seconds in (ready | {IMPORT: ended, "its import only": imported, C.name: bare}).items():
                 times[name].append(1000 * seconds)
-    goal = Goal("<=", 1.4, f"x {IMPORT}")
+    goal = Goal("<=", 1.1, f"x {IMPORT}")
     return Measured(
         [
             Figure("start to ready", "ms", times, goal, (INCO.name, IMPORT)),

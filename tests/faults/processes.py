@@ -79,8 +79,8 @@ def wait_stopped(pid: int) -> None:
 def injected(pid: int, descriptor: str, fault: str) -> Iterator[None]:
     """Use strace to make system calls of the process fail: `injected(pid, INOTIFY, "readv:error=ENOMEM:when=1")`.
 
-    Only calls for `descriptor` fail. This is its name in /proc/PID/fd. Other calls may be for clients, such as doctor
-    in another test.
+    Only calls that use `descriptor` (its name in /proc/PID/fd) fail. Otherwise, a call for a client could fail instead,
+    for example for doctor in another test.
     """
     call = fault.partition(":")[0]
     which = ["-P", descriptor, "-e", f"trace={call}", "-e", f"inject={fault}"]
@@ -95,7 +95,7 @@ def injected(pid: int, descriptor: str, fault: str) -> Iterator[None]:
 
 
 def packet_socket(pid: int) -> str:
-    """Return what the kernel calls a packet socket in /proc/PID/fd: the only one in the process's network namespace."""
+    """Return the name in /proc/PID/fd of the only packet socket in the process's network namespace."""
     [row] = Path(f"/proc/{pid}/net/packet").read_text().splitlines()[1:]
     return f"socket:[{row.split()[-1]}]"
 
