@@ -729,6 +729,20 @@ def test_a_replaced_socket_refuses_frames_that_closing_it_would_discard(world: W
     run(main)
 
 
+def test_a_copy_of_a_removed_socket_accepts_no_frames(world: World) -> None:
+    """An fd store can keep a copy."""
+
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        other.connect(str(world.local))
+        with socket.socket(fileno=os.dup(link.fd)):
+            link.close(remove=True)
+            with pytest.raises(BrokenPipeError):
+                other.send(encode(b"late", FOREIGN))
+
+    run(main)
+
+
 def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
