@@ -549,7 +549,7 @@ async def test_a_successor_inherits_the_stored_descriptors(place: Place) -> None
 
 @in_trio
 async def test_the_socket_of_a_board_that_was_removed_meanwhile_is_closed(place: Place) -> None:
-    """Otherwise, it would receive frames that nobody reads, and another proxy could not take over the path."""
+    """Otherwise, it would receive frames that no process reads, and another proxy could not take over the path."""
     peer = place.peer("moved")
     holder = Cupboard()
     async with open_fleet(place.configs("a", "moved"), holder):
