@@ -11,7 +11,7 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -544,8 +544,8 @@ async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Call
                 await wait_all_tasks_blocked()
 
 
-def test_a_slow_broker_is_not_lost(tmp_path: Path, stack: ExitStack) -> None:
-    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+def over_a_slow_network(broker: Mosquitto, use: Callable[[Connection], Awaitable[None]]) -> None:
+    """Call `use` with a connection to the broker on which each byte from the broker takes 0.1 s of simulated time."""
     clock = MockClock()
 
     async def main() -> None:
@@ -554,34 +554,33 @@ def test_a_slow_broker_is_not_lost(tmp_path: Path, stack: ExitStack) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(relay_slowly, listener, broker.port, lambda: clock.jump(0.1))
             async with open_connection(slow, Credentials(), "test", patience=10.0) as connection:
-                began = trio.current_time()
-                messages = [Message("lab/x", b"%d" % number) for number in range(40)]
-                assert await connection.publish(messages) == [None] * 40
-                assert trio.current_time() - began > 10.0
+                await use(connection)
         await listener.aclose()
 
     trio.run(main, clock=clock)
+
+
+def test_a_slow_broker_is_not_lost(tmp_path: Path, stack: ExitStack) -> None:
+    async def publish(connection: Connection) -> None:
+        began = trio.current_time()
+        messages = [Message("lab/x", b"%d" % number) for number in range(40)]
+        assert await connection.publish(messages) == [None] * 40
+        assert trio.current_time() - began > 10.0
+
+    over_a_slow_network(start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true")), publish)
 
 
 def test_a_broker_that_sends_a_long_message_slowly_is_not_lost(tmp_path: Path, stack: ExitStack) -> None:
     """If the client replaced the connection, the broker would send the same message again and again."""
-    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
-    clock = MockClock()
 
-    async def main() -> None:
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        slow = Broker("127.0.0.1", listener.socket.getsockname()[1], tls=False, prefix="lab")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(relay_slowly, listener, broker.port, lambda: clock.jump(0.1))
-            async with open_connection(slow, Credentials(), "test", patience=10.0) as connection:
-                await connection.subscribe(["lab/x"])
-                began = trio.current_time()
-                assert await connection.publish([Message("lab/x", bytes(300))]) == [None]
-                assert (await connection.received.receive()).payload == bytes(300)
-                assert trio.current_time() - began > 30.0
-        await listener.aclose()
+    async def receive(connection: Connection) -> None:
+        await connection.subscribe(["lab/x"])
+        began = trio.current_time()
+        assert await connection.publish([Message("lab/x", bytes(300))]) == [None]
+        assert (await connection.received.receive()).payload == bytes(300)
+        assert trio.current_time() - began > 30.0
 
-    trio.run(main, clock=clock)
+    over_a_slow_network(start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true")), receive)
 
 
 def test_the_gateway_runs_although_its_log_is_full(tmp_path: Path, stack: ExitStack) -> None:

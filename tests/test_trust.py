@@ -246,6 +246,13 @@ def test_an_unknown_owner_is_an_error(text: str) -> None:
         users.find_owner(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"), [("007", (7, None)), ("0" * 20 + "33:0", (33, 0)), ("0" * 5000, (0, None)), (":042", (None, 42))]
+)
+def test_an_id_may_have_leading_zeros(text: str, ids: tuple[int | None, int | None]) -> None:
+    assert users.find_owner(text) == ids
+
+
 def test_an_owner_that_was_removed_refuses_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = parse(["run", "unix:/x/a,peer=/x/b", "--irq-dir", str(tmp_path), "--irq-owner", "root"])
 

@@ -47,10 +47,10 @@ def _find_id(text: str, search: Callable[[str], int]) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal()):
         return search(text)
-    digits = text.lstrip("0")
-    if len(digits) > len(str(ID_MAX)) or int(text) > ID_MAX:
+    digits = text.lstrip("0") or "0"
+    if len(digits) > len(str(ID_MAX)) or int(digits) > ID_MAX:
         raise KeyError(text)
-    return int(text)
+    return int(digits)
 
 
 def is_private_group(gid: int, uid: int) -> bool:
