@@ -3,7 +3,7 @@
 A notification is lost if it has not arrived within a generous time after the faults have stopped. A notification counts
 as sent only if the proxy could notice it. An inbound frame counts as sent as soon as core 0's kernel has queued it for
 the link, where a witness socket sees it. A trigger counts as sent as soon as an application has closed it in the
-current IRQ directory.
+current IRQ directory. The link goes down only while no frame is on it.
 """
 
 from __future__ import annotations
@@ -328,17 +328,38 @@ class Storm:
             "the network lost frames on their way to core 0",
         )
 
-    def _flap(self) -> bool:
+    @contextmanager
+    def _interrupted(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Interrupt the link while no frame is on it, and let the applications trigger at least once meanwhile.
+
+        The kernel drops frames that it has accepted, if the link goes down before they are sent.
+        """
         with self.paused("inbound"):
-            self._wait_witnessed()
-            self.cores.link_down()
+            with self.paused("outbound"):
+                self._wait_witnessed()
+                self.wire.wait(
+                    lambda: all(self.wire.seen[name] for name in self.outbound if name in self._sent),
+                    "a notification has not been sent",
+                )
+                interrupt()
+                before = self._triggered()
+            deadline = time.monotonic() + HANG
+            while self._triggered() == before < len(self.outbound):
+                assert time.monotonic() < deadline, "the applications do not trigger"
+                time.sleep(0.01)  # Poll: the sending thread wakes no other thread.
+            yield
+
+    def _triggered(self) -> int:
+        """Return the number of triggers in this round."""
+        return sum(name in self._sent for name in self.outbound)
+
+    def _flap(self) -> bool:
+        with self._interrupted(self.cores.link_down):
             self.cores.link_up()
         return True
 
     def _relink(self) -> bool:
-        with self.paused("inbound"):
-            self._wait_witnessed()
-            self.cores.delete_link()
+        with self._interrupted(self.cores.delete_link):
             make_again(self.cores, self.peer, self.witness.rebind)
             wait_bound(self.cores, 2)
         return True
