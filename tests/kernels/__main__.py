@@ -44,7 +44,7 @@ On a busy host, the machine's time passes more slowly. Otherwise, its kernel and
 SILENCE = 6 * HANG
 """Time in seconds without a report after which a machine counts as hung. pytest ends a hanging check earlier."""
 
-TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
+TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103", "coverage>=7.10")
 
 PACKAGES = (
     *("systemd-sysv", "udev", "dbus", "kmod", "python3", "python3-venv", "iproute2", "ethtool", "procps", "util-linux"),
