@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -112,11 +113,18 @@ def names_of(sock: socket.socket) -> list[bytes | None]:
             return names
 
 
-def fill(link: UnixLink) -> None:
-    """Send frames until the queue of core 1 is full."""
-    with contextlib.suppress(BlockingIOError):
-        while True:
+def fill(link: UnixLink, buffer: int = 1 << 20) -> int:
+    """Send frames until the queue of core 1 or our send buffer is full, and return their number.
+
+    By default, the send buffer holds more frames than the queue, although systemd sets net.unix.max_dgram_qlen to 512.
+    """
+    link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    for sent in itertools.count():
+        try:
             link.send("redun_notify_irq")
+        except BlockingIOError:
+            return sent
+    raise AssertionError
 
 
 async def send(link: UnixLink, attempts: list[float]) -> None:
@@ -407,11 +415,14 @@ def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
 
 def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
     link, other = world.bound(), world.other()
+    room = fill(link)
+    assert len(names_of(other)) == room
+    number = 4 * room
     sent, tries = 0, 0
 
     async def send() -> None:
         nonlocal sent, tries
-        while sent < 100:
+        while sent < number:
             tries += 1
             try:
                 link.send(f"number_{sent}")
@@ -424,13 +435,13 @@ def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
             names: list[bytes | None] = []
-            while len(names) < 100:
+            while len(names) < number:
                 await wait_all_tasks_blocked()
-                assert sent < len(names) + 20
+                assert sent <= len(names) + room
                 names += names_of(other)
-            assert names == [b"number_%d" % number for number in range(100)]
+            assert names == [b"number_%d" % each for each in range(number)]
         # After nearly every wait, the queue had room for a frame.
-        assert tries < 120
+        assert tries < number + 20
 
     run(main)
 
@@ -447,11 +458,14 @@ def test_waiting_for_room_without_a_free_descriptor_pauses(world: World) -> None
     in_simulated_time(main)
 
 
+@pytest.mark.parametrize("buffer", [1, 1 << 20], ids=["our buffer is full", "the queue is full"])
 @pytest.mark.parametrize("end", ["replaced", "closed", "removed"])
-def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
+def test_waiting_for_room_ends_with_the_peer(world: World, end: str, buffer: int) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
-        fill(link)
+        await link.changed()
+        link.refresh()
+        fill(link, buffer)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.wait_for_room)
             await wait_all_tasks_blocked()
@@ -460,9 +474,14 @@ def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
             else:
                 world.peer.unlink()
                 if end == "replaced":
-                    world.other()
+                    new = world.other()
                 await link.changed()
                 link.refresh()
+        if end == "replaced":
+            link.send("second")
+            assert names_of(new) == [b"second"]
+            world.send(new, b"heard")
+            assert receive(link) == [b"heard"]
 
     run(main)
 
@@ -472,8 +491,7 @@ def test_waiting_for_our_own_full_buffer_ends_when_the_peer_reads(world: World) 
 
     async def main() -> None:
         link, other = world.bound(), world.other()
-        link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        fill(link)
+        fill(link, buffer=1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.wait_for_room)
             await wait_all_tasks_blocked()

@@ -14,6 +14,7 @@ import errno
 import logging
 import math
 import os
+import select
 import socket
 import stat
 from collections.abc import Collection, Iterator, Sequence
@@ -108,6 +109,8 @@ class UnixLink:
         self._is_direct = False
         """Whether no symlink leads to `_peer`. The events of `names` then report each change."""
         self._not_found: OSError | None = None
+        self._identity: tuple[int, int] | None = None
+        """The device and inode of the peer's socket at the last `refresh`, or None if there was none."""
 
     @classmethod
     def open(cls, address: UnixAddress, note: memoryview, names: Names) -> UnixLink:
@@ -193,13 +196,37 @@ class UnixLink:
             # No event reports a new owner or mode of a directory above the peer's directory.
             self._failure = self._why_not(self._not_found)
         self._ours = self._bound and self._is_ours()
+        reason = "the file was removed or replaced"
+        if self._is_held_by_former_peer() and self._ours:
+            reason = "the peer was removed or replaced before it had read all frames"
+            self._unlink()
+            self._ours = False
         if not self._ours:
             try:
-                self._bind()
+                self._bind(reason)
                 self._ours = True
             except IncoError as error:
                 self._refusal = error
         return self._ours
+
+    def _is_held_by_former_peer(self) -> bool:
+        """Return whether a former peer still holds frames that fill the send buffer of our socket.
+
+        These frames count until the former peer reads them or ends. If it hangs, only a new socket can send.
+        """
+        before, self._identity = self._identity, None
+        with contextlib.suppress(OSError):
+            found = Path(self._target).stat()
+            self._identity = found.st_dev, found.st_ino
+        if before in (None, self._identity):
+            return False
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        return not poll.poll(0)
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(OSError), directory_of(self.name) as (directory, _):
+            os.unlink(Path(self.name).name, dir_fd=directory)
 
     def _find_peer(self) -> bool:
         """Choose the target of frames. Return whether it has changed, so that sending again may succeed.
@@ -249,8 +276,8 @@ class UnixLink:
         if set(unix_sockets(self.name)) <= {os.fstat(self.fd).st_ino}:
             self._note[0], self._note[1] = found.st_dev, found.st_ino
 
-    def _bind(self) -> None:
-        """Bind the socket. If it was bound before, bind a new socket instead. Raises IncoError."""
+    def _bind(self, reason: str) -> None:
+        """Bind the socket. If it was bound before, log the reason and bind a new socket instead. Raises IncoError."""
         try:
             # No untrusted user can redirect a path that is trusted here. So bind(2) and unlink(2) may use it.
             with directory_of(self.name):
@@ -278,7 +305,7 @@ class UnixLink:
             ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
-            report(logger, logging.WARNING, f"{self.name}: the file was removed or replaced: bound a new socket")
+            report(logger, logging.WARNING, f"{self.name}: {reason}: bound a new socket")
             trio.lowlevel.notify_closing(self._socket)
             # Make senders fail with EPIPE. Otherwise, a blocked sender could queue a frame after the last read, and
             # closing the socket would discard it.
@@ -526,8 +553,7 @@ class UnixLink:
     def close(self, *, remove: bool = False) -> None:
         self._closed = True
         if remove and self._bound and self._is_ours():
-            with contextlib.suppress(OSError), directory_of(self.name) as (directory, _):
-                os.unlink(Path(self.name).name, dir_fd=directory)
+            self._unlink()
         if self._peer is not None:
             os.close(self._peer)
             self._peer, self._target = None, ""
