@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ SLOW_CLOCK = "shift=2"
 On a busy host, the machine's time passes more slowly. Otherwise, its kernel and services would reach their timeouts.
 """
 
+MACHINES = 2
+"""Number of machines that run at the same time. Each one uses one CPU."""
+
 SILENCE = 6 * HANG
 """Time in seconds without a report after which a machine counts as hung. pytest ends a hanging check earlier."""
-
-TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103", "coverage>=7.10")
 
 PACKAGES = (
     *("systemd-sysv", "udev", "dbus", "kmod", "python3", "python3-venv", "iproute2", "ethtool", "procps", "util-linux"),
@@ -68,11 +70,13 @@ class System:
     kernel: str = "linux-image-amd64"
     kernel_suite: str | None = None
     """The older release that provides the kernel; None means the same release."""
+    lacks: str | None = None
+    """Expression of pytest's option `-k` that matches the checks of what the release does not have."""
 
 
 SYSTEMS = {
-    "5.10": System("bookworm", kernel_suite="bullseye"),
-    "6.1": System("bookworm"),
+    "5.10": System("bookworm", kernel_suite="bullseye", lacks="soft_reboot"),
+    "6.1": System("bookworm", lacks="soft_reboot"),
     "6.12": System("trixie"),
 }
 
@@ -87,13 +91,32 @@ class Boot:
     """Size of the memory in MiB."""
     append: tuple[str, ...] = ()
     """Additional kernel command-line parameters."""
+    resets: bool = False
+    """Whether a check resets the machine."""
 
 
 CHECKS = "tests/kernels/checks"
+NAMESPACE_TESTS = (
+    *("tests/test_link.py", "tests/test_namespace_link.py", "tests/test_link_trust.py", "tests/test_mounts.py"),
+    *("tests/test_trust.py", "tests/test_inotify.py", "tests/test_flood.py", "tests/test_peers.py"),
+    *("tests/test_unix_link.py", "tests/test_privileges.py", "tests/test_sandbox.py", "tests/faults"),
+)
+"""The project's tests in network namespaces that depend on the kernel most."""
+
+
+def checks(*names: str) -> tuple[str, ...]:
+    return tuple(f"{CHECKS}/{name}" for name in names)
+
+
+S6_INIT = ("init=/opt/project/tests/kernels/s6_init",)
 BOOTS = (
-    Boot("systemd", ("check_link.py", "check_files.py", "check_clock.py", "check_systemd.py")),
-    Boot("s6", ("check_s6.py",), append=("init=/opt/project/tests/kernels/s6_init",)),
-    Boot("small", ("check_memory.py",), memory=128),
+    Boot("systemd", checks("check_files.py", "check_clock.py", "check_systemd.py")),
+    Boot("link", checks("check_link.py")),
+    Boot("namespaces", NAMESPACE_TESTS),
+    Boot("reboot", checks("check_reboot.py"), resets=True),
+    Boot("s6", checks("check_s6.py"), append=S6_INIT),
+    # The services of systemd would need memory.
+    Boot("small", checks("check_memory.py"), memory=128, append=S6_INIT),
 )
 
 
@@ -143,7 +166,8 @@ def install(tree: Path) -> None:
         "--python-version",
         python.removeprefix("python"),
     )
-    subprocess.run(["uv", "pip", "install", "--quiet", *target, *dist.glob("*.whl"), *TEST_PACKAGES], check=True)
+    group = ("--group", f"{ROOT}/pyproject.toml:unit")
+    subprocess.run(["uv", "pip", "install", "--quiet", *target, *dist.glob("*.whl"), *group], check=True)
     unit = tree / "etc/systemd/system/checks.service"
     unit.write_text((ROOT / "tests/kernels/checks.service").read_text())
     wants = tree / "etc/systemd/system/multi-user.target.wants"
@@ -157,17 +181,23 @@ def console_of(name: str, start: Boot) -> Path:
     return WORK / f"{name}-{start.name}.console"
 
 
-def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator[dict[str, Any]]:
-    """Boot the system, run the checks in it, and yield each report when it arrives."""
-    image = WORK / f"{name}.ext4"
-    arguments = [f"{CHECKS}/{check}" for check in start.checks]
-    (tree / "opt/checks").write_text("\n".join(arguments if expression is None else [*arguments, f"-k={expression}"]))
+def make_image(name: str, tree: Path, start: Boot, expressions: Sequence[str]) -> Path:
+    """Create the image of the machine's disk, with the list of the checks to run."""
+    image = WORK / f"{name}-{start.name}.ext4"
+    selected = [f"-k={' and '.join(f'({expression})' for expression in expressions)}"] if expressions else []
+    (tree / "opt/checks").write_text("\n".join((*start.checks, *selected)))
     image.unlink(missing_ok=True)
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, image, "4G"], check=True)
+    return image
+
+
+def boot(name: str, tree: Path, start: Boot, image: Path) -> Iterator[dict[str, Any]]:
+    """Boot the system, run the checks in it, and yield each report when it arrives."""
     (kernel,), (initrd,) = tree.glob("boot/vmlinuz-*"), tree.glob("boot/initrd.img-*")
     command = [
         *("qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-accel", "tcg", "-smp", "1", "-monitor", "none"),
-        *("-icount", SLOW_CLOCK, "-m", str(start.memory), "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-icount", SLOW_CLOCK, "-m", str(start.memory), "-nodefaults", "-display", "none"),
+        *(() if start.resets else ("-no-reboot",)),
         *("-kernel", kernel, "-initrd", initrd),
         *("-append", " ".join((*PARAMETERS, *start.append))),
         *("-drive", f"file={image},if=virtio,format=raw,cache=unsafe"),
@@ -177,9 +207,13 @@ def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as machine:
         try:
             for line in reports_of(machine):
-                yield json.loads(line)
+                report = json.loads(line)
+                yield report
+                if "exit" in report:
+                    return  # QEMU does not end if the machine was suspended before it is switched off.
         finally:
             machine.kill()
+            image.unlink()
 
 
 def reports_of(machine: subprocess.Popen[bytes]) -> Iterator[bytes]:
@@ -204,14 +238,21 @@ def main() -> int:
     parser.add_argument("--boot", choices=[start.name for start in BOOTS], help="run only the checks of this boot")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only matching checks, as in pytest")
     arguments = parser.parse_args()
-    failed = False
-    for name in arguments.kernel or SYSTEMS:
-        tree = build_tree(name, SYSTEMS[name])
-        install(tree)
-        for start in BOOTS:
-            if arguments.boot in (None, start.name):
-                failed |= not report_boot(name, start, boot(name, tree, start, arguments.k))
-    return failed
+    passed = True
+    with ThreadPoolExecutor(MACHINES) as pool:
+        for name in arguments.kernel or SYSTEMS:
+            tree = build_tree(name, SYSTEMS[name])
+            install(tree)
+            unwanted = SYSTEMS[name].lacks
+            expressions = [*filter(None, (arguments.k, unwanted and f"not {unwanted}"))]
+            results = []
+            for start in BOOTS:
+                if arguments.boot in (None, start.name):
+                    image = make_image(name, tree, start, expressions)
+                    results.append(pool.submit(report_boot, name, start, boot(name, tree, start, image)))
+            for result in results:
+                passed &= result.result()
+    return not passed
 
 
 def report_boot(name: str, start: Boot, results: Iterator[dict[str, Any]]) -> bool:

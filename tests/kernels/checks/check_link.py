@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from inco_trio.frame import BROADCAST, ETHERTYPE
-from inco_trio.simulation.world import Cores, Namespace, Peer
+from inco_trio.simulation.guest import tap_netdev
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Proxy, StartProxy
+from tests.core1 import SCENARIOS, Scenario
+from tests.core1 import Board as GuestBoard
 from tests.kernels.checks.conftest import Applications, Board, add_vlan, ip, run
 from tests.support_proxy import INBOUND, OUTBOUND, mac_of, trigger, write_udrv
 
@@ -53,6 +56,27 @@ def test_notifications_pass_with_vlan_offload(board: Board, parents: Cores, stat
 def test_notifications_pass_without_reorder_hdr(board: Board, cores: Cores) -> None:
     ip(cores.core0, "link set rpmsg4000 type vlan reorder_hdr off")
     board.exchange()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_scenario_with_a_guest_behind_the_vlan_a_bridge_and_a_tap(scenario: Scenario, tmp_path: Path) -> None:
+    with two_cores("eth_rpmsg", chain=True) as chain:
+        assert chain.switch is not None
+        # The bridge removes the tag of VLAN 4000 from the guest's frames. The tap replaces the veth to core 1.
+        ip(
+            chain.switch,
+            "link del tap_rpmsg",
+            "tuntap add tap_rpmsg mode tap",
+            "link set br_rpmsg type bridge vlan_filtering 1",
+            "link set tap_rpmsg master br_rpmsg",
+            "link set tap_rpmsg up",
+        )
+        run(chain.switch, "bridge vlan add dev eth_rpmsg vid 4000")
+        run(chain.switch, "bridge vlan add dev tap_rpmsg vid 4000 pvid untagged")
+        add_vlan(chain.core0)
+        netdev = tap_netdev("tap_rpmsg")
+        with GuestBoard(tmp_path, "rpmsg4000", netdev, core0=chain.core0, core1=chain.switch) as board:
+            scenario(board)
 
 
 def test_frames_of_other_vlans_and_tags_are_not_delivered(board: Board, parents: Cores) -> None:

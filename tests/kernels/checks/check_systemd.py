@@ -16,7 +16,7 @@ from inco_trio.simulation.world import Namespace, Peer, veth
 from netns.hang import HANG
 from tests.faults.applications import Applications, Wire, write_config
 from tests.faults.processes import wait_stopped
-from tests.kernels.checks.conftest import ip
+from tests.kernels.checks.conftest import add_vlan, ip
 
 LINK = "rpmsg4000"
 UNIT = f"inco-trio-{LINK}.service"
@@ -73,12 +73,8 @@ def core1() -> Iterator[Peer]:
 def make_link(machine: Namespace, other: Namespace) -> None:
     veth(machine, "eth_rpmsg", other, "eth_rpmsg")
     for core in (machine, other):
-        ip(
-            core,
-            "link set eth_rpmsg up",
-            f"link add link eth_rpmsg name {LINK} type vlan id 4000",
-            f"link set {LINK} up",
-        )
+        ip(core, "link set eth_rpmsg up")
+        add_vlan(core)
 
 
 class Board:
@@ -100,19 +96,29 @@ class Board:
 
     def all_arrived(self) -> None:
         """Wait until all notifications have arrived."""
-        closes, seen = self._applications.closes, self._wire.seen
+        closes = self._applications.closes
         self._applications.wait(lambda: all(closes[name] for name in INBOUND), "not all have been delivered")
-        self._wire.wait(lambda: all(seen[name] for name in OUTBOUND), "not all have been sent")
+        self.all_sent()
+
+    def all_sent(self) -> None:
+        """Wait until all outbound notifications have arrived."""
+        self._wire.wait(lambda: all(self._wire.seen[name] for name in OUTBOUND), "not all have been sent")
 
 
-@pytest.fixture
-def unit() -> Iterator[None]:
-    """Install the unit, and remove it after the check."""
+def install_unit() -> Path:
+    """Install the unit and its configuration, and return the path of the unit."""
     write_config(CONFIG, DIRECTORY, INBOUND, OUTBOUND)
     command = [sys.executable, "-m", "inco_trio", "service", "systemd", LINK, "--config", str(CONFIG), "--user", "root"]
     path = Path("/etc/systemd/system") / UNIT
     path.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     systemctl("daemon-reload")
+    return path
+
+
+@pytest.fixture
+def unit() -> Iterator[None]:
+    """Install the unit, and remove it after the check."""
+    path = install_unit()
     yield
     systemctl("stop", UNIT)
     path.unlink()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 import select
 import shlex
 import subprocess
@@ -22,26 +20,6 @@ from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import StartProxy
 from netns.hang import HANG
 from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
-
-REPORT = "INCO_TRIO_REPORT"
-"""Environment variable with the path of the file or serial port that receives the results as JSON lines."""
-
-
-def write_report(**report: object) -> None:
-    """Report to the host immediately, so that nothing is lost if the machine crashes."""
-    with Path(os.environ[REPORT]).open("a") as port:
-        port.write(json.dumps(report) + "\n")
-
-
-def pytest_runtest_logstart(nodeid: str) -> None:
-    """Report which check is running, so that the host can name it if the machine hangs."""
-    write_report(check=nodeid, outcome="started")
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" or report.outcome != "passed":
-        text = "" if report.passed else report.longreprtext
-        write_report(check=report.nodeid, outcome=report.outcome, text=text, figures=report.user_properties)
 
 
 def ip(namespace: Namespace, *commands: str) -> None:
