@@ -40,8 +40,10 @@ from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.frame import decode
 from inco_trio.linux import users
 from inco_trio.linux.files import TARGETS_MAX, fuse_user, open_output
+from inco_trio.linux.inotify import IN_ATTRIB
 from inco_trio.linux.libc import libc
 from inco_trio.linux.process import overflow_uid
+from inco_trio.registers import directories
 from inco_trio.registers.diagnose import unreported_type
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.service.launch import Launched
@@ -445,6 +447,32 @@ def test_a_new_mode_is_noticed_without_an_event_above(world: World, state: Signa
     state.directory.chmod(0o777)
     world.triggered()
     assert world.troubled
+
+
+@pytest.mark.parametrize("place", ["directory", "symlink", "mount"])
+def test_no_write_to_a_state_file_concerns_a_watch(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """If a watch includes IN_ATTRIB, the kernel looks for it at each access to a file in the directory."""
+    directory = path = tmp_path / "irq"
+    if place == "symlink":
+        directory = tmp_path / "elsewhere"
+        directory.mkdir()
+        path.symlink_to("elsewhere")
+    elif place == "mount":
+        monkeypatch.setattr(directories, "mount_id", lambda fd: fd)  # as if the directory were the root of a mount
+    world = World(clock, [Signal("state", Direction.INBOUND, path, "state")])
+    with contextlib.closing(world.ending):
+        world.open()
+        world.restore()
+        text = Path(f"/proc/self/fdinfo/{world.inotify.fd}").read_text()
+        (mask,) = re.findall(rf"^inotify .*ino:{directory.stat().st_ino:x} .* mask:(\w+)", text, re.MULTILINE)
+        assert bool(int(mask, 16) & IN_ATTRIB) == (place != "directory")
+        # A new mode is noticed in each case.
+        assert not world.troubled
+        directory.chmod(0o700)
+        world.triggered()
+        assert world.troubled
 
 
 LOOK = """
