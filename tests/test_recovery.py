@@ -24,6 +24,7 @@ from inco_trio.config import Config
 from inco_trio.counters import Counters
 from inco_trio.errors import ConfigError
 from inco_trio.frame import decode, encode
+from inco_trio.links import unix
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
 from inco_trio.notifications import Deaf, Listener
@@ -427,11 +428,24 @@ def test_new_events_do_not_overwrite_recovered_ones(board: Board) -> None:
     run(main)
 
 
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new sockets send only a few frames that the peer has not received, whatever net.unix.max_dgram_qlen is."""
+
+    def new_socket(original: Callable[[], socket.socket] = unix._new_socket) -> socket.socket:
+        sock = original()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return sock
+
+    monkeypatch.setattr(unix, "_new_socket", new_socket)
+
+
+@pytest.mark.usefixtures("small_buffer")
 def test_a_crash_while_recovered_events_are_sent_loses_none(board: Board) -> None:
     async def main() -> None:
         await leave_in_flight(board, ["redun", "crash"] * 20, ["uart"])
         async with board.proxy() as proxy, board.peer():
-            # The peer's queue is too short for all of these notifications.
+            # The send buffer is too small for all of these notifications.
             board.trigger("other")
             await stuck()
             assert 0 < proxy.stats.sent < 41
@@ -462,6 +476,7 @@ def test_bank_sequence_numbers_continue_after_a_restart(board: Board) -> None:
     run(main)
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Triggered] = []
 
@@ -480,7 +495,7 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
             # Replace the directory and all triggers in it, which counts as one notification per trigger. Whether an
             # event or a scan finds the new triggers depends on timing.
             for number in range(100):
-                # Send more than fits into the peer's queue.
+                # Send more than fits into the send buffer.
                 board.trigger(*["redun"] * 100)
                 await stuck()
                 board.irq.rename(board.home / f"away{number}")
