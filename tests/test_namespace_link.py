@@ -136,6 +136,40 @@ def test_a_recreated_namespace_is_followed(
     assert f"{cores.link}: the network namespace {name} was removed or replaced" in caplog.messages
 
 
+@pytest.mark.parametrize("while_running", [True, False], ids=["while it runs", "during a restart"])
+def test_frames_in_the_queue_of_a_deleted_namespace_are_delivered(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path, while_running: bool
+) -> None:
+    first, stores = cores.peer(), [Cupboard()]
+
+    def replace() -> None:
+        """Queue frames, and replace the namespace with its interface."""
+        for _ in range(3):
+            first.send(IN.encode())
+        cores.delete_link()
+        give(name, others.core0)
+
+    async def main() -> None:
+        config = Config(cores.link, builtin_signals(tmp_path / "irq"), netns=name)
+        async with open_supervised(config, stores[0]) as proxy:
+            await until(lambda: proxy.status.running)
+            if while_running:
+                replace()
+                await until(lambda: proxy.stats.delivered == 3)
+        if not while_running:
+            replace()
+            stores.append(stores[0].heir())
+            async with open_supervised(config, stores[1]) as proxy:
+                assert proxy.stats.delivered == 3
+
+    give(name, cores.core0)
+    try:
+        trio.run(main)
+    finally:
+        first.close()
+        stores[-1].close()
+
+
 class Board:
     """The board on which a `Feed` reports."""
 
