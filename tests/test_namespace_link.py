@@ -20,6 +20,7 @@ from inco_trio.links.namespace import NamespaceLink
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.packet import PacketLink
 from inco_trio.notifications import Listener
+from inco_trio.proxy.fleet import open_proxies
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import builtin_signals
 from inco_trio.simulation.world import Cores, Namespace, two_cores
@@ -168,6 +169,27 @@ def test_frames_in_the_queue_of_a_deleted_namespace_are_delivered(
     finally:
         first.close()
         stores[-1].close()
+
+
+def test_a_reload_keeps_a_board_whose_namespace_was_replaced(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path
+) -> None:
+    """A new proxy would lose the counters and, if a register is blocked, could not be opened."""
+
+    async def main() -> None:
+        configs = {"b": Config(cores.link, builtin_signals(tmp_path / "irq"), wait_link=True, netns=name)}
+        async with open_proxies(configs) as proxies:
+            proxy = proxies["b"]
+            await until(lambda: proxy.status.running)
+            give(name, others.core0)
+            await until(lambda: proxy.stats.link_downs == 1 and proxy.status.running)
+            (tmp_path / "irq/message_5_state").unlink()
+            (tmp_path / "irq/message_5_state").mkdir()
+            assert await proxies.reload(configs) == {}
+            assert proxies["b"] is proxy
+
+    give(name, cores.core0)
+    trio.run(main)
 
 
 class Board:
