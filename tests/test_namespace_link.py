@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from inco_trio.links.namespace import NamespaceLink
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.packet import PacketLink
 from inco_trio.notifications import Listener
+from inco_trio.proxy.fleet import open_proxies
 from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.signals import builtin_signals
-from inco_trio.simulation.world import Cores, Namespace, two_cores
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
 
@@ -136,6 +138,114 @@ def test_a_recreated_namespace_is_followed(
     assert f"{cores.link}: the network namespace {name} was removed or replaced" in caplog.messages
 
 
+@pytest.mark.parametrize("while_running", [True, False], ids=["while it runs", "during a restart"])
+def test_frames_in_the_queue_of_a_deleted_namespace_are_delivered(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path, while_running: bool
+) -> None:
+    first, stores = cores.peer(), [Cupboard()]
+
+    def replace() -> None:
+        """Queue frames, and replace the namespace with its interface."""
+        for _ in range(3):
+            first.send(IN.encode())
+        cores.delete_link()
+        give(name, others.core0)
+
+    async def main() -> None:
+        config = Config(cores.link, builtin_signals(tmp_path / "irq"), netns=name)
+        async with open_supervised(config, stores[0]) as proxy:
+            await until(lambda: proxy.status.running)
+            if while_running:
+                replace()
+                await until(lambda: proxy.stats.delivered == 3)
+        if not while_running:
+            replace()
+            stores.append(stores[0].heir())
+            async with open_supervised(config, stores[1]) as proxy:
+                assert proxy.stats.delivered == 3
+
+    give(name, cores.core0)
+    try:
+        trio.run(main)
+    finally:
+        first.close()
+        stores[-1].close()
+
+
+def overfill(fd: int, peer: Peer) -> None:
+    """Send 100 frames to a socket whose queue has room for fewer."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # The kernel uses its minimum.
+    for _ in range(100):
+        peer.send(IN.encode())
+
+
+def test_frames_that_an_inherited_socket_has_dropped_are_counted(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path
+) -> None:
+    first, store = cores.peer(), Cupboard()
+
+    async def main() -> None:
+        nonlocal store
+        config = Config(cores.link, builtin_signals(tmp_path / "irq"), netns=name)
+        async with open_supervised(config, store):
+            pass
+        overfill(store.kept["link"], first)
+        give(name, others.core0)
+        store = store.heir()
+        async with open_supervised(config, store) as proxy:
+            assert 0 < proxy.stats.delivered < 100
+            assert proxy.stats.delivered + proxy.stats.dropped == 100
+
+    give(name, cores.core0)
+    try:
+        trio.run(main)
+    finally:
+        first.close()
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (socket.AF_UNIX, socket.SOCK_STREAM),
+        (socket.AF_UNIX, socket.SOCK_DGRAM),
+        (socket.AF_INET, socket.SOCK_STREAM),
+        (socket.AF_NETLINK, socket.SOCK_DGRAM),
+    ],
+)
+def test_an_inherited_socket_of_another_family_is_replaced(
+    cores: Cores, tmp_path: Path, family: int, kind: int
+) -> None:
+    async def main() -> None:
+        held = socket.socket(family, kind).detach()
+        async with open_supervised(Config(cores.link, builtin_signals(tmp_path / "irq")), Cupboard({"link": held})):
+            pass
+
+    cores.core0.run(lambda: trio.run(main))
+
+
+def test_a_reload_keeps_a_board_whose_namespace_was_replaced(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path
+) -> None:
+    """A new proxy would lose the counters and, if a register is blocked, could not be opened."""
+
+    async def main() -> None:
+        configs = {"b": Config(cores.link, builtin_signals(tmp_path / "irq"), wait_link=True, netns=name)}
+        async with open_proxies(configs) as proxies:
+            proxy = proxies["b"]
+            await until(lambda: proxy.status.running)
+            give(name, others.core0)
+            await until(lambda: proxy.stats.link_downs == 1 and proxy.status.running)
+            (tmp_path / "irq/message_5_state").unlink()
+            (tmp_path / "irq/message_5_state").mkdir()
+            assert await proxies.reload(configs) == {}
+            assert proxies["b"] is proxy
+
+    give(name, cores.core0)
+    trio.run(main)
+
+
 class Board:
     """The board on which a `Feed` reports."""
 
@@ -227,6 +337,31 @@ def test_a_flood_is_also_filtered_in_the_new_namespace(
         link.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("at_once", [1, 200])
+def test_frames_that_were_dropped_in_the_old_namespace_are_counted(
+    cores: Cores, others: Cores, name: Path, opened: Callable[[], NamespaceLink], at_once: int
+) -> None:
+    first, rooms = cores.peer(), [memoryview(bytearray(200)) for _ in range(at_once)]
+
+    async def main() -> None:
+        give(name, cores.core0)
+        link = opened()
+        assert link.refresh()
+        overfill(link.fd, first)
+        give(name, others.core0)
+        assert link.refresh()
+        received = 0
+        while read := len(link.receive_into(rooms, 200)) if at_once > 1 else int(link.receive_one(rooms[0]) > 0):
+            received += read
+        assert 0 < received < 100
+        assert received + link.dropped() == 100
+        assert link.dropped() == 0
+        link.close()
+
+    trio.run(main)
+    first.close()
 
 
 @pytest.mark.parametrize("at_start", [True, False])

@@ -379,6 +379,36 @@ def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> N
     assert link.down_reason == caught.value.strerror
 
 
+def test_a_peer_that_has_connected_to_us_is_running(world: World) -> None:
+    link, other = world.bound(), world.other()
+    other.connect(str(world.local))
+    assert link.down_reason == ""
+    assert link.running
+    link.send("redun_notify_irq")
+    assert names_of(other) == [b"redun_notify_irq"]
+
+
+def test_a_peer_that_connects_to_us_again_receives_what_waits(world: World, tmp_path: Path) -> None:
+    """No event reports that the peer has connected its socket to another one."""
+    attempts: list[float] = []
+
+    async def main() -> None:
+        link, core1 = world.bound(), world.other()
+        world.other(tmp_path / "elsewhere")
+        core1.connect(str(tmp_path / "elsewhere"))
+        with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Operation not permitted"):
+            link.send("redun_notify_irq")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, link, attempts)
+            await trio.sleep(60)  # simulated time
+            assert 50 <= len(attempts) <= 70
+            core1.connect(str(world.local))
+        assert names_of(core1) == [b"redun_notify_irq"]
+        link.close()
+
+    in_simulated_time(main)
+
+
 @pytest.mark.parametrize("how", ["shut down", "long name"])
 def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how: str) -> None:
     attempts: list[float] = []
@@ -642,13 +672,17 @@ def refuse(world: World, error: type[Exception], text: str) -> None:
     assert link.absence == text
 
 
+@pytest.mark.parametrize("is_connected", [False, True])
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-def test_a_path_used_by_a_live_process_is_refused(world: World, kind: int) -> None:
+def test_a_path_used_by_a_live_process_is_refused(world: World, kind: int, is_connected: bool) -> None:
     taken = world.other(world.local, kind)
     if kind == socket.SOCK_STREAM:
         taken.listen()
         refuse(world, LinkNotFoundError, "in use by a running process, as another type of socket")
     else:
+        if is_connected:
+            world.other()
+            taken.connect(str(world.peer))
         refuse(world, LinkNotFoundError, "in use by a running process (stop that process, or use another path)")
     assert stat.S_ISSOCK(world.local.lstat().st_mode)
 

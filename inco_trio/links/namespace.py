@@ -54,6 +54,8 @@ class NamespaceLink:
         self._refused = ""
         self._all_watched = False
         self._closed = False
+        self._dropped = 0
+        """How many frames the sockets of former namespaces have dropped since the last call of `dropped`."""
         self._downs_before = self._downs_at_start = 0
         """The value of `downs`, and the kernel's counter, at the time when the link entered the current namespace."""
         self._use(inner, namespace)
@@ -169,7 +171,7 @@ class NamespaceLink:
                 lengths = []
             if lengths:
                 return lengths
-            self._former.pop(0).close()
+            self._close_former()
         return [] if self._inner is None else self._inner.receive_into(rooms, step)
 
     def receive_one(self, room: memoryview) -> int:
@@ -180,8 +182,13 @@ class NamespaceLink:
                 length = -1
             if length >= 0:
                 return length
-            self._former.pop(0).close()
+            self._close_former()
         return -1 if self._inner is None else self._inner.receive_one(room)
+
+    def _close_former(self) -> None:
+        former = self._former.pop(0)
+        self._dropped += former.dropped()
+        former.close()
 
     def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
         self._expected = inbound, outbound
@@ -233,7 +240,8 @@ class NamespaceLink:
         await self._names.wait(self._watched)
 
     def dropped(self) -> int:
-        return 0 if self._inner is None else self._inner.dropped()
+        before, self._dropped = self._dropped, 0
+        return before + (0 if self._inner is None else self._inner.dropped())
 
     def close(self, *, remove: bool = False) -> None:
         self._closed = True

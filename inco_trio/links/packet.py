@@ -278,6 +278,7 @@ class PacketLink:
             # Return the frames that were read before the error. If the error persists, the next call handles it.
             if not lengths:
                 self._not_down(error)
+                return self.receive_into(rooms, step)
         return lengths
 
     def receive_one(self, room: memoryview) -> int:
@@ -288,10 +289,11 @@ class PacketLink:
             return -1
         except OSError as error:
             self._not_down(error)
-            return -1
+            return self.receive_one(room)
 
     def _not_down(self, error: OSError) -> None:
-        # The kernel reports ENETDOWN only once, when the link goes down. The queue remains readable.
+        # When the link goes down, the kernel reports ENETDOWN once, before the queued frames. Callers must read again:
+        # if they returned no frame, the socket of a replaced link would be closed with its queue.
         if error.errno != errno.ENETDOWN:
             raise error
 

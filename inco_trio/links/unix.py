@@ -44,7 +44,8 @@ NO_PEER = frozenset({
 })  # fmt: skip
 """Error numbers that sendto(2) reports when no process can receive at the peer's path.
 
-EPIPE: the peer has called shutdown(2). ENOTCONN, ECONNABORTED and ESTALE: the filesystem's server (FUSE, NFS) is gone.
+EPIPE: the peer has called shutdown(2). EPERM: it has connected its socket to another one. ENOTCONN, ECONNABORTED and
+ESTALE: the filesystem's server (FUSE, NFS) is gone.
 """
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
@@ -162,7 +163,9 @@ class UnixLink:
             with _new_socket() as probe:
                 probe.connect(self._target)
         except OSError as error:
-            return self._why_not(error)
+            # EPERM: the peer has connected its socket, probably to ours. Only sending shows whether it accepts frames.
+            if error.errno != errno.EPERM:
+                return self._why_not(error)
         return ""
 
     def _why_not(self, error: OSError) -> str:
@@ -329,6 +332,8 @@ class UnixLink:
             except ConnectionRefusedError:
                 pass
             except OSError as error:
+                if error.errno == errno.EPERM:  # The process has connected its socket.
+                    raise LinkNotFoundError(self.name, IN_USE) from error
                 if error.errno == errno.EPROTOTYPE:
                     text = "in use by a running process, as another type of socket"
                     raise LinkNotFoundError(self.name, text) from error
@@ -523,8 +528,8 @@ class UnixLink:
             if self._closed:
                 raise
         except OSError:
-            # The next `send` reports the error. Pause, because without a free descriptor, this method fails
-            # immediately.
+            # The next `send` reports the error. Pause, because without a free descriptor, or if the peer has connected
+            # its socket, this method fails immediately.
             await trio.sleep(UNWATCHED)
         finally:
             self._room = None

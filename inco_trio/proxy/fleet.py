@@ -23,7 +23,6 @@ from inco_trio.counters import Counters
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.mounts import Mounts
-from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
 from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
@@ -99,7 +98,7 @@ class _Plan:
 
     removed: list[_Board]
     moved: list[_Board]
-    """Boards whose link or network namespace changes. Their proxies are replaced."""
+    """Boards whose configuration names another link or network namespace. Their proxies are replaced."""
     now: dict[str, Config]
     """Boards to open or reload immediately."""
     later: dict[str, Config]
@@ -113,7 +112,6 @@ class _Board:
 
     name: str
     config: Config
-    netns: tuple[int, int]
     proxy: Proxy | None = None
     problem: str = ""
     """Why the last attempt to open the board failed."""
@@ -262,11 +260,9 @@ class Proxies(Mapping[str, Proxy]):
         refused |= {name: ConfigError(why) for name, why in refuse_shared(configs, running).items()}
         wanted = {name: config for name, config in configs.items() if name not in refused}
         removed = [board for name, board in self._boards.items() if name not in staying]
+        # A link that is open follows a network namespace that is replaced.
         moved = [
-            board
-            for name, board in self._boards.items()
-            if name in wanted
-            and not (wanted[name].same_link(board.config) and identity(wanted[name].netns) == board.netns)
+            board for name, board in self._boards.items() if name in wanted and not wanted[name].same_link(board.config)
         ]
         # A proxy that is slow to stop delays only the boards that need its link or directories.
         late = {board.name for board in moved}
@@ -289,7 +285,7 @@ class Proxies(Mapping[str, Proxy]):
         started = []
         for name, config in configs.items():
             if name not in self._boards:
-                board = self._boards[name] = _Board(name, config, identity(config.netns))
+                board = self._boards[name] = _Board(name, config)
                 opened = trio.Event()
                 self._nursery.start_soon(self._run_board, board, opened, name=name)
                 started.append(opened)

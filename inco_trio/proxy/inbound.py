@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -84,10 +85,15 @@ class Inbound:
         end = self._counters.received + DRAINED_MAX
         while self._counters.received < end and (batch := self._read(stale)):
             self._deliver(batch)
+        with contextlib.suppress(OSError):  # The fd store may have handed over a socket of another family.
+            self._count_dropped(stale)
 
     def count_dropped(self) -> None:
         self._counters.foreign = self._link.foreign
-        if dropped := self._link.dropped():
+        self._count_dropped(self._link)
+
+    def _count_dropped(self, link: Link) -> None:
+        if dropped := link.dropped():
             self._counters.dropped += dropped
             text = f"{self._link.name}: {dropped} frames dropped: the receive queue was full"
             report(logger, logging.WARNING, text, "dropped", dropped, cause="dropped")

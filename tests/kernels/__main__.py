@@ -111,8 +111,8 @@ NAMESPACE_TESTS = (
 """The project's tests that depend on the kernel most. The machine has no compiler and no MQTT broker for others."""
 
 LITTLE_MEMORY = (
-    *("--disable-plugin-autoload", "--noconftest", "-p=pytest_timeout", "-p=netns.fixtures"),
-    "-p=tests.kernels.checks.conftest",
+    *("--disable-plugin-autoload", "--noconftest", "-p", "pytest_timeout", "-p", "netns.fixtures"),
+    *("-p", "tests.kernels.checks.conftest"),
 )
 """Options with which pytest needs 25 MiB less memory."""
 
