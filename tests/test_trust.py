@@ -49,7 +49,7 @@ from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
 from netns.hang import HANG
 from tests.support_acl import add_acl
-from tests.support_registers import Clock, World
+from tests.support_registers import Clock, World, finish_steps
 
 pytestmark = pytest.mark.netns  # Changing owners needs root.
 
@@ -1010,7 +1010,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             world = World(clock, signals)
             world.registers.directories.trust = Trust(owner=STRANGER)
             try:
-                world.registers.open(world.table)
+                finish_steps(world.registers.open(world.table))
                 opened += 1
                 for _ in range(20):
                     # Read only once, because the swaps keep causing new events.
