@@ -159,7 +159,8 @@ class UnixLink:
             with _new_socket() as probe:
                 probe.connect(self._target)
         except OSError as error:
-            return self._why_not(error)
+            # EPERM: the peer has connected its socket. If it is connected to ours, it accepts frames from ours only.
+            return "" if error.errno == errno.EPERM else self._why_not(error)
         return ""
 
     def _why_not(self, error: OSError) -> str:
@@ -305,6 +306,8 @@ class UnixLink:
                 if error.errno == errno.EPROTOTYPE:
                     text = "in use by a running process, as another type of socket"
                     raise LinkNotFoundError(self.name, text) from error
+                if error.errno == errno.EPERM:  # The process has connected its socket to another one.
+                    raise LinkNotFoundError(self.name, IN_USE) from error
                 raise
             else:
                 raise LinkNotFoundError(self.name, IN_USE)
