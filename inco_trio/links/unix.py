@@ -441,7 +441,7 @@ class UnixLink:
     def restrict(self, on: bool) -> bool:  # noqa: ARG002 - see `expect`
         return False
 
-    def stands_for(self, frame: memoryview) -> int:  # noqa: ARG002 - see `expect`
+    def stands_for(self, frame: memoryview, length: int) -> int:  # noqa: ARG002 - see `expect`
         return 1
 
     def frame(self, name: str) -> bytes:
