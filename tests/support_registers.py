@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +22,13 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.triggers import RETIREMENT, Triggered
 from inco_trio.signals import Signal, SignalTable
 
-__all__ = ["Clock", "World"]
+__all__ = ["Clock", "World", "finish_steps"]
+
+
+def finish_steps(steps: Generator[object, None, None]) -> None:
+    """Run all steps of an operation that lets other tasks run between its steps."""
+    for _ in steps:
+        pass
 
 
 class Clock:
@@ -121,7 +128,7 @@ class World:
 
     def open(self) -> list[str]:
         """Open the registers and read the queued events; return the names of the signals that this triggers."""
-        self.registers.open(self.table)
+        finish_steps(self.registers.open(self.table))
         return self.triggered()
 
     def triggered(self) -> list[str]:

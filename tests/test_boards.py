@@ -13,11 +13,13 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ParamSpec
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -477,6 +479,123 @@ async def test_a_reload_recreates_a_removed_directory(place: Place) -> None:
         await until(lambda: proxies["a"]._is_incomplete())
         assert await proxies.reload(place.configs("a")) == {}
         assert (place.home / "a").is_dir()
+
+
+def large(place: Place, name: str, number: int = 30) -> Config:
+    """Return a configuration with many triggers."""
+    directory = place.home / name
+    triggers = (Signal(f"many_{n}_irq", Direction.OUTBOUND, directory, f"many_{n}_trig") for n in range(number))
+    return attrs.evolve(place.config(name), signals=(*builtin_signals(directory), *triggers))
+
+
+@in_trio
+async def test_a_reload_that_adds_a_large_board_lets_others_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With TURN = 0, other tasks run after each step.
+    monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
+    peer, directory = place.peer("large"), place.home / "large"
+    async with open_proxies(place.configs("a")) as proxies, trio.open_nursery() as nursery:
+        nursery.start_soon(proxies.reload, {"a": place.config("a"), "large": large(place, "large")})
+        made, largest = 0, 0
+        written = False
+        while "large" not in proxies:
+            await trio.lowlevel.checkpoint()
+            found = len(list(directory.glob("*_trig"))) if directory.exists() else 0
+            made, largest = found, max(largest, found - made)
+            if not written and (directory / "many_3_trig").exists():
+                (directory / "many_3_trig").write_text("1")  # The board is not open yet.
+                written = True
+        assert (made, written) == (31, True)
+        # Allow two steps: Trio might run the board last in one round of its tasks and first in the next round.
+        assert largest <= 2
+        assert await received(peer) == b"many_3_irq"
+        place.trigger("large")
+        assert await received(peer) == b"redun_notify_irq"
+        assert proxies["large"].stats.triggered == 2
+
+
+@in_trio
+async def test_a_reload_that_adds_many_boards_opens_one_at_a_time(place: Place) -> None:
+    names = ("a", *(f"b{number}" for number in range(20)))
+    async with open_proxies(place.configs("a")) as proxies, trio.open_nursery() as nursery:
+        nursery.start_soon(proxies.reload, place.configs(*names))
+        opened, largest = 1, 0
+        while opened < len(names):
+            await trio.lowlevel.checkpoint()
+            opened, largest = len(proxies), max(largest, len(proxies) - opened)
+        # Allow two boards: Trio might run one last in a round of its tasks, and another one first in the next round.
+        assert largest <= 2
+
+
+@in_trio
+async def test_a_reload_that_removes_a_large_board_lets_others_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_proxies({"a": place.config("a"), "large": large(place, "large")}) as proxies:
+        monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
+        watches = proxies._shared._watches
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(proxies.reload, place.configs("a"))
+            before, largest = len(watches), 0
+            while len(proxies.configs) > 1 or len(proxies._kept) > 1 or len(watches) > 10:
+                await trio.lowlevel.checkpoint()
+                before, largest = len(watches), max(largest, before - len(watches))
+        assert largest <= 2
+
+
+@in_trio
+async def test_a_reload_is_planned_in_another_thread(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def plan(*args: Mapping[str, Config]) -> dict[str, str]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return refuse_shared(*args)
+
+    monkeypatch.setattr("inco_trio.proxy.fleet.refuse_shared", plan)
+    async with open_proxies(place.configs("a")) as proxies:
+        # The daemon drops its capabilities after the start, but other threads would keep them.
+        assert set(threads) == {True}
+        await proxies.reload(place.configs("a", "b"))
+        assert threads[-1] is False
+
+
+@in_trio
+async def test_a_reload_during_a_retry_uses_the_new_configuration(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE", 0.01)
+    peer, directory, fewer = place.peer("large"), place.home / "large", large(place, "large", 5)
+    directory.touch()
+    async with open_proxies({"large": large(place, "large")}) as proxies:
+        assert list(proxies) == []
+        directory.unlink()
+        with trio.fail_after(HANG):
+            while not (directory / "many_3_trig").exists():
+                await trio.lowlevel.checkpoint()
+            assert list(proxies) == []
+            assert await proxies.reload({"large": fewer}) == {}
+        assert proxies["large"].config == fewer
+        (directory / "many_4_trig").write_text("1")
+        assert await received(peer) == b"many_4_irq"
+
+
+@in_trio
+async def test_a_board_can_be_removed_while_it_is_opened(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE", 0.01)
+    directory = place.home / "large"
+    directory.touch()
+    place.peer("large")
+    async with open_proxies({"a": place.config("a"), "large": large(place, "large")}) as proxies:
+        directory.unlink()
+        with trio.fail_after(HANG):
+            while not (directory / "many_3_trig").exists():
+                await trio.lowlevel.checkpoint()
+            assert await proxies.reload(place.configs("a")) == {}
+            assert list(proxies) == ["a"]
+            assert await proxies.reload({"a": place.config("a"), "large": large(place, "large")}) == {}
+        assert list(proxies) == ["a", "large"]
+        assert proxies["large"].stats.triggered == 0
 
 
 @in_trio

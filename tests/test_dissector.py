@@ -89,6 +89,19 @@ def test_an_unwritable_directory_is_an_error(tmp_path: Path, obstacle: str) -> N
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.netns  # Changing owners needs root.
+def test_no_symlink_of_another_user_leads_elsewhere(tmp_path: Path) -> None:
+    """As for root with the HOME of another user."""
+    link, victim = tmp_path / ".local", tmp_path / "victim"
+    victim.mkdir()
+    link.symlink_to(victim)
+    os.lchown(link, 12345, 12345)
+    done = dissector(tmp_path, "--install")
+    assert (done.returncode, done.stdout) == (77, "")
+    assert done.stderr.endswith(f": {link} is a symlink that another user owns\n")
+    assert list(victim.iterdir()) == []
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     assert dissector(tmp_path, "--install").returncode == 0

@@ -46,6 +46,7 @@ from inco_trio.linux.processes import (
     Process,
     Processes,
     described,
+    is_beside,
     listening_sockets,
     look,
     packet_sockets,
@@ -796,6 +797,7 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 ALONE = "without a supervisor"
+NONE = frozenset[int]()
 PROXY = process(30, "inco-trio run l0", name="inco-trio", sockets=(77,), started=5)
 SECOND = process(20, "inco-trio run l0", name="inco-trio", sockets=(78,), started=6)
 LISTENER = process(40, "python3 listen.py", name="python3", sockets=(79,))
@@ -829,45 +831,50 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     assert unix_sockets("/x/a b", tree.root) == [78]
     tree.put("proc/50/net/unix", SOCKETS)
     listening = process(50, "inco-trio run l0", sockets=(77, 81, 83))
+    tree.put("proc/51/net/packet", PACKETS)
+    hidden_ones = [attrs.evolve(PROXY, pid=number, hidden=True) for number in (50, 51, 52)]
+    assert [is_beside(each, {77, 99}, tree.root) for each in hidden_ones] == [True, True, False]
+    assert [is_beside(each, {80, 82}, tree.root) for each in hidden_ones] == [True, True, False]
+    assert not any(is_beside(each, {99}, tree.root) for each in hidden_ones)
     assert listening_sockets(listening, tree.root) == [Path("/x/s"), Path("/x/\u2028s")]
     processes = everyone(PROXY, HOLDER)
-    assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
-    assert users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
+    assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), NONE)
+    assert users_of_interface(5, processes, tree.root) == Users((), (), (), frozenset({78}))
     # The doctor ignores packet sockets that receive every EtherType, unless inco_proxy owns them.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
-    assert users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
+    assert users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), NONE)
     address = parse_address("unix:/x/a,peer=/x/b")
     assert isinstance(address, UnixAddress)
-    assert users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+    assert users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), NONE)
 
 
 @pytest.mark.parametrize(
     ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", f"only process 30 (inco-trio) {ALONE} serves the link", None),
-        (Users((), (LISTENER,), (), 0), "ok", "only process 40 (python3) serves the link", None),
-        (Users((), (), (), 0), "warn", "no proxy serves this link", "inco-trio run l0"),
+        (Users((PROXY,), (), (HOLDER,), NONE), "ok", f"only process 30 (inco-trio) {ALONE} serves the link", None),
+        (Users((), (LISTENER,), (), NONE), "ok", "only process 40 (python3) serves the link", None),
+        (Users((), (), (), NONE), "warn", "no proxy serves this link", "inco-trio run l0"),
         (
-            Users((), (), (HOLDER,), 0),
+            Users((), (), (HOLDER,), NONE),
             "warn",
             "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for a service of this link",
             "inco-trio run l0",
         ),
         (
-            Users((PROXY, SECOND), (LISTENER,), (), 0),
+            Users((PROXY, SECOND), (LISTENER,), (), NONE),
             "fail",
             f"2 proxies: 30 (inco-trio) {ALONE}, 20 (inco-trio) {ALONE}: each receives each frame",
             "kill 30",
         ),
         (
-            Users((PROXY,), (LISTENER,), (), 0),
+            Users((PROXY,), (LISTENER,), (), NONE),
             "warn",
             "several processes use it: 30 (inco-trio), 40 (python3): if two are proxies, each receives each frame",
             None,
         ),
         (
-            Users((), (), (), 1),
+            Users((), (), (), frozenset({79})),
             "warn",
             "which process has a socket of l0",
             None,
@@ -882,37 +889,37 @@ def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, 
 @pytest.mark.parametrize(
     ("users", "unseen", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), True, "ok", "process 2 (s6-fdholderd) keeps its socket while", None),
+        (Users((PROXY,), (), (HOLDER,), NONE), True, "ok", "process 2 (s6-fdholderd) keeps its socket while", None),
         (
-            Users((PROXY,), (), (), 0),
+            Users((PROXY,), (), (), NONE),
             True,
             "warn",
             "whether an fd store keeps the socket of l0 while the proxy restarts",
             None,
         ),
         (
-            Users((), (LISTENER,), (), 0),
+            Users((), (LISTENER,), (), NONE),
             False,
             "warn",
             "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost",
             "inco-trio service s6 /run/service l0 --config udrv.json",
         ),
         (
-            Users((process(3, "inco-trio run l0 --config u.json --irq-owner app"),), (), (), 0),
+            Users((process(3, "inco-trio run l0 --config u.json --irq-owner app"),), (), (), NONE),
             False,
             "warn",
             "no fd store keeps its socket",
             "inco-trio service s6 /run/service l0 --config u.json --irq-owner app",
         ),
         (
-            Users((process(3, "inco-trio run --boards=b"),), (), (), 0),
+            Users((process(3, "inco-trio run --boards=b"),), (), (), NONE),
             False,
             "warn",
             "no fd store keeps its socket",
             "inco-trio service s6 /run/service --boards b",
         ),
         (
-            Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
+            Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), NONE),
             False,
             "fail",
             "process 3 was started with --fd-holder, but no fd store has its socket: see the proxy's log",
@@ -930,7 +937,7 @@ def test_the_stored_sockets_of_several_boards_are_known_from_the_status() -> Non
     boards, single = (process(3, f"inco-trio run {words} --fd-holder s") for words in ("--boards b", "l0"))
     for proxy, store, level in ((boards, "s6-fdholder", "ok"), (boards, None, "fail"), (single, "s6-fdholder", "fail")):
         status = attrs.evolve(status_of("l0", ()), descriptors=store)
-        found = only(proxies.descriptors("l0", Users((proxy,), (), (), 0), everyone(proxy), status))
+        found = only(proxies.descriptors("l0", Users((proxy,), (), (), NONE), everyone(proxy), status))
         assert found[0] == level
         if level == "ok":
             assert found[1] == "l0: s6-fdholder keeps its socket while the proxy restarts"
@@ -1230,7 +1237,7 @@ def test_a_stopped_process_is_a_fault_with_a_fix() -> None:
         os.kill(child.pid, signal.SIGSTOP)
         os.waitpid(child.pid, os.WUNTRACED)
         proxy = process(child.pid, "inco-trio run l0")
-        everywhere = survey(everyone(proxy), Answers()), proxies.users_of_link("l0", Users((proxy,), (), (), 0))
+        everywhere = survey(everyone(proxy), Answers()), proxies.users_of_link("l0", Users((proxy,), (), (), NONE))
         result, same = (each for results in everywhere for each in results if each.check == "control")
         assert result == same
         assert (result.level, result.fix) == (Level.FAIL, f"kill -CONT {child.pid}")
@@ -1388,14 +1395,14 @@ def test_only_a_proxy_is_described(tmp_path: Path) -> None:
 def test_the_fd_store_of_a_stopped_service_does_not_keep_the_socket_of_another_proxy() -> None:
     other = attrs.evolve(HOLDER, sockets=frozenset({78}))
     for holder, keepers in ((HOLDER, (HOLDER,)), (other, ())):
-        users = Users((PROXY,), (), (holder,), 0)
+        users = Users((PROXY,), (), (holder,), NONE)
         assert users.keepers == keepers
         for has_service in (False, True):
             found = only(proxies.descriptors("l0", users, everyone(), has_service=has_service))
             assert found[0] == ("ok" if keepers else "warn")
             # A second service of the link would not help.
             assert (found[2] is None) == (bool(keepers) or has_service)
-    assert Users((), (), (HOLDER,), 0).keepers == ()
+    assert Users((), (), (HOLDER,), NONE).keepers == ()
 
 
 def test_a_link_whose_service_does_not_serve_it_is_a_problem() -> None:
@@ -1403,12 +1410,12 @@ def test_a_link_whose_service_does_not_serve_it_is_a_problem() -> None:
         (None, "no proxy serves this link: see the log of its service"),
         ("x", "no proxy serves this link"),
     ):
-        found = only(proxies.users_of_link("l0", Users((), (), (), 0), start, has_service=True))
+        found = only(proxies.users_of_link("l0", Users((), (), (), NONE), start, has_service=True))
         assert found == ("fail", f"l0: {text}", start)
 
 
 def test_an_unknown_receive_buffer_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inco_trio.doctor.examination.users_of_interface", lambda *_: Users((PROXY,), (), (), 0))
+    monkeypatch.setattr("inco_trio.doctor.examination.users_of_interface", lambda *_: Users((PROXY,), (), (), NONE))
     asked: list[int | None] = []
 
     def receive_buffer(_proxy: Process, _wanted: int, granted: int | None) -> list[Result]:
@@ -1424,7 +1431,11 @@ def test_an_unknown_receive_buffer_is_no_fault(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:
-    for users in (Users((), (), (HOLDER,), 0), Users((PROXY, SECOND), (), (), 0), Users((), (), (), 1)):
+    for users in (
+        Users((), (), (HOLDER,), NONE),
+        Users((PROXY, SECOND), (), (), NONE),
+        Users((), (), (), frozenset({79})),
+    ):
         assert users.proxy is None
         assert list(proxies.descriptors("l0", users, everyone())) == []
 

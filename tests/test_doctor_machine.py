@@ -1013,10 +1013,18 @@ from inco_trio.service.rivals import rivals
 print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
-    done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    # This user cannot determine which network namespaces the proxies of other test runs use. Therefore, the doctor
-    # might also list those proxies.
-    assert re.search(rf"(?m)^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
+
+    def found(namespace: Namespace) -> list[str]:
+        done = namespace.run(
+            lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+        )
+        return done.stdout.splitlines()
+
+    (line,) = found(cores.core0)
+    assert re.match(rf"{cores.link}: process {one.pid} \(python", line)
+    # In the namespace of core 1, the link has the same name, and a socket of a process that this user cannot inspect.
+    with cores.peer():
+        assert [*filter(None, found(cores.core1))] == []
 
 
 def test_a_proxy_of_another_user_does_not_serve_a_socket_of_this_user(nobody: list[str]) -> None:

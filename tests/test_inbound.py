@@ -23,6 +23,7 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import RUNS, StateFile
 from inco_trio.signals import SignalTable, builtin_signals
 from netns.hang import HANG
+from tests.support_registers import finish_steps
 
 RESET, HWWD = "ihub_reset_irq", "ihub_hwwd_irq"
 
@@ -73,7 +74,7 @@ class World:
         self.registers = Registers(inotify, self.inflight, counters)
         for part in (self.inflight, inotify, self.registers):
             ending.callback(part.close)
-        self.registers.open(SignalTable(builtin_signals(irq)))
+        finish_steps(self.registers.open(SignalTable(builtin_signals(irq))))
         self.link = FakeLink(ending)
         self.reported: list[tuple[str, int]] = []
         self.handoff = Handoff[StateFile](self.inflight.watches, self.report)

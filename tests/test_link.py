@@ -20,7 +20,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.cli.exit_codes import exit_code
 from inco_trio.errors import PermissionDeniedError, ResourceError
-from inco_trio.frame import ETHERTYPE, decode, encode
+from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode, encode
 from inco_trio.links.name_filter import FORMS, SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
@@ -244,6 +244,11 @@ def test_new_names_replace_the_names_of_a_restricted_link(link: PacketLink, core
     assert names == [b"former", b"former", b"new", b"new", b"any"]
 
 
+def stands_for(link: PacketLink, frame: bytes) -> int:
+    """Return how many frames a frame represents. The proxy reads only its first FRAME_MAX bytes."""
+    return link.stands_for(memoryview(frame)[:FRAME_MAX], len(frame))
+
+
 def test_a_filter_for_more_names_than_the_kernel_accepts_compares_less(link: PacketLink, core1: Peer) -> None:
     names = {b"signal_%04d" % number for number in range(2000)}
     link.expect(names, ())
@@ -252,8 +257,14 @@ def test_a_filter_for_more_names_than_the_kernel_accepts_compares_less(link: Pac
         core1.send(name)
     assert [decode(frame) for frame in receive(link)] == [b"signal_0000", b"signal_1999", b"signal_1xxx"]
     assert receive(link) == []
-    assert link.stands_for(memoryview(encode(b"signal_1xxx", bytes(6)))) == 1
-    assert link.stands_for(memoryview(encode(b"stranger", bytes(6)))) == SAMPLE
+    assert stands_for(link, encode(b"signal_1xxx", bytes(6))) == 1
+    assert stands_for(link, encode(b"stranger", bytes(6))) == SAMPLE
+    # The shorter filter accepts any frame with a known name and one NUL, up to the maximum length.
+    malformed = encode(b"signal_1999", bytes(6)).ljust(FRAME_MAX - 1, b"\0")
+    assert decode(malformed + b"x") is None
+    assert stands_for(link, malformed[:-1] + b"x") == 1
+    assert stands_for(link, malformed + b"x") == 1
+    assert stands_for(link, malformed + b"x\0") == SAMPLE
 
 
 def test_a_link_that_cannot_be_restricted_receives_everything(
@@ -271,23 +282,23 @@ def test_a_link_that_cannot_be_restricted_receives_everything(
     assert not link.restrict(True)
     core1.send(b"unknown")
     assert [decode(frame) for frame in receive(link)] == [b"unknown"]
-    assert link.stands_for(memoryview(encode(b"unknown", bytes(6)))) == 1
+    assert stands_for(link, encode(b"unknown", bytes(6))) == 1
 
 
 def test_frames_from_before_the_restriction_stand_for_themselves(link: PacketLink, core1: Peer) -> None:
-    unknown = memoryview(encode(b"unknown", bytes(6)))
+    unknown = encode(b"unknown", bytes(6))
     core1.send(b"unknown")
     core1.send(b"unknown")
     link.expect({b"known"}, ())
     assert link.restrict(True)
     assert len(receive(link, 1)) == 1
-    assert link.stands_for(unknown) == 1
+    assert stands_for(link, unknown) == 1
     assert len(receive(link, 2)) == 1
-    assert link.stands_for(unknown) == 1
+    assert stands_for(link, unknown) == 1
     assert receive(link) == []
-    assert link.stands_for(unknown) == SAMPLE
+    assert stands_for(link, unknown) == SAMPLE
     link.restrict(False)
-    assert link.stands_for(unknown) == 1
+    assert stands_for(link, unknown) == 1
 
 
 def test_a_socket_without_a_filter_does_not_fit(link: PacketLink) -> None:

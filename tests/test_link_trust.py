@@ -168,6 +168,34 @@ def give(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("place", ["own", "shared", "behind a symlink"])
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "a directory"), (os.mkfifo, "a FIFO"), (Path.touch, "a file")])
+def test_the_text_names_a_file_that_is_not_a_socket(
+    world: World, place: str, make: Callable[[Path], None], kind: str
+) -> None:
+    directory = world.home / "own"
+    directory.mkdir() if place == "own" else give(directory)
+    peer = found = directory / "core1"
+    if place == "behind a symlink":
+        found = directory / "target"
+        peer.symlink_to(found)
+    make(found)
+    link = world.link(world.home / "core0", peer)
+    assert link.refresh(), link.absence
+    with pytest.raises(LinkDownError) as caught:
+        link.send(SIGNAL)
+    text, remedy = f"not a socket but {kind}", "remove it, or use another path"
+    assert link.down_reason == caught.value.strerror == f"{found}: {text} ({remedy})"
+    (result,) = links.peer(link._address)
+    assert (result.subject, result.found) == (str(found), f"{text}; {remedy}")
+    found.rmdir() if found.is_dir() else found.unlink()
+    world.socket(found)
+    link.refresh()
+    assert link.running
+    link.send(SIGNAL)
+    closed(link)
+
+
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize(
     "change", ["removed", "renamed", "directory renamed", "directory behind a symlink", "behind a symlink"]

@@ -26,6 +26,7 @@ from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from netns.hang import HANG
+from tests.support_registers import finish_steps
 
 
 class FakeLink:
@@ -55,7 +56,7 @@ class World:
         self.registers = Registers(self.inotify, self.inflight, self.counters)
         for part in (self.inflight, self.inotify, self.registers):
             ending.callback(part.close)
-        self.registers.open(SignalTable([self.notify, self.uart]))
+        finish_steps(self.registers.open(SignalTable([self.notify, self.uart])))
         self.triggers = self.registers.triggers
         self.follow_queued()
         self.link = FakeLink(self.inflight)

@@ -37,6 +37,7 @@ from inco_trio.registers.triggers import Triggered
 from inco_trio.signals import Direction, Signal, SignalTable
 from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
+from tests.support_registers import finish_steps
 
 MAC = bytes.fromhex("02005e100001")
 INBOUND = ["reset", "hwwd", "type_b", "spare"]
@@ -571,7 +572,7 @@ def test_pending_notifications_are_not_written_to_a_replaced_directory(
     signal = Signal("reset", Direction.INBOUND, irq, "reset_state")
     inotify, inflight, counters = Inotify(), Inflight.open(), Counters()
     registers = Registers(inotify, inflight, counters)
-    registers.open(SignalTable((signal,)))
+    finish_steps(registers.open(SignalTable((signal,))))
     inflight.pending[b"reset"] = 6
 
     def write(file: StateFile, original: Callable[[StateFile], None] = StateFile.write) -> None:

@@ -27,7 +27,7 @@ from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Stats
 from tests.support_capabilities import without_capability
-from tests.support_registers import Clock, World
+from tests.support_registers import Clock, World, finish_steps
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 
@@ -718,7 +718,7 @@ def test_a_directory_replaced_while_it_is_opened_is_followed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Directories, "_open", late)
-        world.registers.open(world.table)
+        finish_steps(world.registers.open(world.table))
     assert not world.troubled
     assert notify.path.exists()
     assert world.triggered() == []
@@ -1107,7 +1107,7 @@ def test_a_reload_drops_found_triggers_of_removed_signals(start: StartWorld, not
     successor = start(notify, uart).again()
     notify.path.unlink()
     write(notify.path)
-    successor.registers.open(successor.table)
+    finish_steps(successor.registers.open(successor.table))
     assert successor.reload([uart]) == []
     assert successor.triggered() == []
 
@@ -1143,7 +1143,7 @@ def test_triggers_that_a_killed_process_created_trigger_nothing(
     world = start(notify, uart, opened=False)
     with monkeypatch.context() as before:
         before.setattr("inco_trio.registers.directory.temporary_name", lambda: f".inco-trio.{pid}")
-        world.registers.open(world.table)
+        finish_steps(world.registers.open(world.table))
     # The process is killed before it reads the events of the files that it created.
     successor = world.again()
     if then == "directory moved":
@@ -1458,7 +1458,7 @@ def test_our_own_files_in_a_removed_directory_trigger_nothing(
     start: StartWorld, irq: Path, notify: Signal, tmp_path: Path
 ) -> None:
     world = start(notify, opened=False)
-    world.registers.open(world.table)
+    finish_steps(world.registers.open(world.table))
     moved = Signal(notify.name, OUT, tmp_path / "elsewhere", notify.register)
     # The proxy has not yet read the events for the creation of the first trigger.
     assert world.reload([moved]) == []
@@ -1564,7 +1564,7 @@ def test_a_found_trigger_waits_only_for_events_already_queued(start: StartWorld,
     notify.path.unlink()
     write(notify.path)
     # Events arrive faster than the proxy reads them, so the queue is never empty.
-    successor.registers.open(successor.table)
+    finish_steps(successor.registers.open(successor.table))
     names: list[str] = []
     for _ in range(20):
         for _ in range(3):
@@ -1786,7 +1786,7 @@ def test_a_trigger_written_between_two_processes_that_create_it_counts(
     notify.path.unlink()
     for _ in range(2):
         world = world.again()
-        world.registers.open(world.table)
+        finish_steps(world.registers.open(world.table))
         assert notify.path.exists()
         if another:
             notify.path.unlink()

@@ -441,21 +441,50 @@ class TestFiles:
         """If another user may write to the parent of the scan directory, that user can replace what was created."""
         victim = tmp_path / "victim"
         victim.mkdir(mode=0o700)
-        mkdir = Path.mkdir
+        mkdir = os.mkdir
 
-        def replaced_afterwards(path: Path) -> None:
-            mkdir(path)
-            path.rename(tmp_path / "moved")
-            path.symlink_to(victim)
+        def replaced_afterwards(name: str, *, dir_fd: int) -> None:
+            mkdir(name, dir_fd=dir_fd)
+            (tmp_path / name).rename(tmp_path / "moved")
+            (tmp_path / name).symlink_to(victim)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "mkdir", replaced_afterwards)
+            patch.setattr(os, "mkdir", replaced_afterwards)
             with pytest.raises(InvalidArgumentError):
                 changes(tmp_path / "scan")
         assert stat.S_IMODE(victim.stat().st_mode) == 0o700
         (tmp_path / "scan").unlink()
         monkeypatch.delattr(Path, "chmod")  # The modes of files are set by their descriptors.
         changes(tmp_path / "scan")
+
+    @pytest.mark.netns  # Changing owners needs root.
+    @pytest.mark.parametrize(
+        "link",
+        [".", "inco-trio-core0", "inco-trio-core0/log", "inco-trio-fdholder", "inco-trio-fdholder/data/rules/uid"],
+    )
+    def test_no_symlink_of_another_user_leads_elsewhere(self, tmp_path: Path, link: str) -> None:
+        victim, stranger = tmp_path / "victim", 12345
+        (victim / "precious").mkdir(parents=True)
+        tmp_path.chmod(0o755)
+        place = tmp_path / "scan" / link
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(victim)
+        os.lchown(place, stranger, stranger)
+        with pytest.raises(PermissionDeniedError, match=rf" {place} is a symlink that another user owns$"):
+            changes(tmp_path / "scan")
+        assert [str(path.relative_to(victim)) for path in victim.rglob("*")] == ["precious"]
+        os.lchown(place, os.geteuid(), os.getegid())
+        changes(tmp_path / "scan")  # The user's own symlinks are followed.
+        assert len([*victim.rglob("*")]) > 1
+
+    def test_no_symlink_stays_in_place_of_a_file(self, tmp_path: Path) -> None:
+        """Otherwise, the owner of its target could change what the service runs."""
+        changes(tmp_path)
+        run = tmp_path / "inco-trio-core0/run"
+        run.rename(tmp_path / "target")
+        run.symlink_to(tmp_path / "target")
+        changes(tmp_path)
+        assert not run.is_symlink()
 
     def test_a_user_without_a_service_loses_its_rights(self, tmp_path: Path) -> None:
         rules = tmp_path / "inco-trio-fdholder/data/rules/uid"
@@ -506,7 +535,7 @@ class TestFiles:
 
     def test_a_directory_that_cannot_be_created_is_one_error_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(InvalidArgumentError, match=rf"^cannot write {tmp_path}/file: File exists$"):
+        with pytest.raises(InvalidArgumentError, match=rf"^cannot write {tmp_path}/file: Not a directory$"):
             changes(tmp_path / "file")
 
     def test_missing_permission_is_one_error_line(self) -> None:

@@ -19,6 +19,7 @@ from inco_trio.persist.queue import OVERFLOW, EventQueue
 from inco_trio.persist.tables import PAGE
 from inco_trio.proxy.share import GENERATION, Share, SharedInotify
 from tests.support_proxy import Cupboard
+from tests.support_registers import finish_steps
 
 EVENT = bytes.fromhex("01000000 08000000 00000000 00000000")
 NAMED = bytes.fromhex("02000000 00010000 00000000 10000000") + b"a name".ljust(16, b"\0")
@@ -209,7 +210,7 @@ def test_watches_of_a_closed_board_and_unknown_watches_are_removed(boards: Board
     one, other = boards.shares
     one.watch(str(tmp_path), ino.IN_CREATE)
     other.watch(str(tmp_path), ino.IN_CREATE)
-    boards.shared.end(one)
+    finish_steps(boards.shared.end(one))
     # Forget the other board's watches, as if a predecessor had created them for a board that no longer exists.
     boards.shared._watches.clear()
     (tmp_path / "a").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import grp
 import itertools
@@ -27,7 +28,9 @@ import pytest
 
 from inco_trio import trust as trust_module
 from inco_trio.board_files import refuse_shared
+from inco_trio.capture import recording
 from inco_trio.capture.recording import Recorder
+from inco_trio.cli import plot
 from inco_trio.cli.parser import parse
 from inco_trio.cli.plot import _save
 from inco_trio.cli.run import _load
@@ -36,7 +39,7 @@ from inco_trio.control.client import Client
 from inco_trio.control.protocol import ReloadRequest
 from inco_trio.doctor.register_files import trusted
 from inco_trio.doctor.result import Level
-from inco_trio.errors import ConfigError, PermissionDeniedError
+from inco_trio.errors import ConfigError, PermissionDeniedError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.linux import users
 from inco_trio.linux.files import TARGETS_MAX, fuse_user, open_output
@@ -51,7 +54,7 @@ from inco_trio.signals import Direction, Signal, builtin_signals
 from inco_trio.trust import Trust, UnfitFileError, open_trusted
 from netns.hang import HANG
 from tests.support_acl import add_acl
-from tests.support_registers import Clock, World
+from tests.support_registers import Clock, World, finish_steps
 
 pytestmark = pytest.mark.netns  # Changing owners needs root.
 
@@ -645,6 +648,42 @@ def test_a_recording_follows_no_symlink_of_a_stranger(home: Path) -> None:
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("command", ["record", "plot"])
+def test_no_file_behind_a_symlink_of_a_stranger_is_removed(
+    home: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, victim = give(home / "app"), home / "victim"
+    victim.mkdir()
+    for name in ("r_00001.pcapng", "r.svg"):
+        (victim / name).write_text("precious")
+
+    def replaced_afterwards(path: Path) -> int:
+        fd = open_output(path)
+        if path.name != "r_00001.pcapng":
+            place.rename(home / "moved")
+            link_of_a_stranger(place, victim)
+        return fd
+
+    monkeypatch.setattr(recording if command == "record" else plot, "open_output", replaced_afterwards)
+    if command == "record":
+        recorder = Recorder(place / "r.pcapng", size_max=1000, keep=1)
+        recorder.mark(1, "x")
+        recorder.mark(1, "x" * 1000)
+        recorder.close()
+        assert [path.name for path in recorder.written] == ["r_00002.pcapng"]
+    else:
+        monkeypatch.setattr("os.set_blocking", fail_to_write)
+        with pytest.raises(ResourceError, match="No space left on device"):
+            plot._save(b"picture", place / "r.svg")
+    assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
+        ("r_00001.pcapng", "r.svg"), "precious"
+    )
+
+
+def fail_to_write(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o1777])
 def test_an_output_follows_no_symlink_of_a_stranger_to_a_directory(home: Path, mode: int) -> None:
     place, victim = give(home / "app", 0 if mode & 0o1000 else STRANGER, mode), home / "victim"
@@ -1038,7 +1077,7 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
             world = World(clock, signals)
             world.registers.directories.trust = Trust(owner=STRANGER)
             try:
-                world.registers.open(world.table)
+                finish_steps(world.registers.open(world.table))
                 opened += 1
                 for _ in range(20):
                     # Read only once, because the swaps keep causing new events.

@@ -20,6 +20,7 @@ from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import SignalTable, builtin_signals
+from tests.support_registers import finish_steps
 
 FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 
@@ -64,7 +65,7 @@ def test_a_backlog_is_read_in_turns(tmp_path: Path, at_once: int) -> None:
             stack.callback(inotify.close)
             registers = Registers(inotify, inflight, counters)
             stack.callback(registers.close)
-            registers.open(SignalTable(builtin_signals(tmp_path / "irq")))
+            finish_steps(registers.open(SignalTable(builtin_signals(tmp_path / "irq"))))
             handoff = Handoff(inflight.watches, Events(counters, History(inflight.history)).written)
             queue = Queue(number)
             inbound = Inbound(handoff, queue, registers.states, inflight, counters)  # type: ignore[arg-type]

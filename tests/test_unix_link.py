@@ -409,7 +409,7 @@ def test_a_peer_that_connects_to_us_again_receives_what_waits(world: World, tmp_
     in_simulated_time(main)
 
 
-@pytest.mark.parametrize("how", ["shut down", "long name"])
+@pytest.mark.parametrize("how", ["shut down", "long name", "connected"])
 def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how: str) -> None:
     attempts: list[float] = []
 
@@ -417,9 +417,12 @@ def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how
         link = world.bound()
         if how == "shut down":
             world.other().shutdown(socket.SHUT_RD)
-        else:
+        elif how == "long name":
             world.peer.symlink_to("x" * (files.FILE_NAME_MAX + 1))
-        with pytest.raises(LinkDownError, match=r"core1 accepts no frames .(Broken pipe|File name too long)"):
+        else:
+            world.other().connect(world.other(world.peer.with_name("elsewhere")).getsockname())
+        reason = r"core1 accepts no frames .(Broken pipe|File name too long|Operation not permitted)"
+        with pytest.raises(LinkDownError, match=reason):
             link.send("redun_notify_irq")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, link, attempts)
@@ -427,6 +430,26 @@ def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how
             assert len(attempts) <= 70  # The events of the new socket cause some additional checks.
             world.peer.unlink()
             core1 = world.other()
+        assert names_of(core1) == [b"redun_notify_irq"]
+        link.close()
+
+    in_simulated_time(main)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_peer_may_connect_its_socket(world: World, elsewhere: bool) -> None:
+    attempts: list[float] = []
+
+    async def main() -> None:
+        link, core1 = world.bound(), world.other()
+        core1.connect(world.other(world.peer.with_name("elsewhere")).getsockname() if elsewhere else str(world.local))
+        assert link.running
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, link, attempts)
+            await trio.sleep(3)  # simulated time
+            assert (len(attempts) > 1) is elsewhere
+            # From now on, core 1 accepts our frames, but those of no other socket.
+            core1.connect(str(world.local))
         assert names_of(core1) == [b"redun_notify_irq"]
         link.close()
 

@@ -29,7 +29,7 @@ import attrs
 from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
-from inco_trio.linux.files import open_output
+from inco_trio.linux.files import open_output, remove_output
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.wall_clock import TOLERANCE_NS, WallClock, step_text
 
@@ -190,7 +190,7 @@ class Recorder:
         while self._keep is not None and len(self._earlier) + len(self.written) > max(self._keep, 1):
             oldest = self._earlier.pop(min(self._earlier)) if self._earlier else self.written.pop(0)
             with contextlib.suppress(OSError):  # Another process may have removed the file.
-                oldest.unlink()
+                remove_output(oldest)
 
     def _begin(self, path: Path) -> None:
         """Lock and truncate the file. Raises ResourceError if another process is recording to it."""
@@ -219,7 +219,7 @@ class Recorder:
             path = self.path
             if not self._size and self._numbered:  # A file without its header is not a recording.
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    remove_output(path)
                 if len(self.written) > 1:
                     self.written.pop()
                     path = self.path

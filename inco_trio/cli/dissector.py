@@ -6,12 +6,12 @@ import argparse
 import os
 import shutil
 import subprocess
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from inco_trio.cli.streams import say, say_text
 from inco_trio.errors import STRERROR, from_os_error
+from inco_trio.linux.files import open_output_directory, replace_output
 
 NAME = "inco_trio.lua"
 USUAL = Path(".local/lib/wireshark/plugins")
@@ -39,25 +39,15 @@ def run(args: argparse.Namespace) -> int:
         if before == text:
             say(f"{path}: already installed")
             return 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        parent = open_output_directory(path.parent, make=True)
+        try:
+            replace_output(NAME, text.encode(), 0o644, parent)
+        finally:
+            os.close(parent)
     except OSError as error:
         raise from_os_error(error, path, f"cannot be written: {STRERROR}") from error
     say(f"{path}: installed" if before is None else f"{path}: replaced")
     return 0
-
-
-def _replace(path: Path, text: str) -> None:
-    """Atomically replace the contents of `path` with `text`."""
-    fd, name = tempfile.mkstemp(prefix=".inco_trio", dir=path.parent)
-    try:
-        with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
-            file.write(text)
-            os.fchmod(fd, 0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _directory() -> Path:

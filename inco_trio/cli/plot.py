@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from inco_trio.cli.options import STREAM, absolute, configuration_argument, conf
 from inco_trio.cli.signalling import left_out
 from inco_trio.cli.streams import remark, say, say_bytes, say_text
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
-from inco_trio.linux.files import open_output
+from inco_trio.linux.files import open_output, remove_output
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -115,7 +116,8 @@ def _save(picture: bytes, out: Path) -> None:
                     file.truncate()
                 file.write(picture)
         except OSError:
-            out.unlink(missing_ok=True)  # Do not leave an incomplete plot.
+            with contextlib.suppress(OSError):
+                remove_output(out)  # Do not leave an incomplete plot.
             raise
     except OSError as error:
         raise from_os_error(error, out, f"cannot be written: {STRERROR}") from error

@@ -31,7 +31,7 @@ from inco_trio.trust import Trust
 
 __all__ = ["boards_of_link", "examine", "expected_trust", "trust_of"]
 
-_NO_USERS = Users((), (), (), 0)
+_NO_USERS = Users((), (), (), frozenset())
 
 
 def examine(

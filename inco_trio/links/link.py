@@ -92,8 +92,11 @@ class Link(Protocol):
         Return whether the kernel now drops such frames.
         """
 
-    def stands_for(self, frame: memoryview) -> int:
-        """Return how many frames a received frame represents: more than 1 if it is part of a random sample."""
+    def stands_for(self, frame: memoryview, length: int) -> int:
+        """Return how many frames a received frame represents: more than 1 if it is part of a random sample.
+
+        `length` is the length of the frame, of which `frame` contains at most the first FRAME_MAX bytes.
+        """
 
     def frame(self, name: str) -> bytes:
         """Return the frame that `send` sends for a notification."""

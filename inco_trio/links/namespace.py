@@ -199,8 +199,8 @@ class NamespaceLink:
         self._restricted = self._inner is not None and self._inner.restrict(on)
         return self._restricted
 
-    def stands_for(self, frame: memoryview) -> int:
-        return 1 if self._inner is None else self._inner.stands_for(frame)
+    def stands_for(self, frame: memoryview, length: int) -> int:
+        return 1 if self._inner is None else self._inner.stands_for(frame, length)
 
     def _running(self) -> PacketLink:
         """Return the inner link. Raises LinkDownError if the namespace is gone."""

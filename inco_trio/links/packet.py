@@ -238,12 +238,12 @@ class PacketLink:
         self._form = form
         self._sampled = False
 
-    def stands_for(self, frame: memoryview) -> int:
+    def stands_for(self, frame: memoryview, length: int) -> int:
         if self._form is None or not self._sampled:
             return 1
         depth, padding = self._form
-        # Only the first FRAME_MAX bytes of a longer frame were read.
-        known = len(frame) < FRAME_MAX and name_filter.accepts(
+        # Only the first FRAME_MAX bytes of a longer frame were read, which the filter might accept.
+        known = length <= FRAME_MAX and name_filter.accepts(
             bytes(frame[HEADER_LENGTH:]), self._names, depth, padding=padding
         )
         return 1 if known else name_filter.SAMPLE

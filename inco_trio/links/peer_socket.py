@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inco_trio.linux.files import fuse_user
+from inco_trio.linux.files import fuse_user, kind_of_file
 from inco_trio.linux.users import user_name
 from inco_trio.trust import SYMLINKS_MAX, Trust, UnfitFileError, open_trusted
 
@@ -33,12 +33,13 @@ def directory_of(path: str) -> Iterator[tuple[int, os.stat_result]]:
 def open_socket(path: str) -> int | None:
     """Open the socket at `path` with O_PATH. Return None if only trusted users can replace it: `path` is safe then.
 
-    Symlinks must belong to root or to this user. Raises OSError, or UnfitFileError if the socket is not trusted.
+    Symlinks must belong to root or to this user. Raises OSError, or UnfitFileError if the file is no
+    socket or is not trusted.
     """
     place = path
     for _ in range(SYMLINKS_MAX):
         with directory_of(place) as (directory, found):
-            if place is path and _is_safe(directory, found, Path(place).name):
+            if place is path and _is_safe(directory, found, place):
                 return None
             fd = os.open(Path(place).name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -53,14 +54,25 @@ def open_socket(path: str) -> int | None:
     raise UnfitFileError(Path(path), "too many symlinks", "use the path of the socket")
 
 
-def _is_safe(directory: int, found: os.stat_result, name: str) -> bool:
-    """Return whether only trusted users can change the entries of a directory, and `name` is not a symlink."""
+def _is_safe(directory: int, found: os.stat_result, place: str) -> bool:
+    """Return whether only trusted users can change the entries of a directory, and `place` is not a symlink in it.
+
+    Raises UnfitFileError if it is another file than a socket.
+    """
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return False
     try:
-        return not stat.S_ISLNK(os.lstat(name, dir_fd=directory).st_mode)
+        mode = os.lstat(Path(place).name, dir_fd=directory).st_mode
     except FileNotFoundError:
         return True
+    _check_kind(mode, place)
+    return not stat.S_ISLNK(mode)
+
+
+def _check_kind(mode: int, place: str) -> None:
+    if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
+        what = f"not a socket but {kind_of_file(mode)}"
+        raise UnfitFileError(Path(place), what, "remove it, or use another path")
 
 
 def _checked(fd: int, place: str) -> os.stat_result:
@@ -73,6 +85,7 @@ def _checked(fd: int, place: str) -> os.stat_result:
         what = "not trusted: a FUSE filesystem of another user is mounted over it"
         raise UnfitFileError(Path(place), what, "use a directory on another filesystem")
     found = os.fstat(fd)
+    _check_kind(found.st_mode, place)
     if stat.S_ISLNK(found.st_mode):
         if found.st_uid not in users:
             what = f"not trusted: a symlink of {user_name(found.st_uid)}, who could direct frames elsewhere"

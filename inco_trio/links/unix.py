@@ -337,6 +337,8 @@ class UnixLink:
                 if error.errno == errno.EPROTOTYPE:
                     text = "in use by a running process, as another type of socket"
                     raise LinkNotFoundError(self.name, text) from error
+                if error.errno == errno.EPERM:  # The process has connected its socket to another one.
+                    raise LinkNotFoundError(self.name, IN_USE) from error
                 raise
             else:
                 raise LinkNotFoundError(self.name, IN_USE)
@@ -470,7 +472,7 @@ class UnixLink:
     def restrict(self, on: bool) -> bool:  # noqa: ARG002 - see `expect`
         return False
 
-    def stands_for(self, frame: memoryview) -> int:  # noqa: ARG002 - see `expect`
+    def stands_for(self, frame: memoryview, length: int) -> int:  # noqa: ARG002 - see `expect`
         return 1
 
     def frame(self, name: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
@@ -27,7 +28,11 @@ __all__ = [
     "kind_of_file",
     "mount_id",
     "open_output",
+    "open_output_directory",
     "pinned",
+    "remove_output",
+    "replace_output",
+    "unlink_if_exists",
 ]
 
 FILE_NAME_MAX = 255
@@ -289,19 +294,80 @@ def open_output(path: Path) -> int:
     directories. Each check and the next open use the same directory. Refuse a hard link if other users may write to
     its directory. Raises OSError.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    return _open_way(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, check=_check_names)
+
+
+def open_output_directory(path: Path, *, within: int | None = None, make: bool = False, mode: int | None = None) -> int:
+    """Open a directory, in which the caller will change files, with O_PATH. Follow symlinks as `open_output` does.
+
+    `within` is the directory of a relative path (default: the working directory). With `make`, create missing
+    directories, which have the mode `mode` despite the umask. Raises OSError.
+    """
+    return _open_way(path, _PARENT, within=within, make=functools.partial(_make_directory, mode) if make else None)
+
+
+def replace_output(name: str, data: bytes, mode: int, parent: int) -> None:
+    """Atomically replace the file `name` in an open directory with a new file. Raises OSError."""
+    new = f".{name}.new"
+    try:
+        unlink_if_exists(new, parent)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=parent)
+        with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+            file.write(data)
+            os.fchmod(fd, mode)
+        os.replace(new, name, src_dir_fd=parent, dst_dir_fd=parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # The removal may fail for the same reason.
+            unlink_if_exists(new, parent)
+        raise
+
+
+def unlink_if_exists(name: str, parent: int) -> None:
+    """Remove the file `name` in an open directory unless it is missing. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=parent)
+
+
+def remove_output(path: Path) -> None:
+    """Remove a file that this process has written. Follow symlinks as `open_output` does. Raises OSError."""
+    parent = open_output_directory(path.parent)
+    try:
+        os.unlink(path.name, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _open_way(
+    path: Path,
+    flags: int,
+    *,
+    within: int | None = None,
+    make: Callable[[str, int], None] | None = None,
+    check: Callable[[int, str, int], None] = lambda *_: None,
+) -> int:
+    """Open one component of a path after the other; see `open_output`. Open the last one with `flags`.
+
+    `make` is called with the name of a missing directory and the descriptor of its parent. `check` is called with the
+    descriptor and name of the last component, and the descriptor of its directory.
+    """
     left, symlinks = deque(path.parts or (".",)), 0
-    parent = os.open("/" if path.is_absolute() else ".", _PARENT)
+    parent = os.open("/" if path.is_absolute() else ".", _PARENT, dir_fd=within)
     try:
         while True:
             name = left.popleft()
             try:
                 fd = os.open(name, (_PARENT if left else flags) | os.O_NOFOLLOW, 0o666, dir_fd=parent)
+            except FileNotFoundError:
+                if make is None:
+                    raise
+                make(name, parent)
+                left.appendleft(name)
+                continue
             except OSError as error:
                 # O_DIRECTORY causes ENOTDIR for a symlink.
                 if (
                     error.errno not in (errno.ELOOP, errno.ENOTDIR)
-                    or (target := _target(name, parent, is_last=not left)) is None
+                    or (target := _target(name, parent, is_last=not left and not flags & os.O_PATH)) is None
                 ):
                     raise
                 symlinks += 1
@@ -316,7 +382,7 @@ def open_output(path: Path) -> int:
                     return fd
             if not left:
                 try:
-                    _check_names(fd, name, parent)
+                    check(fd, name, parent)
                 except BaseException:
                     os.close(fd)
                     raise
@@ -325,6 +391,18 @@ def open_output(path: Path) -> int:
             os.close(before)
     finally:
         os.close(parent)
+
+
+def _make_directory(mode: int | None, name: str, parent: int) -> None:
+    os.mkdir(name, dir_fd=parent)
+    if mode is None:
+        return
+    # Another user may have replaced it with a symlink.
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def _target(name: str, parent: int, *, is_last: bool) -> Path | None:

@@ -11,7 +11,7 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -26,6 +26,7 @@ __all__ = [
     "Search",
     "described",
     "interfaces_of",
+    "is_beside",
     "is_proxy_command",
     "is_same_mount_namespace",
     "is_same_system",
@@ -389,6 +390,17 @@ def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[i
     # protocol, interface, running, memory, user, inode.
     rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
     return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
+
+
+def is_beside(process: Process, inodes: Collection[int], root: Path = Path("/")) -> bool:
+    """Return whether one of these packet or Unix sockets is in the network namespace of a process.
+
+    Every user may read this, also for a process whose descriptors are hidden.
+    """
+    place = root / f"proc/{process.pid}/net"
+    rows = (line.split() for line in lines_of(place / "packet")[1:])
+    packet = {int(row[8]) for row in rows if len(row) == 9}
+    return not packet.union(inode for _, inode, _ in _unix_sockets(place / "unix")).isdisjoint(inodes)
 
 
 def interfaces_of(process: Process, root: Path = Path("/")) -> list[str]:

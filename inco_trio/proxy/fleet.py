@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
@@ -24,7 +25,7 @@ from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoEr
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Listener
-from inco_trio.nurseries import starting_and_stopping
+from inco_trio.nurseries import in_turns, read_aside, starting_and_stopping
 from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd, report_missing
 from inco_trio.persist.inflight import Inflight
@@ -135,6 +136,8 @@ class Proxies(Mapping[str, Proxy]):
         self._boards: dict[str, _Board] = {}
         self._kept: dict[str, _Kept] = {}
         self._changing = trio.Lock()
+        self._opening = trio.Lock()
+        """Only one board opens at a time. Otherwise, the turns of many boards would add up and delay open boards."""
         self._closed = False
         self._last: dict[str, Counters] = {}
         self._nursery: trio.Nursery | None = None
@@ -238,14 +241,16 @@ class Proxies(Mapping[str, Proxy]):
                 raise ClosedError("the proxies are closed")
             refused: dict[str, IncoError] = {}
             self._recorded = max(RECORDED_MIN, min(KEPT, RECORDED // max(1, len(configs))))
-            plan = self._plan(configs, keep, refused)
+            plan_changes = functools.partial(self._plan, configs, keep, refused)
+            # At the start, no board is delayed. The thread would keep the capabilities that the process then drops.
+            plan = await read_aside(plan_changes) if self._boards else plan_changes()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end, plan.removed)
                 for board in plan.moved:
                     nursery.start_soon(self._replace, board, plan.later[board.name])
                 await self._open_or_change(plan.now, refused)
             for name in [name for name in self._kept if name not in plan.staying]:
-                self._drop(name)
+                await self._drop(name)
             await self._open_or_change(plan.later, refused)
             if self._bundle is not None:
                 with contextlib.suppress(ResourceError):  # The descriptors stay open for now.
@@ -299,9 +304,11 @@ class Proxies(Mapping[str, Proxy]):
 
     async def _change(self, board: _Board, config: Config) -> None:
         if board.proxy is None:
-            board.config = config
-            board.again.set()
-            return
+            async with self._opening:  # An attempt that is in progress uses the old configuration.
+                if board.proxy is None:
+                    board.config = config
+                    board.again.set()
+                    return
         if config != board.config or board.proxy._is_incomplete():
             with working_for(board.name):
                 await board.proxy.reload(config)
@@ -347,9 +354,9 @@ class Proxies(Mapping[str, Proxy]):
         await board.ended.wait()
         del self._boards[board.name]
 
-    def _drop(self, name: str) -> None:
+    async def _drop(self, name: str) -> None:
         kept = self._kept.pop(name)
-        self._shared.end(kept.share)
+        await in_turns(self._shared.end(kept.share))
         if kept.store is not None:
             with contextlib.suppress(ResourceError):
                 kept.store.remove("link")
@@ -383,24 +390,30 @@ class Proxies(Mapping[str, Proxy]):
             board.ended.set()
 
     async def _open_board(self, board: _Board, opened: trio.Event) -> None:
+        with ExitStack() as resources:
+            async with self._opening:
+                proxy = await self._build(board, resources)
+            async with running(proxy):
+                board.proxy, board.problem = proxy, ""
+                opened.set()
+                await trio.sleep_forever()
+
+    async def _build(self, board: _Board, resources: ExitStack) -> Proxy:
+        """Open the proxy of a board. `resources` will close it. Raises IncoError."""
         kept = self._kept.get(board.name)
         if kept is None:
             kept = self._kept[board.name] = self._keep(board.name)
         kept.ground.leave_nothing = self._bundle is None
         if kept.store is not None:
             kept.store.lend(kept.ground.inflight.fd)
-        with ExitStack() as resources:
-            proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
-            # Opening a board causes inotify events. Read them now, so that many boards do not overflow the queue.
-            self._shared.drain()
-            # Another task calls `finish_alone`. Run it in this context, which contains the board's log prefix.
-            run_here = contextvars.copy_context().run
-            kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
-            resources.callback(kept.share.leave)
-            async with running(proxy):
-                board.proxy, board.problem = proxy, ""
-                opened.set()
-                await trio.sleep_forever()
+        proxy = await build(board.config, kept.store or NoFdStore(), kept.ground, resources)
+        # Opening a board causes inotify events. Read them now, so that many boards do not overflow the queue.
+        self._shared.drain()
+        # Another task calls `finish_alone`. Run it in this context, which contains the board's log prefix.
+        run_here = contextvars.copy_context().run
+        kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
+        resources.callback(kept.share.leave)
+        return proxy
 
     def _log_problem(self, board: _Board, error: IncoError) -> None:
         if str(error) != board.problem:

@@ -143,13 +143,13 @@ class Inbound:
     def _decode(self, room: memoryview, length: int) -> StateFile | None:
         name = decode(room, length)
         if name is None:
-            self._counters.malformed += self._stands_for(room[:length])
+            self._counters.malformed += self._stands_for(room[:length], length)
             self._ignore("malformed", None, room, length)
             return None
         known, by_frame = self._states.known, self._states.by_frame
         file = known.get(name)
         if file is None:
-            self._counters.unknown += self._stands_for(room[:length])
+            self._counters.unknown += self._stands_for(room[:length], length)
             # Rate-limit all unknown names as one cause. Otherwise, core 1 could fill the log with different names.
             logger.debug("%s: unknown signal", name.decode(), extra={"cause": "unknown signal"})
             self._ignore("unknown", name.decode(), room, length)
@@ -157,9 +157,9 @@ class Inbound:
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
         return file
 
-    def _stands_for(self, frame: memoryview) -> int:
+    def _stands_for(self, frame: memoryview, length: int) -> int:
         """Count the ignored frames that `frame` represents: one, or more during a flood. Return their number."""
-        frames = self._link.stands_for(frame)
+        frames = self._link.stands_for(frame, length)
         self._counters.received += frames - 1
         self._flood.ignored(frames)
         return frames

@@ -498,7 +498,7 @@ async def open_supervised(config: Config, fd_store: FdStore, listener: Listener 
     """Run a proxy as `open_proxy` does, with an fd store. `listener` receives all events."""
     with ExitStack() as resources:
         ground = _ground(fd_store, resources, listener)
-        proxy = build(config, fd_store, ground, resources)
+        proxy = await build(config, fd_store, ground, resources)
         async with _following(ground.mounts), running(proxy):
             await proxy._present.wait()
             yield proxy
@@ -540,20 +540,23 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     return Ground(inflight, inotify, mounts, fds, around, isinstance(fd_store, NoFdStore), listener)
 
 
-def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Open or inherit all resources and return the proxy. `resources` will close them. Raises IncoError."""
+async def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
+    """Open or inherit all resources and return the proxy. `resources` will close them. Raises IncoError.
+
+    Other tasks run meanwhile, because a table may have thousands of registers.
+    """
     counters, recorder = Counters(), None
     if config.history != 0:
         recorder = Recorder(ground.inflight.recorder, config.history, ground.recorded)
     events = Events(counters, History(ground.inflight.history), ground.listener, recorder)
     with noted_by(events.note):
-        proxy = _build(config, fd_store, ground, resources, counters, events)
+        proxy = await _build(config, fd_store, ground, resources, counters, events)
     if recorder is not None:
         recorder.note_start(fd_store.supervisor, after_crash=events.listener.after_crash)
     return proxy
 
 
-def _build(
+async def _build(
     config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack, counters: Counters, events: Events
 ) -> Proxy:
     """Open the resources and create the proxy in an order that loses no notification.
@@ -567,7 +570,7 @@ def _build(
     resources.callback(registers.close)
     ground.mounts.followers.add(registers.mounts_changed)
     resources.callback(ground.mounts.followers.remove, registers.mounts_changed)
-    registers.open(SignalTable(config.signals))
+    await in_turns(registers.open(SignalTable(config.signals)))
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))

@@ -10,7 +10,7 @@ watch gets a different number: the watch descriptor plus a multiple of `GENERATI
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import attrs
 import trio
@@ -228,12 +228,15 @@ class SharedInotify:
         share.queue.append(ino.pack_event(number, ino.IN_IGNORED))
         share.wake()
 
-    def end(self, share: Share) -> None:
+    def end(self, share: Share) -> Generator[None, None, None]:
+        """Remove a share, and end its watches in steps."""
         self._shares.discard(share)
-        for wd, watches in tuple(self._watches.items()):
+        for wd in tuple(self._watches):
+            watches = self._watches.get(wd, {})
             if watches.pop(share, None) is not None and not watches:
                 del self._watches[wd]
                 self.inotify.unwatch(wd)
+            yield
 
 
 class Share:

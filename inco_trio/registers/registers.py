@@ -54,10 +54,9 @@ class Registers:
         self.states = StateFiles(self.directories, inflight, problems, counters)
         self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
 
-    def open(self, table: SignalTable) -> None:
-        """Open the directories, create missing files and watch the triggers. Raises IncoError."""
-        for _ in self.exchange(table):
-            pass
+    def open(self, table: SignalTable) -> Generator[None, None, None]:
+        """Open the directories, create missing files and watch the triggers, in steps. Raises IncoError."""
+        yield from self.exchange(table)
         self._opened = True
         for wd in self.directories.forget_noted(self.triggers.keys()):
             self.triggers.ignore(wd)
@@ -134,9 +133,13 @@ class Registers:
         # Shield the clean-up, because the new table is already in use.
         with trio.CancelScope(shield=True):
             await in_turns(self._drop_unneeded())
-        self.directories.forget_noted(self.triggers.keys())
-        for directory in self.directories.by_path.values():
+            self.directories.forget_noted(self.triggers.keys())
+            await in_turns(self._make_missing())
+
+    def _make_missing(self) -> Generator[None, None, None]:
+        for directory in tuple(self.directories.by_path.values()):
             self.directories.look(directory, make=True)
+            yield
 
     def problem(self, signal: Signal) -> str | None:
         """Return why the proxy cannot write or watch the register of a signal at the moment, or None if it can."""

@@ -20,6 +20,7 @@ from inco_trio.linux.if_packet import ETH_P_ALL
 from inco_trio.linux.processes import (
     Process,
     Processes,
+    is_beside,
     is_proxy_command,
     listening_sockets,
     look,
@@ -55,8 +56,8 @@ class Users:
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     """The fd stores that keep a socket of the link, of a running proxy or of a stopped service."""
-    unseen: int
-    """Number of sockets whose processes this user is not permitted to inspect."""
+    unseen: frozenset[int]
+    """Inode numbers of the sockets whose processes this user is not permitted to inspect."""
 
     @property
     def keepers(self) -> tuple[Process, ...]:
@@ -111,20 +112,21 @@ def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> U
     try:
         return users_of_interface(socket.if_nametoindex(address.name), processes)
     except OSError:
-        return Users((), (), (), 0)
+        return Users((), (), (), frozenset())
 
 
 def _users(inodes: Iterable[int], processes: Processes) -> Users:
     found: dict[int, Process] = {}
-    unseen = 0
+    unseen: set[int] = set()
     for inode in inodes:
         with_it = processes.with_socket(inode)
         found |= {process.pid: process for process in with_it}
-        unseen += not with_it
+        if not with_it:
+            unseen.add(inode)
     ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
     users = [process for process in ordered if not process.is_holder]
     proxies, others = [tuple(process for process in users if process.is_proxy is ours) for ours in (True, False)]
-    return Users(proxies, others, tuple(process for process in ordered if process.is_holder), unseen)
+    return Users(proxies, others, tuple(process for process in ordered if process.is_holder), frozenset(unseen))
 
 
 def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
@@ -181,10 +183,10 @@ def rivals(
     for board, (address, netns, signals) in enumerate(boards):
         try:
             with inside(netns, address.name):
-                users = users_of(address, processes)
+                sharing = serving(address, processes)
         except IncoError:
             continue  # The network namespace no longer exists, or this user cannot enter it.
-        yield from _rival(board, address.name, _serving(address, users, processes), OF_LINK)
+        yield from _rival(board, address.name, sharing, OF_LINK)
         for directory in dict.fromkeys(signal.directory for signal in signals):
             watching = watchers((signal for signal in signals if signal.directory == directory), processes)
             yield from _rival(board, str(directory), watching, OF_TRIGGERS)
@@ -193,16 +195,14 @@ def rivals(
 def serving(address: InterfaceAddress | UnixAddress, processes: Processes | None = None) -> list[Process]:
     """Return the proxies that serve a link in this thread's network namespace. `processes` may contain others, too."""
     processes = look(wanted=is_proxy_command) if processes is None else processes
-    return _serving(address, users_of(address, processes), processes)
-
-
-def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
+    users = users_of(address, processes)
     found = list(users.proxies)
     # This user cannot inspect these processes, but every user can read their command lines. They may serve a link with
-    # the same name in another network namespace. Therefore, require a socket that belongs to no other process.
+    # the same name in another network namespace. Therefore, require a socket in their namespace that belongs to no
+    # other process.
     hidden = [each for each in processes.all if each.hidden and each.is_proxy and _names(address.name, each.command)]
-    if hidden and users.unseen and users_of(address, look()).unseen:
-        found += hidden
+    if hidden and users.unseen and (unseen := users_of(address, look()).unseen):
+        found += [each for each in hidden if is_beside(each, unseen)]
     return found
 
 

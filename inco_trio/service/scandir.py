@@ -14,10 +14,11 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, PermissionDeniedError, from_os_error
+from inco_trio.linux.files import open_output_directory, replace_output, unlink_if_exists
 from inco_trio.service.descriptions import PREFIX, Service, account_of, template
 from inco_trio.service.systemd import runtime_directory
 
@@ -42,18 +43,18 @@ def write_scandir(
     """
     lines = list(service.warnings)
     try:
-        _make_directory(directory)
-        lines += _write_tree(directory, _service(service, user, program, options))
-        if service.is_client:
-            return lines
-        uids, foreign = _service_uids(directory)
-        rules = _rules(directory, uids)
-        lines += [
-            f"warning: {path}: not written by `inco-trio service s6`, so its service may not use the fd store"
-            for path in foreign
-        ]
-        lines += _write_tree(directory, _fd_store(rules))
-        lines += _remove_stale_rules(directory, rules)
+        with _opened(directory) as scan:
+            lines += _write_tree(directory, scan, _service(service, user, program, options))
+            if service.is_client:
+                return lines
+            uids, foreign = _service_uids(directory)
+            rules = _rules(os.fstat(scan).st_uid, uids)
+            lines += [
+                f"warning: {path}: not written by `inco-trio service s6`, so its service may not use the fd store"
+                for path in foreign
+            ]
+            lines += _write_tree(directory, scan, _fd_store(rules))
+            lines += _remove_stale_rules(directory, scan, rules)
     except IncoError:
         raise
     except OSError as error:
@@ -128,13 +129,13 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
     return labels, foreign
 
 
-def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
+def _rules(scandir_owner: int, labels: dict[int, list[str]]) -> dict[str, str]:
     """Return the fd store's access rules: full access for root and the owner, storing only for a service's user."""
     rules = {
         f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
         for uid, names in labels.items()
     }
-    for owner in {0, directory.stat().st_uid}:
+    for owner in {0, scandir_owner}:
         env = f"data/rules/uid/{owner}/env"
         rules |= {
             f"{env}/S6_FDHOLDER_STORE_REGEX": "^inco-trio/",
@@ -145,61 +146,76 @@ def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
     return rules | {f"{Path(path).parent.parent}/allow": "" for path in rules}
 
 
-def _write_tree(directory: Path, tree: _Tree) -> list[str]:
-    return [line for path, (content, mode) in tree.items() if (line := _write(directory, path, content, mode))]
+@contextlib.contextmanager
+def _opened(path: Path, name: str = "", within: int | None = None) -> Iterator[int]:
+    """Open the directory `path / name` while the block runs; create it if it is missing. Raises OSError.
 
-
-def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
-    path = directory / name
-    _make_directory(path.parent)
-    exists, data = path.is_file(), os.fsencode(content)
-    if exists and stat.S_IMODE(path.stat().st_mode) == mode and path.read_bytes() == data:
-        return None
-    new = path.with_name(f".{path.name}.new")
-    if os.path.lexists(new):
-        new.unlink()
+    `within` is the descriptor of `path`. No symlink of another user can lead elsewhere, see `open_output_directory`.
+    """
     try:
-        with new.open("xb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-        new.replace(path)
+        fd = open_output_directory(path if within is None else Path(name), within=within, make=True, mode=0o755)
     except OSError as error:
-        with contextlib.suppress(OSError):  # The removal may fail for the same reason.
-            new.unlink(missing_ok=True)
-        # Errors from write(2) do not include the file name.
-        error.filename = error.filename2 = str(path)
+        error.filename = str(path / name)
         raise
-    return f"{'changed' if exists else 'created'} {path}"
-
-
-def _make_directory(path: Path) -> None:
-    """Create `path` and its parents with mode 755 despite the umask, because service users need access."""
-    if path.is_dir():
-        return
-    if path != path.parent:
-        _make_directory(path.parent)
-    path.mkdir()
-    # Another user may have replaced it with a symlink.
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fchmod(fd, 0o755)
+        yield fd
     finally:
         os.close(fd)
 
 
-def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
+def _write_tree(directory: Path, scan: int, tree: _Tree) -> list[str]:
+    """Write files below the scan directory `directory`, whose descriptor is `scan`."""
+    return [line for name, (content, mode) in tree.items() if (line := _write(directory, scan, name, content, mode))]
+
+
+def _write(directory: Path, scan: int, name: str, content: str, mode: int) -> str | None:
+    path, data = directory / name, os.fsencode(content)
+    with _opened(directory, os.path.dirname(name), scan) as parent:  # noqa: PTH120 - `name` is a string
+        try:
+            before = _read(path.name, parent)
+            if before == (data, mode):
+                return None
+            replace_output(path.name, data, mode, parent)
+        except OSError as error:
+            # Errors from write(2) do not include the file name, and others include the temporary name.
+            error.filename = error.filename2 = str(path)
+            raise
+    return f"{'created' if before is None else 'changed'} {path}"
+
+
+def _read(name: str, parent: int) -> tuple[bytes, int] | None:
+    """Return the content and the mode of a regular file, or None if there is none. Raises OSError."""
+    try:
+        if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            return None
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        return file.read(), stat.S_IMODE(os.fstat(fd).st_mode)
+
+
+def _remove_stale_rules(directory: Path, scan: int, rules: dict[str, str]) -> list[str]:
     """Remove the rules of users that no longer have a service."""
     wanted = {path.split("/")[3] for path in rules}
+    place = f"{_FD_STORE}/data/rules/uid"
     lines = []
-    for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
-        # Only a directory, or a symlink to a directory, can grant rights. inco-trio does not write files here.
-        if path.name in wanted or not (path.is_symlink() or path.is_dir()):
-            continue
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-        lines.append(f"removed {path}")
+    with _opened(directory, place, scan) as parent:
+        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            with os.scandir(listed) as entries:
+                # Only a directory, or a symlink to a directory, can grant rights. inco-trio does not write files here.
+                stale = {
+                    e.name: e.is_symlink() for e in entries if e.name not in wanted and (e.is_symlink() or e.is_dir())
+                }
+        finally:
+            os.close(listed)
+        for name in sorted(stale):
+            if stale[name]:
+                unlink_if_exists(name, parent)
+            else:
+                shutil.rmtree(name, dir_fd=parent)
+            lines.append(f"removed {directory / place / name}")
     return lines
 
 
