@@ -332,12 +332,10 @@ class UnixLink:
             except ConnectionRefusedError:
                 pass
             except OSError as error:
-                if error.errno == errno.EPERM:  # The process has connected its socket.
-                    raise LinkNotFoundError(self.name, IN_USE) from error
                 if error.errno == errno.EPROTOTYPE:
                     text = "in use by a running process, as another type of socket"
                     raise LinkNotFoundError(self.name, text) from error
-                if error.errno == errno.EPERM:  # The process has connected its socket to another one.
+                if error.errno == errno.EPERM:  # The process has connected its socket.
                     raise LinkNotFoundError(self.name, IN_USE) from error
                 raise
             else:
