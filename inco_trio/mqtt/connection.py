@@ -350,7 +350,7 @@ class Connection:
                     waits = "accepted the connection but does not answer"
                     what = waits if session.limits is None else f"does not answer for {self._patience:g} s"
                     if now < start + self._patience:
-                        what = f"has not answered a packet for {self._patience:g} s, although it has answered later ones"
+                        what = f"has not answered a packet for {self._patience:g} s, but has answered later ones"
                     self._lose(BrokerLostError(self._broker, what))
                     return
             # Ping after half of the keep-alive time, so that even a delayed ping arrives in time. Ping even if other
