@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import attrs
@@ -262,7 +263,8 @@ class Session:
     @property
     def overtaken(self) -> int | None:
         """The number of the oldest unanswered packet if the broker has answered a later one, otherwise None."""
-        orders = [next(iter(each.values()))[-1] for each in (self._awaited, self._subscribing) if each]
+        orders = [order for _, _, _, order in islice(self._awaited.values(), 1)]
+        orders += [order for _, _, order in islice(self._subscribing.values(), 1)]
         oldest = min(orders, default=self._reached)
         return oldest if oldest < self._reached else None
 
