@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import mqtt5
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -23,6 +25,7 @@ from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import GRACE, Connection, open_connection
 from inco_trio.mqtt.session import RECEIVE_MAX, BrokerLostError, BrokerRefusedError, Message, Receipts
+from inco_trio.nurseries import plain_nursery
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import wait_path
@@ -519,6 +522,76 @@ def test_a_full_send_buffer_does_not_hide_that_a_broker_is_lost() -> None:
                 nursery.start_soon(serve)
                 with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
                     await use(server.getsockname()[1])
+
+    trio.run(main, clock=clock)
+
+
+def answer(packet: mqtt5.Packet) -> mqtt5.Packet | None:
+    """Return the answer of a broker that leaves subscriptions and messages to `lab/ignored` unanswered."""
+    match packet:
+        case mqtt5.ConnectPacket():
+            return mqtt5.ConnAckPacket()
+        case mqtt5.PublishPacket(topic="lab/x", packet_id=int(number)):
+            return mqtt5.PubAckPacket(number)
+        case mqtt5.PingReqPacket():
+            return mqtt5.PingRespPacket()
+    return None
+
+
+async def answer_most(stream: trio.SocketStream) -> None:
+    async for data in stream:
+        rest = memoryview(data)
+        while rest:
+            packet, length = mqtt5.read(rest)
+            rest = rest[length:]
+            if (reply := answer(packet)) is not None:
+                await stream.send_all(reply.write())
+
+
+async def send_ignored(connection: Connection) -> None:
+    await connection.publish([Message("lab/ignored", b"1")])
+
+
+async def send_subscription(connection: Connection) -> None:
+    await connection.subscribe(["lab/x"])
+
+
+@pytest.mark.parametrize("sender", ["client", "broker"])
+@pytest.mark.parametrize("request_", [send_ignored, send_subscription])
+def test_other_packets_do_not_hide_a_missing_answer(
+    request_: Callable[[Connection], Awaitable[None]], sender: str
+) -> None:
+    """The broker leaves one packet unanswered, and each second, the client or the broker sends a message."""
+    clock = MockClock()
+
+    async def use(port: int, streams: list[trio.SocketStream]) -> None:
+        async with open_connection(at(port), Credentials(), "test") as connection, plain_nursery() as nursery:
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks are waiting.
+            nursery.start_soon(request_, connection)
+            await wait_all_tasks_blocked()
+            while trio.current_time() < 30.0:
+                if sender == "client":
+                    assert await connection.publish([Message("lab/x", b"1")]) == [None]
+                else:
+                    # `send_all` fails if `answer_most` is sending at the same time.
+                    await streams[0].socket.send(mqtt5.PublishPacket("lab/x", b"1").write())
+                await trio.sleep(1)  # The clock is simulated.
+            pytest.fail("the client waits for an answer that does not arrive")
+
+    async def main() -> None:
+        streams = list[trio.SocketStream]()
+
+        async def serve(stream: trio.SocketStream) -> None:
+            streams.append(stream)
+            await answer_most(stream)
+
+        async with trio.open_nursery() as nursery:
+            (listener,) = await nursery.start(functools.partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+            with pytest.raises(
+                BrokerLostError, match="has not answered a packet for 10 s, but has answered later ones"
+            ):
+                await use(listener.socket.getsockname()[1], streams)
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=clock)
 

@@ -414,6 +414,35 @@ def test_other_exceptions_of_the_codec_are_not_caught(monkeypatch: pytest.Monkey
         session.feed(b"\xd0\x00")
 
 
+def test_a_packet_is_overtaken_once_the_broker_has_answered_a_later_one() -> None:
+    session = opened()
+    _, (first, second, third) = publish(session, *(Message(name, b"") for name in "abc"))
+    assert session.overtaken is None
+    acknowledge(session, second)
+    overtaken = session.overtaken
+    assert overtaken is not None
+    acknowledge(session, first)
+    assert session.overtaken is None
+    session.ping()
+    subscribe(session, "d")
+    session.feed(mqtt5.PingRespPacket().write())
+    assert session.overtaken is not None
+    assert session.overtaken != overtaken
+    acknowledge(session, third)
+    assert session.overtaken is None  # The subscription is later than the ping.
+    session.feed(mqtt5.PingRespPacket().write())
+    assert session.overtaken is None  # The broker has answered a single ping twice.
+    for name in "ef":
+        session.ping()
+        sent(session)
+        publish(session, Message(name, b""))
+    session.feed(mqtt5.PingRespPacket().write())
+    overtaken = session.overtaken
+    session.feed(mqtt5.SubAckPacket(4, [mqtt5.SubAckReasonCode.GRANTED_QOS_AT_LEAST_ONCE]).write())
+    assert overtaken is not None
+    assert session.overtaken is None  # The first ping is older than the message `e`.
+
+
 def test_unknown_acknowledgements_are_ignored() -> None:
     session = opened()
     session.feed(mqtt5.PubAckPacket(9).write() + mqtt5.PingRespPacket().write())

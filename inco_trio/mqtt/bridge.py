@@ -412,7 +412,8 @@ class Bridge:
                 return refusal
             if refusal.is_unheard:
                 if not logged:
-                    logger.info("%s: %s has never been online; frames are queued", self._broker, self._other)
+                    why = "was never online, or the broker has discarded its session"
+                    logger.info("%s: %s %s; frames are queued", self._broker, self._other, why)
                 logged = True
             else:
                 self._problems.failed(message.topic, f"the broker refused the message: {refusal}; retrying")
@@ -442,7 +443,8 @@ class Bridge:
         missed = batch.first - last - 1
         if last and missed > 0:
             self.counts.missed += missed
-            logger.error("%s: lost %d frames of %s that the broker had acknowledged", self._broker, missed, self._other)
+            what = "1 frame" if missed == 1 else f"{missed} frames"
+            logger.error("%s: lost %s of %s that the broker had acknowledged", self._broker, what, self._other)
         if missed > 0:
             self._progress.wrote(batch.boot, batch.first - 1)
         for number, frame in enumerate(batch.frames, batch.first):

@@ -107,9 +107,10 @@ class Connection:
         self._flushing = False
         self._is_cut = False
         """Whether a packet may have been sent only partially."""
-        self._is_pinging = False
-        self._progress = self._last_sent = trio.current_time()
-        """When the time limit for the broker's answer started, and when the client last sent data."""
+        self._progress = self._last_ping = trio.current_time()
+        """When the time limit for the broker's answer started, and when the client sent the last ping."""
+        self._overtaken: tuple[int | None, float] = None, 0.0
+        """`Session.overtaken`, and since when it has had this value."""
         self._entry, self.received = trio.open_memory_channel[Received](math.inf)
         """The received messages. `Session` limits their number."""
 
@@ -237,7 +238,6 @@ class Connection:
             if sent:
                 del session.out[:sent]
                 self._is_cut = bool(session.out)
-                self._last_sent = trio.current_time()
         if session.out and self._nursery is not None:
             self._nursery.start_soon(self._flush)
 
@@ -255,12 +255,11 @@ class Connection:
                 self._is_cut = True
                 await self._stream.send_all(data)
                 self._is_cut = False
-                self._last_sent = trio.current_time()
                 if session.out:
                     # A large message takes time to send, so each part sent counts as progress. The last part does not:
                     # the kernel may accept it even if the connection is already lost, and frequent messages would then
                     # hide the loss.
-                    self._progress = self._last_sent
+                    self._progress = trio.current_time()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Do not call `_lose` here: `_receive` may still read why the broker closed the connection. If another
             # process has taken over the session, this process must not reconnect and take it back.
@@ -299,7 +298,8 @@ class Connection:
             # Each part of a long packet counts: on a new connection, a slow broker would only send it again.
             self._progress = trio.current_time()
             if number:
-                self._is_pinging = False
+                if session.overtaken != self._overtaken[0]:
+                    self._overtaken = session.overtaken, self._progress
                 self._room.set()
                 self.room_changed()
             if session.limits is not None:
@@ -331,12 +331,16 @@ class Connection:
                 raise trio.BrokenResourceError from error
 
     async def _watch(self) -> None:
-        """Send pings. Treat the connection as lost if the broker does not answer for `patience` seconds."""
+        """Send pings. Treat the connection as lost if the broker does not answer for `patience` seconds.
+
+        The same applies to a packet whose answer is missing `patience` seconds after the answer to a later one.
+        """
         session, last_look = self._session, -math.inf
         while self._lost is None:
             now, deadline = trio.current_time(), math.inf
-            if session.is_waiting or self._flushing or self._is_pinging or self._is_cut:
-                deadline = self._progress + self._patience
+            if session.is_waiting or self._flushing or session.is_pinging or self._is_cut:
+                (overtaken, since), start = self._overtaken, self._progress
+                deadline = (start if overtaken is None else min(start, since)) + self._patience
                 if now >= deadline > last_look:
                     # This process may be late although the broker was not. Let `_read` read what has arrived.
                     last_look = deadline
@@ -345,16 +349,20 @@ class Connection:
                 if now >= deadline:
                     waits = "accepted the connection but does not answer"
                     what = waits if session.limits is None else f"does not answer for {self._patience:g} s"
+                    if now < start + self._patience:
+                        what = f"has not answered a packet for {self._patience:g} s, but has answered later ones"
                     self._lose(BrokerLostError(self._broker, what))
                     return
-            # Ping after half of the keep-alive time, so that even a delayed ping arrives in time.
+            # Ping after half of the keep-alive time, so that even a delayed ping arrives in time. Ping even if other
+            # packets were sent: the answer shows whether the broker has left an earlier packet unanswered.
             keep_alive = KEEPALIVE if session.limits is None else session.limits.keep_alive
             interval = min(keep_alive or KEEPALIVE, KEEPALIVE) / 2
-            if session.limits is not None and not (self._flushing or self._is_pinging):
-                ping = self._last_sent + interval
+            if session.limits is not None and not self._flushing:
+                ping = self._last_ping + interval
                 if now >= ping:
-                    self._expect()
-                    self._is_pinging = True
+                    if not session.is_pinging:
+                        self._expect()
+                    self._last_ping = now
                     session.ping()
                     self._send_now()  # `_flush` could wait for the broker, and this task must check `patience`.
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import attrs
@@ -225,10 +226,17 @@ class Session:
         self._data = bytearray()
         self.window = 0
         """Maximum number of unacknowledged messages to the broker."""
-        self._awaited: dict[int, tuple[Answered, int, str]] = {}
-        """For each packet identifier, the receipts, the index of the message in `refusals`, and the topic."""
-        self._subscribing: dict[int, tuple[Receipts, Sequence[mqtt5.TopicFilter]]] = {}
+        self._awaited: dict[int, tuple[Answered, int, str, int]] = {}
+        """For each packet identifier, the receipts, the index of the message in `refusals`, the topic, and the order.
+
+        `_sent` defines the order.
+        """
+        self._subscribing: dict[int, tuple[Receipts, Sequence[mqtt5.TopicFilter], int]] = {}
         self._last_id = 0
+        self._sent = self._reached = 0
+        """The number of packets that need an answer, and of the latest one that the broker has answered."""
+        self._pings = deque[int]()
+        """The numbers of the pings that the broker has not answered."""
         self._aliases: dict[str, int] = {}
         self._known_aliases: set[str] = set()
         """The topics whose alias the broker has acknowledged."""
@@ -247,11 +255,24 @@ class Session:
         """Whether an answer from the broker is outstanding."""
         return bool(self._awaited or self._subscribing) or self.limits is None
 
+    @property
+    def is_pinging(self) -> bool:
+        """Whether the broker has not answered a ping."""
+        return bool(self._pings)
+
+    @property
+    def overtaken(self) -> int | None:
+        """The number of the oldest unanswered packet if the broker has answered a later one, otherwise None."""
+        orders = [order for _, _, _, order in islice(self._awaited.values(), 1)]
+        orders += [order for _, _, order in islice(self._subscribing.values(), 1)]
+        oldest = min(orders, default=self._reached)
+        return oldest if oldest < self._reached else None
+
     def abandon(self) -> None:
         """Wake all callers that wait for acknowledgements, because the connection has ended."""
-        for receipts, _, _ in self._awaited.values():
+        for receipts, *_ in self._awaited.values():
             receipts.abandon()
-        for subscription, _ in self._subscribing.values():
+        for subscription, *_ in self._subscribing.values():
             subscription.abandon()
 
     def publish(self, message: Message, receipts: Answered, number: int) -> None:
@@ -277,7 +298,8 @@ class Session:
         if len(packet) > limit:
             receipts.settle(number, _too_large(len(packet), limit))
             return
-        self._awaited[packet_id] = receipts, number, topic
+        self._sent += 1
+        self._awaited[packet_id] = receipts, number, topic, self._sent
         self.out += packet
 
     def _new_alias(self, topic: str) -> int | None:
@@ -311,7 +333,8 @@ class Session:
             receipts.refusals[:] = [_too_large(len(packet), limit)] * len(topics)
             receipts.done.set()
             return
-        self._subscribing[packet_id] = receipts, filters
+        self._sent += 1
+        self._subscribing[packet_id] = receipts, filters, self._sent
         self.out += packet
 
     def acknowledge(self, received: Received) -> None:
@@ -321,6 +344,8 @@ class Session:
             self.out += mqtt5.PubAckPacket(received.packet).write()
 
     def ping(self) -> None:
+        self._sent += 1
+        self._pings.append(self._sent)
         self.out += mqtt5.PingReqPacket().write()
 
     def disconnect(self) -> None:
@@ -393,7 +418,8 @@ class Session:
             case mqtt5.DisconnectPacket():
                 self._on_disconnect(packet)
             case mqtt5.PingRespPacket():
-                pass
+                if self._pings:
+                    self._reached = max(self._reached, self._pings.popleft())
             case _:
                 self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
                 kind = type(packet).__name__.removesuffix("Packet").upper()
@@ -405,9 +431,10 @@ class Session:
 
     def _settle(self, packet_id: int, refusal: Refusal | None) -> None:
         """Settle the message that the broker has answered."""
-        receipts, number, topic = self._awaited.pop(packet_id, (None, 0, ""))
+        receipts, number, topic, order = self._awaited.pop(packet_id, (None, 0, "", 0))
         if receipts is None:
             return
+        self._reached = max(self._reached, order)
         if refusal is None or refusal.is_unheard:
             if topic in self._aliases:
                 self._known_aliases.add(topic)
@@ -416,7 +443,8 @@ class Session:
         receipts.settle(number, refusal)
 
     def _on_suback(self, packet: mqtt5.SubAckPacket) -> None:
-        receipts, filters = self._subscribing.pop(packet.packet_id)
+        receipts, filters, order = self._subscribing.pop(packet.packet_id)
+        self._reached = max(self._reached, order)
         if len(packet.reason_codes) != len(filters):
             # Without its reason code, a subscription may not exist, and nothing would arrive.
             self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
