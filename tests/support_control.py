@@ -22,6 +22,7 @@ import trio
 from inco_trio.control import client
 from inco_trio.frame import encode
 from inco_trio.linux.sockets import SO_PASSRIGHTS
+from inco_trio.proxy.proxy import Proxy as ProxyObject
 from inco_trio.service import launch
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -34,6 +35,7 @@ __all__ = [
     "PATIENT",
     "Board",
     "Client",
+    "NoProxies",
     "Running",
     "block",
     "child",
@@ -252,3 +254,15 @@ class Running:
         out, err = self.process.communicate(timeout=HANG)
         assert "Traceback" not in out + err
         return self.process.returncode
+
+
+class NoProxies:
+    """The `Served` of a control socket without open proxies."""
+
+    name = "b"
+
+    def proxies(self) -> Mapping[str, ProxyObject]:
+        return {}
+
+    def not_open(self) -> Mapping[str, str]:
+        return {}

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,18 +23,18 @@ from trio.testing import MockClock
 
 from inco_trio.control import place
 from inco_trio.control.client import answering
-from inco_trio.control.feed import Batch
-from inco_trio.control.monitors import PIECE, WAITING_MAX, Monitor
+from inco_trio.control.feed import Batch, Feed
+from inco_trio.control.monitors import PIECE, WAITING_BYTES_MAX, WAITING_MAX, Monitor
 from inco_trio.control.protocol import AHEAD, LINE_MAX, Event, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
-from inco_trio.frame import decode, encode
+from inco_trio.frame import FRAME_MAX, decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
 from inco_trio.service import launch
 from inco_trio.signals import Direction, Signal
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.support_control import FRAME, MAC, Board, Client, block, child, descriptors_refused, no_threads
+from tests.support_control import FRAME, MAC, Board, Client, NoProxies, block, child, descriptors_refused, no_threads
 
 
 @pytest.fixture
@@ -290,6 +290,52 @@ def test_a_slow_monitor_loses_events_and_receives_their_number(board: Board) -> 
     assert seen + lost == number
     assert lost > 0
     assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["ignored", "notification", "pending"])
+def test_long_frames_that_a_monitor_has_not_read_need_limited_memory(kind: str) -> None:
+    """The queued frames of a monitor that requested frames are limited, and other monitors queue no frames."""
+    signals, frame, at = [Signal("x", Direction.INBOUND, Path("/x"), "x")] * 256, bytes(FRAME_MAX), (1, 1)
+    feed = Feed(NoProxies())
+
+    def offer(turn: int) -> None:
+        if kind == "ignored":
+            for _ in signals:
+                feed.ignored("unknown", "x", frame, at)
+        elif kind == "pending":
+            feed.pending(signals, "link down", [frame] * len(signals), at)
+        else:
+            feed.carried(signals, 256 * turn + 1, [frame] * len(signals), at, 0)
+
+    async def main() -> tuple[list[str], list[str]]:
+        monitors = Monitor(frames=True), Monitor()
+        for monitor in monitors:
+            feed.add(monitor)
+        turns = WAITING_MAX // len(signals)
+        for turn in range(turns):
+            offer(turn)
+        some, others = monitors
+        one_batch = len(signals) * FRAME_MAX
+        assert WAITING_BYTES_MAX <= sum(what.frame_bytes for what in some._waiting) < WAITING_BYTES_MAX + one_batch
+        assert sum(what.frame_bytes for what in others._waiting) == 0
+        lines = []
+        for monitor in monitors:
+            feed.remove(monitor)
+            monitor.end()
+            lines.append("".join([piece.decode() async for piece in _pieces(monitor)]).splitlines())
+        return lines[0], lines[1]
+
+    async def _pieces(monitor: Monitor) -> AsyncIterator[bytes]:
+        while piece := await monitor.take():
+            yield piece
+
+    with_frames, without = (list(map(json.loads, lines)) for lines in trio.run(main))
+    *told, lost = with_frames
+    assert lost["event"] == "lost"
+    assert len(told) + lost["count"] == WAITING_MAX
+    assert all(event["frame"] == frame.hex() for event in told)
+    assert len(without) == WAITING_MAX
+    assert all("frame" not in event for event in without)
 
 
 def test_lost_events_are_counted_where_they_are_missing() -> None:

@@ -22,6 +22,7 @@ LISTED = {
     "control.answering.SEND_MAX": "one `send` request",
     "control.feed.HISTORIES_MAX": "`history` requests of other users",
     "control.monitors.AHEAD": "notifications that a follower has not acknowledged",
+    "control.monitors.WAITING_BYTES_MAX": "events that a monitor has not read",
     "control.monitors.WAITING_MAX": "events that a monitor has not read",
     "control.protocol.ID_LENGTH_MAX": "`id` of a request",
     "control.protocol.ID_VALUES_MAX": "`id` of a request",

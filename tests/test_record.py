@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from inco_trio.notifications import Events
 from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.recorder import AREA, Recorder, truncated
 from inco_trio.problems import noted_by, report
-from inco_trio.proxy.proxy import Proxy as ProxyObject
 from inco_trio.proxy_status import Status
 from inco_trio.registers.states import RUNS
 from inco_trio.service import launch
@@ -53,7 +52,7 @@ from inco_trio.stats import Stats
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
-from tests.support_control import FRAME, LIMITS, MAC, PATIENT, Board, Running, block, child
+from tests.support_control import FRAME, LIMITS, MAC, PATIENT, Board, NoProxies, Running, block, child
 from tests.test_fdstore import Daemon as Holder
 
 pytestmark = pytest.mark.tools
@@ -1044,21 +1043,9 @@ def test_a_board_that_is_first_seen_in_a_gap_keeps_its_events() -> None:
     assert list(gaps.missing(Past("b", "boot", (problem,)))) == [problem]
 
 
-class _Board:
-    """A board that only the flight recorder and the control socket know."""
-
-    name = "b"
-
-    def proxies(self) -> Mapping[str, ProxyObject]:
-        return {}
-
-    def not_open(self) -> Mapping[str, str]:
-        return {}
-
-
 def test_the_events_at_the_end_of_a_filled_gap_are_recorded_once(memory: memoryview) -> None:
     """The history that fills the gap also contains events that the monitor reports afterwards."""
-    feed, recorder, monitor = Feed(_Board()), Recorder(memory), Monitor("b")
+    feed, recorder, monitor = Feed(NoProxies()), Recorder(memory), Monitor("b")
     events = Events(Counters(), History(memoryview(bytearray(HISTORY))), feed, recorder)
     gaps = Gaps()
     gaps.begin("b", recorder.status())

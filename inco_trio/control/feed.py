@@ -6,10 +6,11 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import attrs
 import trio
 
 from inco_trio.notifications import Times
@@ -81,6 +82,10 @@ class Batch:
     @property
     def kind(self) -> str:
         return "pending" if self.reason else "notification"
+
+    @property
+    def frame_bytes(self) -> int:
+        return sum(map(len, self.frames))
 
 
 class HistoryTurn:
@@ -172,15 +177,27 @@ class Feed:
         if self._others:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
-            batch = Batch(self._board, tuple(signals), sequence, frames, *at, since)
-            for monitor in self._others:
-                monitor.carried(batch)
+            self._pass(self._others, signals, sequence, frames, at, since=since)
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes], at: Times) -> None:
         if self.monitors:
-            batch = Batch(self._board, tuple(signals), 0, frames, *at, reason=reason)
-            for monitor in self.monitors:
-                monitor.carried(batch)
+            self._pass(self.monitors, signals, 0, frames, at, reason=reason)
+
+    def _pass(
+        self,
+        monitors: Iterable[Monitor],
+        signals: Sequence[Signal],
+        sequence: int,
+        frames: Sequence[bytes],
+        at: Times,
+        since: int = 0,
+        reason: str = "",
+    ) -> None:
+        """Queue notifications for `monitors`, without frames for the monitors that did not request them."""
+        plain = Batch(self._board, tuple(signals), sequence, (), *at, since, reason)
+        batch = Batch(plain.board, plain.signals, sequence, frames, *at, since, reason) if frames else plain
+        for monitor in monitors:
+            monitor.carried(batch if monitor.frames else plain)
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
@@ -194,8 +211,7 @@ class Feed:
     def ignored(self, reason: str, name: str | None, frame: bytes | None, at: Times) -> None:
         if self.monitors:
             direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
-            shown = None if frame is None else frame.hex()
-            self.offer("ignored", at, reason=reason, direction=direction, signal=name, frame=shown)
+            self.offer("ignored", at, frame, reason=reason, direction=direction, signal=name)
 
     def link_changed(self, running: bool, text: str, seconds: float, at: Times) -> None:
         self.offer("link", at, running=running, message=text, duration=seconds)
@@ -225,12 +241,14 @@ class Feed:
 
         return event_at(kind, self._board, at, **fields)
 
-    def offer(self, kind: str, at: Times | None = None, **fields: object) -> None:
-        """Queue an event with the time `at` (default: now) for all monitors."""
+    def offer(self, kind: str, at: Times | None = None, frame: bytes | None = None, **fields: object) -> None:
+        """Queue an event with the time `at` (default: now) for all monitors, with `frame` if they requested frames."""
         if self.monitors:
-            event = self._event(kind, at, **fields)
+            event = plain = self._event(kind, at, **fields)
+            if frame is not None:
+                event = attrs.evolve(plain, frame=frame.hex())
             for monitor in self.monitors:
-                monitor.offer(event)
+                monitor.offer(event if monitor.frames else plain)
 
 
 class _LogTap(logging.Handler):

@@ -20,6 +20,8 @@ __all__ = ["Follower", "Monitor"]
 
 WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
+WAITING_BYTES_MAX = 2 << 20
+"""Maximum size in bytes of the frames in the events that are queued for one client. The last event may exceed it."""
 PIECE = 128
 """Number of events after which `take` lets other tasks run. The last batch may exceed it."""
 PAUSE = 0.02
@@ -42,6 +44,8 @@ class Monitor:
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
     """The number of events in `_waiting`, counting each notification in a batch."""
+    _bytes: int = 0
+    """The size of the frames in `_waiting`."""
     _lost: int = 0
     _ended: bool = False
     _rest: str = ""
@@ -61,7 +65,8 @@ class Monitor:
         if self.board is not None and what.board != self.board:
             return
         # After a loss, accept no events until half of the queue is empty. Otherwise, each second event would be `lost`.
-        if self._number >= (WAITING_MAX // 2 if self._lost else WAITING_MAX):
+        used = max(self._number / WAITING_MAX, self._bytes / WAITING_BYTES_MAX)
+        if used >= (0.5 if self._lost else 1):
             self._lost += number
             return
         self._append_lost()
@@ -70,6 +75,7 @@ class Monitor:
     def _append(self, what: Batch | Event, number: int = 1) -> None:
         """Queue events, even if the queue is full."""
         self._number += number
+        self._bytes += what.frame_bytes
         self._waiting.append(what)
         self._arrived.set()
 
@@ -99,6 +105,7 @@ class Monitor:
             while self._waiting and before - self._number < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
+                self._bytes -= what.frame_bytes
                 lines += self._wanted(what)
             if self._lost and not self._waiting:
                 lines.append(encode_event(event_now("lost", count=self._lost)))

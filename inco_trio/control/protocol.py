@@ -496,6 +496,10 @@ class Event:
     text: str = attrs.field(default="", eq=False)
     """The line from which the event was decoded, or an empty string."""
 
+    @property
+    def frame_bytes(self) -> int:
+        return len(self.frame or "") // 2
+
     def json(self) -> str:
         """Return the event as a line for a command's output, with `version`. Keep all keys of a received line."""
         line = self.text.strip() or encode_event(self, frames=True).rstrip("\n")
