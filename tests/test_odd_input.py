@@ -272,7 +272,7 @@ def test_a_service_whose_name_has_a_line_break_gets_no_rights(tmp_path: Path) ->
         (os.mkfifo, 0, "created inco-trio-core0/run\n"),
         (lambda path: path.symlink_to("/nonexistent/x"), 0, "created inco-trio-core0/run\n"),
         (lambda path: path.symlink_to("run"), 0, "created inco-trio-core0/run\n"),
-        (lambda path: path.symlink_to("finish"), 0, "changed inco-trio-core0/run\n"),
+        (lambda path: path.symlink_to("finish"), 0, "created inco-trio-core0/run\n"),
     ],
     ids=["directory", "FIFO", "dangling", "loop", "symlink"],
 )
@@ -293,16 +293,31 @@ def test_a_run_file_of_another_type_is_replaced_or_refused(
 
 
 @pytest.mark.parametrize("place", ["inco-trio-core0", "inco-trio-fdholder/data/rules/uid"])
-@pytest.mark.parametrize("target", [None, "nowhere"], ids=["file", "dangling"])
-def test_a_file_in_the_place_of_a_directory_is_an_error(place: str, target: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [(None, "Not a directory"), ("nowhere", "File exists"), ("nowhere/x", "File exists"), ("loop", "File exists")],
+    ids=["file", "dangling", "dangling twice", "dangling chain"],
+)
+def test_a_file_in_the_place_of_a_directory_is_an_error(
+    place: str, target: str | None, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     if target is None:
         path.touch()
     else:
         path.symlink_to(target)
+        (path.parent / "loop").symlink_to("nowhere")
     code, _, err = scan(tmp_path)
-    assert (code, err) == (2, complaint(f"cannot write {place}: File exists"))
+    assert (code, err) == (2, complaint(f"cannot write {place}: {reason}"))
+    assert not (path.parent / "nowhere").exists()
+
+
+def test_a_directory_is_created_below_a_symlink(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "inco-trio-core0").symlink_to("elsewhere")
+    assert scan(tmp_path)[0] == 0
+    assert (tmp_path / "elsewhere/log/run").exists()
 
 
 def test_only_our_own_access_rules_are_removed(tmp_path: Path) -> None:

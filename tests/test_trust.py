@@ -692,8 +692,9 @@ def test_an_output_follows_no_symlink_of_a_stranger_to_a_directory(home: Path, m
     ours = home / "ours"
     ours.symlink_to(place / "link" / ".")
     for path in (place / "link" / "out", ours / "out", place / "link" / ".." / "out"):
-        with pytest.raises(PermissionError, match=f"^.Errno 13. {place}/link is a symlink that another user owns$"):
+        with pytest.raises(PermissionError) as caught:
             open_output(path)
+        assert caught.value.strerror == f"{place}/link is a symlink that another user owns"
     assert [*victim.iterdir()] == []
     assert not (home / "out").exists()
 

@@ -347,10 +347,13 @@ def _open_way(
 ) -> int:
     """Open one component of a path after the other; see `open_output`. Open the last one with `flags`.
 
-    `make` is called with the name of a missing directory and the descriptor of its parent. `check` is called with the
-    descriptor and name of the last component, and the descriptor of its directory.
+    `make` is called with the name of a missing directory and the descriptor of its parent, but not if a symlink leads
+    to it (as in mkdir(1)). `check` is called with the descriptor and name of the last component, and the descriptor of
+    its directory. In an error, `filename` is the part of `path` that has failed.
     """
     left, symlinks = deque(path.parts or (".",)), 0
+    after = len(left)
+    """Number of components of `path` after the last symlink."""
     parent = os.open("/" if path.is_absolute() else ".", _PARENT, dir_fd=within)
     try:
         while True:
@@ -360,6 +363,8 @@ def _open_way(
             except FileNotFoundError:
                 if make is None:
                     raise
+                if len(left) >= after:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
                 make(name, parent)
                 left.appendleft(name)
                 continue
@@ -374,6 +379,7 @@ def _open_way(
                 if symlinks > _SYMLINKS_MAX:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
                 if not re.match(_OF_PROCESS, os.path.realpath(f"/proc/self/fd/{parent}")):
+                    after = min(after, len(left))
                     left.extendleft(reversed(target.parts or (".",)))
                     continue
                 # A link to an open descriptor, such as /dev/stdout, does not contain a path.
@@ -389,6 +395,9 @@ def _open_way(
                 return fd
             before, parent = parent, fd
             os.close(before)
+    except OSError as error:
+        error.filename = str(Path(*path.parts[: len(path.parts) - min(after, len(left))]))
+        raise
     finally:
         os.close(parent)
 

@@ -155,7 +155,7 @@ def _opened(path: Path, name: str = "", within: int | None = None) -> Iterator[i
     try:
         fd = open_output_directory(path if within is None else Path(name), within=within, make=True, mode=0o755)
     except OSError as error:
-        error.filename = str(path / name)
+        error.filename = str(path / (error.filename or name))
         raise
     try:
         yield fd
