@@ -104,7 +104,9 @@ class Events:
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes] = (), since: int = 0) -> None:
         """Report inbound notifications whose state files were written. For `since`, see `Listener.carried`."""
-        self.carried(list(map(_signal_of, files)), frames, since)
+        # Single notifications are the most frequent case.
+        signals = (files[0].signal,) if len(files) == 1 else list(map(_signal_of, files))
+        self.carried(signals, frames, since)
 
     def written_late(self, files: Sequence[StateFile], since: int) -> None:
         """Report inbound notifications that had been pending before they were written."""
