@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -149,15 +149,17 @@ def test_a_monitor_receives_frames_on_request(board: Board) -> None:
     padded = FRAME.ljust(60, b"\0")
     tagged = FRAME[:12] + bytes.fromhex("81000001") + FRAME[12:]
     proxy.process.send_signal(signal.SIGSTOP)  # The suspended proxy will read all frames in one batch.
-    sent = [padded, b"short", FRAME, encode(b"unlisted", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
+    long = FRAME.ljust(9000, b"\0")
+    sent = [padded, b"short", FRAME, encode(b"unlisted", MAC), tagged, long, FRAME.ljust(300, b"\0"), padded]
     for frame in sent:
         board.inbound(peer, frame)
     proxy.process.send_signal(signal.SIGCONT)
     told = [monitor.read() for _ in sent]
     frames = [(event.get("reason"), bytes.fromhex(event["frame"])) for event in told]
-    known = [(None, frame) for frame in sent if b"ihub" in frame]
+    known = [(None, frame) for frame in sent if b"ihub" in frame and frame is not long]
     assert [each for each in frames if each[0] is None] == known
-    assert [each for each in frames if each[0] is not None] == [("malformed", sent[1]), ("unknown", sent[3])]
+    ignored = [("malformed", sent[1]), ("unknown", sent[3]), ("malformed", long[:FRAME_MAX])]
+    assert [each for each in frames if each[0] is not None] == ignored
     assert all("frame" not in other.read() for _ in sent)
     board.trigger()
     assert monitor.read()["frame"] == peer.recv(2000).hex()
@@ -318,23 +320,25 @@ def test_long_frames_that_a_monitor_has_not_read_need_limited_memory(kind: str) 
         one_batch = len(signals) * FRAME_MAX
         assert WAITING_BYTES_MAX <= sum(what.frame_bytes for what in some._waiting) < WAITING_BYTES_MAX + one_batch
         assert sum(what.frame_bytes for what in others._waiting) == 0
-        lines = []
-        for monitor in monitors:
+        lines = list[str](), list[str]()
+        for monitor, some_lines in zip(monitors, lines, strict=True):
+            while monitor._waiting or monitor._lost:
+                some_lines += (await monitor.take()).decode().splitlines()
+        offer(turns)  # There is room again.
+        for monitor, some_lines in zip(monitors, lines, strict=True):
             feed.remove(monitor)
             monitor.end()
-            lines.append("".join([piece.decode() async for piece in _pieces(monitor)]).splitlines())
-        return lines[0], lines[1]
-
-    async def _pieces(monitor: Monitor) -> AsyncIterator[bytes]:
-        while piece := await monitor.take():
-            yield piece
+            while piece := await monitor.take():
+                some_lines += piece.decode().splitlines()
+        return lines
 
     with_frames, without = (list(map(json.loads, lines)) for lines in trio.run(main))
-    *told, lost = with_frames
-    assert lost["event"] == "lost"
-    assert len(told) + lost["count"] == WAITING_MAX
-    assert all(event["frame"] == frame.hex() for event in told)
-    assert len(without) == WAITING_MAX
+    (place,) = (number for number, event in enumerate(with_frames) if event["event"] == "lost")
+    lost = with_frames.pop(place)
+    assert place + lost["count"] == WAITING_MAX
+    assert len(with_frames) == place + len(signals)
+    assert all(event["frame"] == frame.hex() for event in with_frames)
+    assert len(without) == WAITING_MAX + len(signals)
     assert all("frame" not in event for event in without)
 
 

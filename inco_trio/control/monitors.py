@@ -21,7 +21,10 @@ __all__ = ["Follower", "Monitor"]
 WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 WAITING_BYTES_MAX = 2 << 20
-"""Maximum size in bytes of the frames in the events that are queued for one client. The last event may exceed it."""
+"""Maximum size in bytes of the frames in the events that are queued for one client. The last event may exceed it.
+
+If another client has already received the events with their frames, their text needs twice as much in addition.
+"""
 PIECE = 128
 """Number of events after which `take` lets other tasks run. The last batch may exceed it."""
 PAUSE = 0.02

@@ -242,7 +242,7 @@ class PacketLink:
         if self._form is None or not self._sampled:
             return 1
         depth, padding = self._form
-        # Only the first FRAME_MAX bytes of a longer frame were read, which the filter might accept.
+        # Of a longer frame, only the first FRAME_MAX bytes are known, so the filter's decision cannot be repeated.
         known = length <= FRAME_MAX and name_filter.accepts(
             bytes(frame[HEADER_LENGTH:]), self._names, depth, padding=padding
         )

@@ -115,24 +115,24 @@ class Inbound:
         try:
             files = list(map(self._states.by_frame.__getitem__, itertools.chain.from_iterable(slots)))
         except KeyError:
-            found = (self._file_of(bank.view[FRAME_STEP * number :], length) for number, length in enumerate(lengths))
-            files = [file for file in found if file is not None]
+            files = [file for file in map(self._file_of, rooms, lengths) if file is not None]
         batch = Batch(files, ((bank, used),), drained=len(lengths) < self._at_once and lengths[-1] <= SHORT)
         batch.pending_since = self._handoff.unread_since
         if batch.drained and batch.pending_since:
             self.check_unread()
         if self._listener.wants_frames:
-            batch.frames = self._frames_of(files, bank.view, lengths)
+            batch.frames = self._frames_of(files, rooms, lengths)
         return self._handoff.begin(batch)
 
-    def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
-        """Return the frame of each file in `files`. `view` contains all frames of the batch, including ignored ones."""
+    def _frames_of(
+        self, files: Sequence[StateFile], rooms: Sequence[memoryview], lengths: Sequence[int]
+    ) -> list[bytes]:
+        """Return the frame of each file in `files`. `rooms` contain all frames of the batch, including ignored ones."""
         names = [file.signal.name.encode() for file in files]
         frames: list[bytes] = []
-        for number, length in enumerate(lengths):
-            frame = bytes(view[FRAME_STEP * number :][:length])
-            if len(frames) < len(names) and decode(frame) == names[len(frames)]:
-                frames.append(frame)
+        for room, length in zip(rooms, lengths, strict=False):
+            if len(frames) < len(names) and decode(room, length) == names[len(frames)]:
+                frames.append(bytes(room[:length]))
         return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
