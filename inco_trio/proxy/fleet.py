@@ -242,7 +242,8 @@ class Proxies(Mapping[str, Proxy]):
             refused: dict[str, IncoError] = {}
             self._recorded = max(RECORDED_MIN, min(KEPT, RECORDED // max(1, len(configs))))
             plan_changes = functools.partial(self._plan, configs, keep, refused)
-            # At the start, no board is delayed. The thread would keep the capabilities that the process then drops.
+            # At the start, there is no board that this could delay, and a thread would keep the capabilities that this
+            # process drops later.
             plan = await read_aside(plan_changes) if self._boards else plan_changes()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end, plan.removed)
@@ -355,13 +356,14 @@ class Proxies(Mapping[str, Proxy]):
         del self._boards[board.name]
 
     async def _drop(self, name: str) -> None:
-        kept = self._kept.pop(name)
+        kept = self._kept[name]
         await in_turns(self._shared.end(kept.share))
         if kept.store is not None:
             with contextlib.suppress(ResourceError):
                 kept.store.remove("link")
                 kept.store.remove("inflight")
         kept.ground.inflight.close()
+        del self._kept[name]  # Last, so that the next reload repeats a cancelled drop.
 
     async def _run_board(self, board: _Board, opened: trio.Event) -> None:
         """Keep a board open until its scope is cancelled. Set `opened` after the first attempt to open the board."""
