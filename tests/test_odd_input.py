@@ -295,8 +295,8 @@ def test_a_run_file_of_another_type_is_replaced_or_refused(
 @pytest.mark.parametrize("place", ["inco-trio-core0", "inco-trio-fdholder/data/rules/uid"])
 @pytest.mark.parametrize(
     ("target", "reason"),
-    [(None, "Not a directory"), ("nowhere", "File exists"), ("nowhere/x", "File exists"), ("loop", "File exists")],
-    ids=["file", "dangling", "dangling twice", "dangling chain"],
+    [(None, "Not a directory"), ("nowhere", "File exists"), ("nowhere/x", "File exists"), ("chain", "File exists")],
+    ids=["file", "dangling", "two missing", "chain"],
 )
 def test_a_file_in_the_place_of_a_directory_is_an_error(
     place: str, target: str | None, reason: str, tmp_path: Path
@@ -307,7 +307,7 @@ def test_a_file_in_the_place_of_a_directory_is_an_error(
         path.touch()
     else:
         path.symlink_to(target)
-        (path.parent / "loop").symlink_to("nowhere")
+        (path.parent / "chain").symlink_to("nowhere")
     code, _, err = scan(tmp_path)
     assert (code, err) == (2, complaint(f"cannot write {place}: {reason}"))
     assert not (path.parent / "nowhere").exists()

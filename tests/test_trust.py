@@ -453,7 +453,7 @@ def test_a_new_mode_is_noticed_without_an_event_above(world: World, state: Signa
 
 
 @pytest.mark.parametrize("place", ["directory", "symlink", "mount"])
-def test_no_write_to_a_state_file_concerns_a_watch(
+def test_the_directory_is_watched_for_attributes_only_if_no_watch_above_reports_them(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """If a watch includes IN_ATTRIB, the kernel looks for it at each access to a file in the directory."""

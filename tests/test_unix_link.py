@@ -436,26 +436,6 @@ def test_a_peer_that_cannot_receive_is_checked_once_per_second(world: World, how
     in_simulated_time(main)
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_peer_may_connect_its_socket(world: World, elsewhere: bool) -> None:
-    attempts: list[float] = []
-
-    async def main() -> None:
-        link, core1 = world.bound(), world.other()
-        core1.connect(world.other(world.peer.with_name("elsewhere")).getsockname() if elsewhere else str(world.local))
-        assert link.running
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(send, link, attempts)
-            await trio.sleep(3)  # simulated time
-            assert (len(attempts) > 1) is elsewhere
-            # From now on, core 1 accepts our frames, but those of no other socket.
-            core1.connect(str(world.local))
-        assert names_of(core1) == [b"redun_notify_irq"]
-        link.close()
-
-    in_simulated_time(main)
-
-
 def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
     link, first = world.bound(), world.other()
     link.send("one")

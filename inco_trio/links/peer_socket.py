@@ -33,8 +33,8 @@ def directory_of(path: str) -> Iterator[tuple[int, os.stat_result]]:
 def open_socket(path: str) -> int | None:
     """Open the socket at `path` with O_PATH. Return None if only trusted users can replace it: `path` is safe then.
 
-    Symlinks must belong to root or to this user. Raises OSError, or UnfitFileError if the file is no
-    socket or is not trusted.
+    Symlinks must belong to root or to this user. Raises OSError, or UnfitFileError if the file is not a socket, or is
+    not trusted.
     """
     place = path
     for _ in range(SYMLINKS_MAX):
@@ -57,7 +57,7 @@ def open_socket(path: str) -> int | None:
 def _is_safe(directory: int, found: os.stat_result, place: str) -> bool:
     """Return whether only trusted users can change the entries of a directory, and `place` is not a symlink in it.
 
-    Raises UnfitFileError if it is another file than a socket.
+    Raises UnfitFileError if it is neither a socket nor a symlink.
     """
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return False

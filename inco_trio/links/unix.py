@@ -215,11 +215,11 @@ class UnixLink:
     def _is_held_by_former_peer(self) -> bool:
         """Return whether a former peer still holds frames that fill the send buffer of our socket.
 
-        These frames count until the former peer reads them or ends. If it hangs, only a new socket can send.
+        They occupy our send buffer until the former peer reads them or ends. If it hangs, only a new socket can send.
         """
         before, self._identity = self._identity, None
         with contextlib.suppress(OSError):
-            found = Path(self._target).stat()
+            found = os.stat(self._target)  # noqa: PTH116 - an empty path must not be the working directory
             self._identity = found.st_dev, found.st_ino
         if before in (None, self._identity):
             return False

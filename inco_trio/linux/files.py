@@ -353,7 +353,7 @@ def _open_way(
     """
     left, symlinks = deque(path.parts or (".",)), 0
     after = len(left)
-    """Number of components of `path` after the last symlink."""
+    """How many components of `path` come after the last symlink that was followed; all if none was followed."""
     parent = os.open("/" if path.is_absolute() else ".", _PARENT, dir_fd=within)
     try:
         while True:
@@ -403,7 +403,10 @@ def _open_way(
 
 
 def _make_directory(mode: int | None, name: str, parent: int) -> None:
-    os.mkdir(name, dir_fd=parent)
+    try:
+        os.mkdir(name, dir_fd=parent)
+    except FileExistsError:
+        return  # Another process has just created it.
     if mode is None:
         return
     # Another user may have replaced it with a symlink.

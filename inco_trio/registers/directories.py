@@ -37,7 +37,7 @@ ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED | ino.IN_ATTRIB
-"""Events to watch on an IRQ directory; see `_watch_only_names` for IN_ATTRIB."""
+"""Events to watch on an IRQ directory; see `_watch_attributes_only_above` for IN_ATTRIB."""
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 
@@ -88,7 +88,7 @@ class Directories:
             self._open(directory, make=make)
             directory.missing_since = None
             self._watch_above(directory, waiting=False)
-            self._watch_only_names(directory)
+            self._watch_attributes_only_above(directory)
             if directory.current:
                 return
             # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
@@ -160,11 +160,11 @@ class Directories:
         if directory.missing_since is None:
             self._await_no_more(directory)
 
-    def _watch_only_names(self, directory: Directory) -> None:
+    def _watch_attributes_only_above(self, directory: Directory) -> None:
         """Stop watching for new attributes in the directory, if a watch above it reports those of the directory itself.
 
-        Otherwise, the kernel looks for this watch whenever a file in the directory is opened, written or closed. This
-        takes 0.3 us for each notification, unless an application also watches the directory.
+        With IN_ATTRIB, the kernel looks up this watch whenever a file in the directory is opened, written or closed.
+        This takes 0.3 us for each notification, unless the kernel does so anyway for the watch of an application.
         """
         if self._above.get(directory.wd):
             return  # The directory is an ancestor of another one.
@@ -173,14 +173,14 @@ class Directories:
                 return  # The path contains a symlink, so an event above it would contain another name.
             above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
             try:
-                # If the directory is the root of a mount, no event above it reports its attributes.
-                is_root = mount_id(above) != mount_id(directory.fd)
+                if mount_id(above) != mount_id(directory.fd):
+                    return  # The directory is the root of a mount, so no event above it reports its attributes.
                 wd = self._inotify.watch(f"/proc/self/fd/{above}/.", ABOVE_MASK | ino.IN_MASK_ADD)
             finally:
                 os.close(above)
             if wd not in directory.above:
                 self._unwatch(wd)
-            elif not is_root:
+            else:
                 self._inotify.watch(directory.name("."), NAMES_MASK & ~ino.IN_ATTRIB)
 
     def _watch_trusted(self, path: str, mask: int) -> int:

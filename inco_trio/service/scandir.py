@@ -211,10 +211,14 @@ def _remove_stale_rules(directory: Path, scan: int, rules: dict[str, str]) -> li
         finally:
             os.close(listed)
         for name in sorted(stale):
-            if stale[name]:
-                unlink_if_exists(name, parent)
-            else:
-                shutil.rmtree(name, dir_fd=parent)
+            try:
+                if stale[name]:
+                    unlink_if_exists(name, parent)
+                else:
+                    shutil.rmtree(name, dir_fd=parent)
+            except OSError as error:
+                error.filename = str(directory / place / name)
+                raise
             lines.append(f"removed {directory / place / name}")
     return lines
 

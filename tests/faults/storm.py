@@ -330,7 +330,7 @@ class Storm:
 
     @contextmanager
     def _interrupted(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """Interrupt the link while no frame is on it, and let the applications trigger at least once meanwhile.
+        """Interrupt the link while no frame is on it, and wait for a trigger meanwhile, unless all have been written.
 
         The kernel drops frames that it has accepted, if the link goes down before they are sent.
         """
