@@ -25,10 +25,11 @@ class Restrictable(UnixLink):
 
     def __init__(self) -> None:
         self.restricted: list[bool] = []
+        self.keeps_filter = False
 
     def restrict(self, on: bool) -> bool:
         self.restricted.append(on)
-        return on
+        return on or self.keeps_filter
 
 
 def test_a_flood_restricts_the_link_until_it_has_ended() -> None:
@@ -65,6 +66,30 @@ def test_a_flood_restricts_the_link_until_it_has_ended() -> None:
     trio.run(main, clock=clock)
 
 
+def test_the_kernel_is_asked_again_if_it_keeps_the_filter() -> None:
+    link = Restrictable()
+    flood, health = Flood(link), Health("rpmsg4000: filter")
+
+    async def main() -> None:
+        with trio.fail_after(HANG):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flood.filter, health)
+                for _ in range(2 * FLOOD + 1):
+                    flood.ignored(1)
+                await wait_all_tasks_blocked()
+                for keeps in (True, True, False):
+                    assert health.problem is not None
+                    link.keeps_filter = keeps
+                    clock.jump(CALM)
+                    await wait_all_tasks_blocked()
+                assert link.restricted == [True, False, False, False]
+                assert health.problem is None
+                nursery.cancel_scope.cancel()
+
+    clock = MockClock()
+    trio.run(main, clock=clock)
+
+
 def test_few_ignored_frames_per_second_do_not_restrict_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("inco_trio.real_clock.monotonic", lambda: now)
@@ -78,6 +103,16 @@ def test_few_ignored_frames_per_second_do_not_restrict_the_link(monkeypatch: pyt
         now += 0.4 / FLOOD
         flood.ignored(1)
     assert link.restricted == [True]
+
+
+def test_a_link_that_cannot_be_restricted_is_rarely_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.real_clock.monotonic", lambda: 1000.0)
+    link = Restrictable()
+    monkeypatch.setattr(link, "restrict", lambda on: link.restricted.append(on))
+    flood = Flood(link)
+    for _ in range(5 * FLOOD):
+        flood.ignored(1)
+    assert 1 <= len(link.restricted) <= 5
 
 
 @pytest.mark.netns

@@ -285,6 +285,60 @@ def test_a_link_that_cannot_be_restricted_receives_everything(
     assert stands_for(link, encode(b"unknown", bytes(6))) == 1
 
 
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Return a function that makes the kernel refuse each filter, as with net.core.optmem_max = 0, or accept them."""
+    accept = bpf.attach_filter
+
+    def refuse(_sock: socket.socket, _code: bytes) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    return lambda on: monkeypatch.setattr(bpf, "attach_filter", refuse if on else accept)
+
+
+def test_a_refused_filter_for_a_new_interface_is_tried_again(
+    link: PacketLink, cores: Cores, refusing: Callable[[bool], None]
+) -> None:
+    refusing(True)
+    cores.delete_link()
+    cores.make_link()
+    for _ in range(2):
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            link.refresh()
+        assert not link.running
+    refusing(False)
+    assert link.refresh()
+    with cores.peer() as peer:
+        peer.send(b"after")
+    assert [decode(frame) for frame in receive(link)] == [b"after"]
+
+
+def test_a_refused_filter_leaves_the_former_one(
+    link: PacketLink, core1: Peer, refusing: Callable[[bool], None]
+) -> None:
+    link.expect({b"known"}, ())
+    refusing(True)
+    assert not link.restrict(True)
+    refusing(False)
+    assert link.restrict(True)
+    refusing(True)
+    assert link.restrict(False)
+    with pytest.raises(ResourceError, match="cannot attach a filter: Cannot allocate memory"):
+        link.expect({b"new"}, ())
+    core1.send(b"known")
+    assert [decode(frame) for frame in receive(link)] == [b"known"]
+    assert receive(link) == []
+    assert stands_for(link, encode(b"known", bytes(6))) == 1
+    refusing(False)
+    assert not link.restrict(False)
+
+
+def test_without_memory_for_a_filter_opening_is_refused(cores: Cores, refusing: Callable[[bool], None]) -> None:
+    refusing(True)
+    with pytest.raises(ResourceError, match="eth0: cannot attach a filter: Cannot allocate memory"):
+        cores.core0.run(lambda: PacketLink.open("eth0"))
+
+
 def test_frames_from_before_the_restriction_stand_for_themselves(link: PacketLink, core1: Peer) -> None:
     unknown = encode(b"unknown", bytes(6))
     core1.send(b"unknown")

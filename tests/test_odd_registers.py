@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.inotify import Event
-from inco_trio.registers.directory import SEARCHED_MAX, Directory
+from inco_trio.registers.directory import SEARCHED_MAX, Directory, temporary_name
 from inco_trio.signals import Direction, Signal
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
@@ -228,6 +228,17 @@ def test_the_second_name_that_a_killed_proxy_left_is_removed(world: World) -> No
     assert not left.exists()
     trigger.path.write_text("1")
     assert world.triggered() == [trigger.name]
+
+
+def test_a_directory_with_the_name_of_the_temporary_file_is_named(world: World) -> None:
+    _, trigger = registers(world)
+    temporary = trigger.directory / temporary_name()
+    temporary.mkdir(parents=True)
+    with pytest.raises(ResourceError) as caught:
+        world.open()
+    assert str(caught.value) == f"{temporary}: Is a directory"
+    temporary.rmdir()
+    world.open()
 
 
 def test_a_large_directory_is_not_searched_completely(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1039,6 +1039,21 @@ def test_open_proxy_raises_for_a_missing_interface(in_core0: InCore0, config: Co
     in_core0(main)
 
 
+def test_a_link_that_cannot_be_examined_is_a_lack_of_resources(
+    in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_link: PacketLink) -> bool:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    async def main() -> None:
+        with pytest.raises(ResourceError, match=f"^{config.link}: No buffer space available$"):
+            async with open_proxy(config):
+                pass
+
+    monkeypatch.setattr(PacketLink, "refresh", refuse)
+    in_core0(main)
+
+
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 

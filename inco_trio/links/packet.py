@@ -66,6 +66,10 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
     return f"{', '.join(short)}: the kernel may drop frames with a name of one character on a VLAN (use a longer name)"
 
 
+def _unfiltered(name: str, error: OSError) -> ResourceError:
+    return ResourceError(name, f"cannot attach a filter: {error.strerror} (raise net.core.optmem_max)")
+
+
 DOWN = GONE | {errno.ENETDOWN}
 """Error numbers for an interface that is down or gone. A later change to the interface may fix this."""
 
@@ -124,7 +128,10 @@ class PacketLink:
         except OSError as error:
             raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
         try:
-            bpf.attach_filter(sock, bpf.program((*HEAD, *_from_interface(0), bpf.ACCEPT)))
+            try:
+                bpf.attach_filter(sock, bpf.program((*HEAD, *_from_interface(0), bpf.ACCEPT)))
+            except OSError as error:
+                raise _unfiltered(name, error) from error
             with contextlib.suppress(OSError):
                 # Do not receive our own frames. Before Linux 4.20, only the filter drops them.
                 sock.setsockopt(SOL_PACKET, if_packet.PACKET_IGNORE_OUTGOING, 1)
@@ -182,8 +189,7 @@ class PacketLink:
         # frames.
         index = 0 if interface is None else interface.index
         if index != self._index:
-            self._index = index
-            self.restrict(self._form is not None)
+            self._filter(self._form is not None, index)
         if interface is None:
             return False
         if self._bound_address(interface) is None:
@@ -216,26 +222,36 @@ class PacketLink:
         return address[:6].ljust(6, b"\0") if name == interface.name and protocol == ETHERTYPE else None
 
     def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
-        self._names, self._outbound = inbound, outbound
+        before, self._names, self._outbound = self._names, inbound, outbound
         self._warn_of_short_names()
         if self._form is not None:
-            self.restrict(True)
+            try:
+                self._filter(True, self._index)
+            except OSError as error:
+                self._names = before
+                raise _unfiltered(self.name, error) from error
 
     def restrict(self, on: bool) -> bool:
-        # A filter that compares fewer bytes needs less memory, which net.core.optmem_max limits.
-        for form in name_filter.FORMS if on else ():
-            with contextlib.suppress(OSError):
-                self._attach(form)
-                return True
-        self._attach(None)
-        return False
+        with contextlib.suppress(OSError):  # The former filter remains.
+            self._filter(on, self._index)
+        return self._form is not None
 
-    def _attach(self, form: tuple[int, bool] | None) -> None:
+    def _filter(self, restricted: bool, index: int) -> None:
+        """Accept the frames of the interface `index`. Raises OSError if the kernel refuses even the shortest filter."""
+        # A filter that compares fewer bytes needs less memory, which net.core.optmem_max limits.
+        for form in name_filter.FORMS if restricted else ():
+            with contextlib.suppress(OSError):
+                self._attach(form, index)
+                return
+        self._attach(None, index)
+
+    def _attach(self, form: tuple[int, bool] | None, index: int) -> None:
         names: Sequence[bpf.Instruction] = (bpf.ACCEPT,)
         if form is not None:
             names = name_filter.name_filter(self._names, form[0], padding=form[1])
-        bpf.attach_filter(self._socket, bpf.program((*HEAD, *_from_interface(self._index), *names)))
-        self._form = form
+        bpf.attach_filter(self._socket, bpf.program((*HEAD, *_from_interface(index), *names)))
+        # Only now: if the kernel refuses the filter, `refresh` must try again.
+        self._form, self._index = form, index
         self._sampled = False
 
     def stands_for(self, frame: memoryview, length: int) -> int:

@@ -35,6 +35,8 @@ class Flood:
             self._ignored, self._counted_until = frames, now + 1
         elif self._link.restrict(True):
             self._restricted.set()
+        else:
+            self._ignored = 0  # Ask again after as many frames, because each request takes time.
 
     async def filter(self, health: Health) -> None:
         """Run the task that reports a flood and lets frames through again when the flood ends."""
@@ -47,7 +49,6 @@ class Flood:
             while self._restricted.is_set():
                 before = self._ignored
                 await trio.sleep(CALM)
-                if self._ignored - before < FLOOD:
-                    self._link.restrict(False)
+                if self._ignored - before < FLOOD and not self._link.restrict(False):
                     self._ignored, self._restricted = 0, trio.Event()
             health.well()

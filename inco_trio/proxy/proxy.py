@@ -18,7 +18,7 @@ import trio
 from inco_trio import real_clock
 from inco_trio.config import Config
 from inco_trio.counters import Counters
-from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
+from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError, from_os_error
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
@@ -575,7 +575,11 @@ async def _build(
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
     link.expect(registers.table.inbound, registers.table.outbound)
-    if not link.refresh():
+    try:
+        exists = link.refresh()
+    except OSError as error:
+        raise from_os_error(error, link.name) from error
+    if not exists:
         if not config.wait_link:
             raise link.missing()
         logger.warning("%s: %s: waiting for the link", link.name, link.absence)

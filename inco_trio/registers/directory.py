@@ -277,8 +277,13 @@ class Directory:
             self._unlink(temporary)
 
     def _unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # Such as a directory with this name.
+            error.filename = str(self.path / name)
+            raise
 
 
 def proc_is_mounted() -> bool:
