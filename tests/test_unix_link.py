@@ -899,6 +899,27 @@ def test_an_inherited_socket_with_a_removed_path_is_read_to_its_end(world: World
     run(main)
 
 
+def test_an_inherited_socket_does_not_take_the_file_of_a_socket_that_was_never_stored(world: World) -> None:
+    """A process is killed after it has replaced its socket, before the fd store has the new one."""
+
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        world.send(other, b"before")
+        held = os.dup(link.fd)  # The fd store
+        world.local.unlink()
+        assert link.refresh()
+        world.send(other, b"lost")
+        close(link)
+        assert world.local.exists()
+        heir = UnixLink.take(world.address, held, world.note, world.names)
+        assert heir.refresh()
+        world.send(other, b"after")
+        assert receive(heir) == [b"before", b"after"]
+        heir.close()
+
+    run(main)
+
+
 @pytest.mark.parametrize("kind", ["stream", "another path", "packet", "file"])
 def test_an_inherited_descriptor_that_does_not_match_is_replaced(world: World, tmp_path: Path, kind: str) -> None:
     async def main() -> None:

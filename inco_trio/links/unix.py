@@ -69,8 +69,17 @@ def _new_socket() -> socket.socket:
     return sock
 
 
+def _identify(file: os.stat_result, sock: socket.socket) -> tuple[int, int]:
+    """Return the two 64-bit numbers of `UnixLink`'s note. In Linux, a device and a socket's inode have 32 bits each."""
+    return (file.st_dev ^ os.fstat(sock.fileno()).st_ino << 32) % (1 << 64), file.st_ino
+
+
 class UnixLink:
-    """The `Link` of the socket at `address.local`. `note` keeps the socket file's device and inode."""
+    """The `Link` of the socket at `address.local`.
+
+    `note` keeps the device and inode of the socket's file, and the inode of the socket itself: a process may be killed
+    after it has bound a new socket, and before an fd store has it. The next process then inherits the former socket.
+    """
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
         self.name = address.local
@@ -260,7 +269,7 @@ class UnixLink:
             found = os.lstat(self.name)
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == tuple(self._note)
+        return _identify(found, self._socket) == tuple(self._note)
 
     def _recognize(self) -> None:
         """Fill `note` again if our inherited socket is the only socket that is bound to its path.
@@ -277,7 +286,7 @@ class UnixLink:
         except OSError:
             return  # The file is missing, or left over from a process that has ended.
         if set(unix_sockets(self.name)) <= {os.fstat(self.fd).st_ino}:
-            self._note[0], self._note[1] = found.st_dev, found.st_ino
+            self._note[0], self._note[1] = _identify(found, self._socket)
 
     def _bind(self, reason: str) -> None:
         """Bind the socket. If it was bound before, log the reason and bind a new socket instead. Raises IncoError."""
@@ -306,7 +315,7 @@ class UnixLink:
                 ((errno.EADDRINUSE,), LinkNotFoundError, IN_USE),
                 ((errno.EROFS,), ResourceError, f"cannot bind the socket: {STRERROR}"),
             ) from error
-        self._note[0], self._note[1] = found.st_dev, found.st_ino
+        self._note[0], self._note[1] = _identify(found, sock)
         if sock is not self._socket:
             report(logger, logging.WARNING, f"{self.name}: {reason}: bound a new socket")
             trio.lowlevel.notify_closing(self._socket)
