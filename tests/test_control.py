@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,12 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.control import place
+from inco_trio.control.answering import Connection
 from inco_trio.control.client import answering
 from inco_trio.control.feed import Batch, Feed
 from inco_trio.control.monitors import PIECE, WAITING_BYTES_MAX, WAITING_MAX, Monitor
 from inco_trio.control.protocol import AHEAD, LINE_MAX, Event, event_now
-from inco_trio.control.server import CLIENTS_MAX, USER_MAX
+from inco_trio.control.server import CLIENTS_MAX, USER_MAX, Control, Peer
 from inco_trio.frame import FRAME_MAX, decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
@@ -485,6 +486,41 @@ def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -
     said = f"control: refused a client of user {os.getuid()} (pid {os.getpid()}): {CLIENTS_MAX} clients are connected"
     assert proxy.stop() == 0
     assert proxy.log.count(said) == proxy.log.count("refused a client") == 1
+
+
+def test_clients_that_are_being_refused_take_no_connection_of_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.control.server.CLIENTS_MAX", 2)
+    monkeypatch.setattr("inco_trio.control.server.RESERVED", 1)
+    path, other = os.fspath(tmp_path / "socket"), os.geteuid() + 1
+    users = [other, other, os.geteuid()]
+    following = iter(users)
+    monkeypatch.setattr(Peer, "of", lambda _: Peer(os.getpid(), next(following)))
+
+    async def main() -> list[bytes]:
+        refuse = Connection.refuse
+
+        async def refuse_slowly(connection: Connection, message: str) -> None:
+            if not connection.peer.is_owner:
+                await trio.sleep_forever()
+            await refuse(connection, message)
+
+        monkeypatch.setattr(Connection, "refuse", refuse_slowly)
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            nursery.start_soon(Control(NoProxies(), listener, reload).serve)
+            clients = [await stack.enter_async_context(await trio.open_unix_socket(path)) for _ in users]
+            answers = [await clients[number].receive_some() for number in (0, 2)]
+            nursery.cancel_scope.cancel()
+        return answers
+
+    async def reload() -> list[str]:
+        return []
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        assert ["protocol" in json.loads(answer) for answer in trio.run(main)] == [True, True]
 
 
 def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:
