@@ -25,8 +25,8 @@ from inco_trio.control import place
 from inco_trio.control.answering import Connection
 from inco_trio.control.client import answering
 from inco_trio.control.feed import Batch, Feed
-from inco_trio.control.monitors import PIECE, WAITING_BYTES_MAX, WAITING_MAX, Monitor
-from inco_trio.control.protocol import AHEAD, LINE_MAX, Event, event_now
+from inco_trio.control.monitors import CROWDED, PIECE, QUEUES_MAX, WAITING_BYTES_MAX, WAITING_MAX, Monitor
+from inco_trio.control.protocol import AHEAD, LINE_MAX, SIGNALS_MAX, Event, event_now
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX, Control, Peer
 from inco_trio.frame import FRAME_MAX, decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
@@ -217,6 +217,7 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
         (b'{"request": "monitor", "direction": "up"}\n', "invalid"),
         (b'{"request": "monitor", "signals": [1]}\n', "invalid"),
         (b'{"request": "monitor", "signals": "x"}\n', "invalid"),
+        (b'{"request": "monitor", "signals": [%s]}\n' % b",".join([b'"x"'] * (SIGNALS_MAX + 1)), "invalid"),
     ],
 )
 def test_an_invalid_request_is_refused_and_the_next_one_answered(shared: Board, line: bytes, error: str) -> None:
@@ -337,6 +338,36 @@ def test_long_frames_that_a_monitor_has_not_read_need_limited_memory(kind: str) 
     assert all(event["frame"] == frame.hex() for event in told)
     assert len(without) == WAITING_MAX
     assert all("frame" not in event for event in without)
+
+
+def test_monitors_of_other_users_share_a_limit_of_queued_events() -> None:
+    """Beyond it, each of them queues a few events. Monitors of the proxy's user have their own limit."""
+
+    async def main() -> None:
+        feed = Feed(NoProxies())
+
+        def fill() -> None:
+            for _ in range(WAITING_MAX + 1):
+                feed.offer("message")
+
+        others = [Monitor(total=feed.waiting_of_others) for _ in range(QUEUES_MAX + 1)]
+        for monitor in [*others, own := Monitor()]:
+            feed.add(monitor)
+            fill()
+        few = int(WAITING_MAX * CROWDED)
+        assert [monitor._number for monitor in others] == [WAITING_MAX] * QUEUES_MAX + [few]
+        assert own._number == WAITING_MAX
+        feed.remove(others[0])
+        feed.remove(others[0])  # The end of a connection removes a monitor that has ended before.
+        while others[1]._waiting:
+            await others[1].take()
+        fill()
+        assert [monitor._number for monitor in others[1:]] == [WAITING_MAX] * QUEUES_MAX
+        for monitor in others:
+            feed.remove(monitor)
+        assert (feed.waiting_of_others.number, feed.waiting_of_others.bytes) == (0, 0)
+
+    trio.run(main)
 
 
 def test_lost_events_are_counted_where_they_are_missing() -> None:
