@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,12 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.control import place
+from inco_trio.control.answering import Connection
 from inco_trio.control.client import answering
 from inco_trio.control.feed import Batch, Feed
-from inco_trio.control.monitors import PIECE, WAITING_BYTES_MAX, WAITING_MAX, Monitor
-from inco_trio.control.protocol import AHEAD, LINE_MAX, Event, event_now
-from inco_trio.control.server import CLIENTS_MAX, USER_MAX
+from inco_trio.control.monitors import CROWDED, PIECE, QUEUES_MAX, WAITING_BYTES_MAX, WAITING_MAX, Monitor
+from inco_trio.control.protocol import AHEAD, LINE_MAX, SIGNALS_MAX, Event, event_now
+from inco_trio.control.server import CLIENTS_MAX, USER_MAX, Control, Peer
 from inco_trio.frame import FRAME_MAX, decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.followed import KEPT
@@ -218,6 +219,7 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
         (b'{"request": "monitor", "direction": "up"}\n', "invalid"),
         (b'{"request": "monitor", "signals": [1]}\n', "invalid"),
         (b'{"request": "monitor", "signals": "x"}\n', "invalid"),
+        (b'{"request": "monitor", "signals": [%s]}\n' % b",".join([b'"x"'] * (SIGNALS_MAX + 1)), "invalid"),
     ],
 )
 def test_an_invalid_request_is_refused_and_the_next_one_answered(shared: Board, line: bytes, error: str) -> None:
@@ -340,6 +342,36 @@ def test_long_frames_that_a_monitor_has_not_read_need_limited_memory(kind: str) 
     assert all(event["frame"] == frame.hex() for event in with_frames)
     assert len(without) == WAITING_MAX + len(signals)
     assert all("frame" not in event for event in without)
+
+
+def test_monitors_of_other_users_share_a_limit_of_queued_events() -> None:
+    """Beyond it, each of them queues a few events. Monitors of the proxy's user have their own limit."""
+
+    async def main() -> None:
+        feed = Feed(NoProxies())
+
+        def fill() -> None:
+            for _ in range(WAITING_MAX + 1):
+                feed.offer("message")
+
+        others = [Monitor(total=feed.waiting_of_others) for _ in range(QUEUES_MAX + 1)]
+        for monitor in [*others, own := Monitor()]:
+            feed.add(monitor)
+            fill()
+        few = int(WAITING_MAX * CROWDED)
+        assert [monitor._number for monitor in others] == [WAITING_MAX] * QUEUES_MAX + [few]
+        assert own._number == WAITING_MAX
+        feed.remove(others[0])
+        feed.remove(others[0])  # The end of a connection removes a monitor that has ended before.
+        while others[1]._waiting:
+            await others[1].take()
+        fill()
+        assert [monitor._number for monitor in others[1:]] == [WAITING_MAX] * QUEUES_MAX
+        for monitor in others:
+            feed.remove(monitor)
+        assert (feed.waiting_of_others.number, feed.waiting_of_others.bytes) == (0, 0)
+
+    trio.run(main)
 
 
 def test_lost_events_are_counted_where_they_are_missing() -> None:
@@ -489,6 +521,41 @@ def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -
     said = f"control: refused a client of user {os.getuid()} (pid {os.getpid()}): {CLIENTS_MAX} clients are connected"
     assert proxy.stop() == 0
     assert proxy.log.count(said) == proxy.log.count("refused a client") == 1
+
+
+def test_clients_that_are_being_refused_take_no_connection_of_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.control.server.CLIENTS_MAX", 2)
+    monkeypatch.setattr("inco_trio.control.server.RESERVED", 1)
+    path, other = os.fspath(tmp_path / "socket"), os.geteuid() + 1
+    users = [other, other, os.geteuid()]
+    following = iter(users)
+    monkeypatch.setattr(Peer, "of", lambda _: Peer(os.getpid(), next(following)))
+
+    async def main() -> list[bytes]:
+        refuse = Connection.refuse
+
+        async def refuse_slowly(connection: Connection, message: str) -> None:
+            if not connection.peer.is_owner:
+                await trio.sleep_forever()
+            await refuse(connection, message)
+
+        monkeypatch.setattr(Connection, "refuse", refuse_slowly)
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            nursery.start_soon(Control(NoProxies(), listener, reload).serve)
+            clients = [await stack.enter_async_context(await trio.open_unix_socket(path)) for _ in users]
+            answers = [await clients[number].receive_some() for number in (0, 2)]
+            nursery.cancel_scope.cancel()
+        return answers
+
+    async def reload() -> list[str]:
+        return []
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        assert ["protocol" in json.loads(answer) for answer in trio.run(main)] == [True, True]
 
 
 def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:

@@ -216,7 +216,7 @@ def test_greetings_of_other_programs_are_refused(line: bytes, text: str) -> None
         (b'{"request": "acknowledge-all", "positions": [["b1", 1]]}', "positions: a list (expected a list of lists"),
         (b'{"request": "follow", "batches": 1}', "batches: a number (expected true or false)"),
         (b'{"request": "monitor", "direction": "up"}', "direction: 'up' (expected inbound or outbound)"),
-        (b'{"request": "monitor", "signals": [1]}', "signals: a list (expected a list of strings)"),
+        (b'{"request": "monitor", "signals": [1]}', "signals: a list (expected a list of at most 1024 strings)"),
         (b'{"request": "monitor", "frames": "%s"}' % (b"x" * 99), f"frames: '{'x' * 59}... (expected true or false)"),
     ],
 )

@@ -271,6 +271,8 @@ class Connection:
         self._check_monitor(wanted=False)
         self._check_board(request.board)
         self._monitor = Monitor(request.board, request.direction, request.signals, request.frames, self._share)
+        if not self.peer.is_owner:
+            self._monitor.total = self._feed.waiting_of_others
         self._feed.add(self._monitor)
 
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:

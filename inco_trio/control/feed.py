@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inco_trio.control.monitors import Follower, Monitor
     from inco_trio.control.protocol import Event
 
-__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Followed", "HistoryTurn", "Reload", "Served"]
+__all__ = ["HISTORIES_MAX", "Batch", "Feed", "Followed", "HistoryTurn", "Reload", "Served", "Waiting"]
 
 HISTORIES_MAX = 4
 """Maximum number of `history` requests of other users that are answered at the same time, one of each user.
@@ -88,6 +88,17 @@ class Batch:
         return sum(map(len, self.frames))
 
 
+class Waiting:
+    """How many events are queued for monitors, and the size of their frames in bytes."""
+
+    def __init__(self) -> None:
+        self.number = self.bytes = 0
+
+    def add(self, number: int, size: int) -> None:
+        self.number += number
+        self.bytes += size
+
+
 class HistoryTurn:
     """The turn of a user's `history` requests. A user other than the proxy's has only one of them at a time."""
 
@@ -143,6 +154,8 @@ class Feed:
         """For each board that has been opened, the argument of `opened`. The link of the board may not exist yet."""
         self._others: Sequence[Monitor] = ()
         """The monitors that are not followers."""
+        self.waiting_of_others = Waiting()
+        """What is queued for all monitors of other users than root and the user of the proxy."""
         self.wants_frames = self.after_crash = False
         self.turn = trio.Lock()
         """The turn of clients of other users: all other tasks run at least once before the next client has its turn."""
@@ -159,6 +172,7 @@ class Feed:
 
     def remove(self, monitor: Monitor) -> None:
         self.monitors.discard(monitor)
+        monitor.leave()
         self._changed()
 
     def _changed(self) -> None:

@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from inco_trio import real_clock
-from inco_trio.control.feed import Batch
+from inco_trio.control.feed import Batch, Waiting
 from inco_trio.control.protocol import AHEAD, Event, encode_alone, encode_event, encode_notifications, event_now
 from inco_trio.notifications import Times
 from inco_trio.persist.followed import History, Merged, Record
@@ -25,6 +25,10 @@ WAITING_BYTES_MAX = 2 << 20
 
 If another client has already received the events with their frames, their text needs twice as much in addition.
 """
+QUEUES_MAX = 8
+"""Maximum number of full queues whose content the monitors of other users may have queued together."""
+CROWDED = 1 / 32
+"""The part of its queue that each monitor of another user may use beyond that."""
 PIECE = 128
 """Number of events after which `take` lets other tasks run. The last batch may exceed it."""
 PAUSE = 0.02
@@ -44,6 +48,8 @@ class Monitor:
     """Whether events contain the frames."""
     share: Callable[[], float] = float
     """A function that returns how long to pause (seconds) after events that the filters refused."""
+    total: Waiting = attrs.Factory(Waiting)
+    """What is queued for all monitors that share a limit with this one, including this one."""
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
     """The number of events in `_waiting`, counting each notification in a batch."""
@@ -68,17 +74,29 @@ class Monitor:
         if self.board is not None and what.board != self.board:
             return
         # After a loss, accept no events until half of the queue is empty. Otherwise, each second event would be `lost`.
-        used = max(self._number / WAITING_MAX, self._bytes / WAITING_BYTES_MAX)
-        if used >= (0.5 if self._lost else 1):
+        if _used(self._number, self._bytes) >= self._room() * (0.5 if self._lost else 1):
             self._lost += number
             return
         self._append_lost()
         self._append(what, number)
 
+    def _room(self) -> float:
+        """Return which part of its queue this monitor may use."""
+        return 1.0 if _used(self.total.number, self.total.bytes) < QUEUES_MAX else CROWDED
+
+    def _count(self, number: int, size: int) -> None:
+        self._number += number
+        self._bytes += size
+        self.total.add(number, size)
+
+    def leave(self) -> None:
+        """No longer count this monitor in `total`, because it will receive no further events."""
+        self.total.add(-self._number, -self._bytes)
+        self.total = Waiting()
+
     def _append(self, what: Batch | Event, number: int = 1) -> None:
         """Queue events, even if the queue is full."""
-        self._number += number
-        self._bytes += what.frame_bytes
+        self._count(number, what.frame_bytes)
         self._waiting.append(what)
         self._arrived.set()
 
@@ -107,8 +125,7 @@ class Monitor:
             before = self._number
             while self._waiting and before - self._number < PIECE:
                 what = self._waiting.popleft()
-                self._number -= len(what.signals) if isinstance(what, Batch) else 1
-                self._bytes -= what.frame_bytes
+                self._count(-len(what.signals) if isinstance(what, Batch) else -1, -what.frame_bytes)
                 lines += self._wanted(what)
             if self._lost and not self._waiting:
                 lines.append(encode_event(event_now("lost", count=self._lost)))
@@ -158,6 +175,11 @@ class Monitor:
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
+
+
+def _used(number: int, size: int) -> float:
+    """Return how many full queues `number` events with `size` bytes of frames would need."""
+    return max(number / WAITING_MAX, size / WAITING_BYTES_MAX)
 
 
 def _line(batch: Batch, number: int, frames: bool) -> str:

@@ -40,6 +40,8 @@ ID_VALUES_MAX = 16
 """Maximum number of values in the `id` of a request."""
 ID_LENGTH_MAX = 256
 """Maximum length of each text and integer in the `id` of a request, in characters."""
+SIGNALS_MAX = 1024
+"""Maximum number of names in the filter of a monitor. A line of 65,536 bytes could contain names that need 1.2 MB."""
 _ID_INTEGER_MAX: int = 10**ID_LENGTH_MAX
 REPLY_MAX = 1 << 25
 """Maximum length of a line from a proxy, in bytes. The status of 5,000 boards needs 20 MB."""
@@ -207,6 +209,12 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
 """The class of each request and the key of the value in its response, keyed by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = Rule(NAMES.types, NAMES.expected, NAMES.is_valid, frozenset)
+_SIGNALS = Rule(
+    NAMES.types,
+    f"a list of at most {SIGNALS_MAX} strings",
+    lambda names: len(names) <= SIGNALS_MAX and NAMES.is_valid(names),
+    frozenset,
+)
 _POSITIONS = Rule(
     (list,),
     "a list of lists [board, boot, sequence]",
@@ -215,7 +223,8 @@ _POSITIONS = Rule(
 _KEYS: dict[str, Rule] = {
     **dict.fromkeys(("board", "boot", "directory", "link", "netns", "signal"), RULES[str]),
     **dict.fromkeys(("after", "count", "sequence"), RULES[int]),
-    **dict.fromkeys(("boards", "signals"), _SET),
+    "boards": _SET,
+    "signals": _SIGNALS,
     "direction": RULES[Direction],
     "positions": _POSITIONS,
     **dict.fromkeys(("batches", "frames"), RULES[bool]),

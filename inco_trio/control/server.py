@@ -95,13 +95,13 @@ class Control:
         from inco_trio.control.answering import Connection
 
         client = Connection(stream, Peer.of(stream), self.feed, self._boot, self._reload)
-        self._clients.add(client)
         try:
             async with stream:
                 if refusal := self._refusal(client):
                     self._report(client, "refused a client", refusal)
                     await client.refuse(refusal)
                 else:
+                    self._clients.add(client)
                     await client.run()
                     if client.fault:
                         self._report(client, "closed the connection of a client", client.fault)
@@ -124,13 +124,17 @@ class Control:
             self._limits.failed((peer.user, what), text, "control", cause=what)
 
     def _refusal(self, client: Connection) -> str | None:
-        """Return the quota that a client exceeds, or None. Connections that their clients have closed do not count."""
-        if self._over_quota(client, self._clients) is None:
+        """Return the quota that a client exceeds, or None.
+
+        Clients that were refused, or that have closed their connections, do not count.
+        """
+        clients = self._clients | {client}
+        if self._over_quota(client, clients) is None:
             return None
-        gone = {other for other in self._clients if other.gone}
+        gone = {other for other in clients if other.gone}
         for other in gone:
             other.end()
-        return self._over_quota(client, self._clients - gone)
+        return self._over_quota(client, clients - gone)
 
     @staticmethod
     def _over_quota(client: Connection, clients: set[Connection]) -> str | None:
