@@ -61,6 +61,7 @@ from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.service import rivals
 from inco_trio.service.descriptions import reading
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
@@ -1516,6 +1517,43 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("mode", "who", "counts"),
+    [
+        (0o755, {"uid": 0}, True),
+        (0o755, {"uid": 12345}, True),
+        (0o755, {"uid": 12346}, False),
+        (0o755, {"uid": 12346, "groups": {12347}}, False),
+        (0o775, {"uid": 12346, "groups": {12347}}, True),
+        (0o775, {"uid": 12346, "groups": {12348}}, False),
+        (0o777, {"uid": 12346}, True),
+        (0o755, {"uid": 12346, "capabilities": 1 << CAP_DAC_OVERRIDE}, True),
+        (0o755, {"uid": 12346, "capabilities": ~(1 << CAP_DAC_OVERRIDE)}, False),
+    ],
+)
+def test_a_user_who_may_not_write_a_directory_has_no_proxy_there(
+    tmp_path: Path, mode: int, who: dict[str, Any], counts: bool
+) -> None:
+    path = tmp_path / "message_6_trig"
+    path.touch()
+    os.chown(tmp_path, 12345, 12347)
+    tmp_path.chmod(mode)
+    signals = builtin_signals(tmp_path)
+    real = process(3, "inco-trio run l0", watches=(place(path),))
+    other = attrs.evolve(process(os.getppid(), "inco-trio run --boards x", watches=(place(path),)), **who)
+    found = only(proxies.users_of_directory(tmp_path, signals, everyone(real, other)))
+    assert found[0] == ("fail" if counts else "ok")
+
+
+def test_a_capability_in_another_user_namespace_is_no_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "message_6_trig"
+    path.touch()
+    other = attrs.evolve(process(7, "inco-trio run l0", watches=(place(path),)), uid=12346, capabilities=-1)
+    maps = {Path("/proc/7/uid_map"): "0 12346 1", Path("/proc/self/uid_map"): FIRST}
+    monkeypatch.setattr(rivals, "read", maps.get)
+    assert list(proxies.users_of_directory(tmp_path, builtin_signals(tmp_path), everyone(other))) == []
 
 
 def status_of(link: str, signals: Iterable[Signal], **more: Any) -> Status:
