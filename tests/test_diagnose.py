@@ -16,10 +16,17 @@ import pytest
 import trio
 
 from inco_trio.config import Config
-from inco_trio.linux import files
+from inco_trio.linux import files, processes
 from inco_trio.persist.fdstore import NoFdStore
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.registers.diagnose import UNREPORTED, diagnose, filesystem, filesystem_type, unreported
+from inco_trio.registers.diagnose import (
+    UNREPORTED,
+    diagnose,
+    filesystem,
+    filesystem_type,
+    open_registers,
+    unreported,
+)  # fmt: skip
 from inco_trio.service import daemon, rivals
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
@@ -55,6 +62,26 @@ def test_filesystems_without_inotify_are_named(path: str) -> None:
     assert problem is not None
     assert problem.startswith(path[:5].rstrip("/"))
     assert "of type " + {"/proc": "proc", "/sys/": "sysfs"}[path[:5]] in problem
+
+
+def test_a_process_that_does_not_answer_does_not_end_the_diagnosis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, released = tmp_path / "message_5_state", threading.Event()
+
+    def descriptors(_: processes.Search, process: Path) -> Iterator[tuple[str, str]]:
+        if process.name == "1":
+            released.wait()
+        yield from [("0", str(path))] * 2
+
+    monkeypatch.setattr(processes, "processes_in", lambda proc: [proc / "1", proc / str(os.getppid())])
+    monkeypatch.setattr(processes, "_is_of_another_user", lambda _: True)
+    monkeypatch.setattr(processes.Search, "descriptors", descriptors)
+    try:
+        found = [(signal.path, pid) for signal, pid, _ in open_registers(builtin_signals(tmp_path))]
+    finally:
+        released.set()
+    assert found == [(path, os.getppid())]
 
 
 def test_an_ordinary_directory_has_no_warning(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -38,13 +39,16 @@ from inco_trio.doctor.result import Level, Result, fail, hidden, permit, refused
 from inco_trio.doctor.survey import survey
 from inco_trio.errors import ConfigError, PermissionDeniedError
 from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.linux import processes as linux_processes
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import (
     PAUSE,
     PER_PAUSE,
     SEARCH_SECONDS,
+    SILENT_MAX,
     Process,
     Processes,
+    answered,
     described,
     is_beside,
     listening_sockets,
@@ -57,6 +61,7 @@ from inco_trio.linux.users import user_name
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
 from inco_trio.proxy_status import RivalStatus, SignalStatus, Status, TaskStatus
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.service import rivals
 from inco_trio.service.descriptions import reading
 from inco_trio.service.rivals import Users, _rival, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
@@ -168,6 +173,55 @@ def test_a_search_begins_with_trusted_users(tree: Tree, simulated: list[float]) 
     assert [(each.pid, each.hidden) for each in processes.all] == [(3, True), (20, False)]
     assert [each.pid for each in processes.with_socket(77)] == [20]
     assert (processes.unseen, len(simulated)) == (False, SEARCH_SECONDS + 1)
+
+
+def let_wait(tree: Tree, pid: int, file: str) -> None:
+    """Let everybody wait who opens a file of a process, as the kernel does while the process waits in execve(2)."""
+    path = tree.root / f"proc/{pid}/{file}"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def test_processes_that_do_not_answer_are_left_out(tree: Tree) -> None:
+    for pid in (3, 4, 5):
+        tree.process(pid)
+        os.chown(tree.root / f"proc/{pid}", 12345, 12345)
+    let_wait(tree, 4, "stat")
+    processes = look(tree.root, BOOTED)
+    assert [each.pid for each in processes.all] == [3, 5]
+    assert (processes.silent, processes.is_cut) == ((4,), False)
+    (result,) = machine.proc(processes)
+    assert (result.level, result.subject) == (Level.WARN, "/proc/4")
+    assert "does not answer" in result.found
+
+
+def test_a_search_ends_if_many_processes_do_not_answer(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux_processes, "_LOOKS", 1)
+    for pid in range(3, 5 + SILENT_MAX):
+        tree.process(pid)
+        os.chown(tree.root / f"proc/{pid}", 12345, 12345)
+        let_wait(tree, pid, "cmdline")
+    processes = look(tree.root, BOOTED)
+    assert processes.all == ()
+    assert (processes.silent, processes.is_cut) == (tuple(range(3, 3 + SILENT_MAX)), True)
+    assert f"after {SILENT_MAX} processes that do not answer" in list(machine.proc(processes))[-1].found
+
+
+def test_errors_of_an_answer_are_raised(tree: Tree) -> None:
+    tree.process(3)
+    os.chown(tree.root / "proc/3", 12345, 12345)
+    with pytest.raises(FileNotFoundError):
+        answered(tree.root / "proc/3", Path("/missing").stat, None)
+
+
+def test_nothing_answers_if_no_thread_can_start(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    tree.process(3)
+    os.chown(tree.root / "proc/3", 12345, 12345)
+    assert answered(tree.root / "proc/3", lambda: 1, None) is None
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -1463,6 +1517,43 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("mode", "who", "counts"),
+    [
+        (0o755, {"uid": 0}, True),
+        (0o755, {"uid": 12345}, True),
+        (0o755, {"uid": 12346}, False),
+        (0o755, {"uid": 12346, "groups": {12347}}, False),
+        (0o775, {"uid": 12346, "groups": {12347}}, True),
+        (0o775, {"uid": 12346, "groups": {12348}}, False),
+        (0o777, {"uid": 12346}, True),
+        (0o755, {"uid": 12346, "capabilities": 1 << CAP_DAC_OVERRIDE}, True),
+        (0o755, {"uid": 12346, "capabilities": ~(1 << CAP_DAC_OVERRIDE)}, False),
+    ],
+)
+def test_a_user_who_may_not_write_a_directory_has_no_proxy_there(
+    tmp_path: Path, mode: int, who: dict[str, Any], counts: bool
+) -> None:
+    path = tmp_path / "message_6_trig"
+    path.touch()
+    os.chown(tmp_path, 12345, 12347)
+    tmp_path.chmod(mode)
+    signals = builtin_signals(tmp_path)
+    real = process(3, "inco-trio run l0", watches=(place(path),))
+    other = attrs.evolve(process(os.getppid(), "inco-trio run --boards x", watches=(place(path),)), **who)
+    found = only(proxies.users_of_directory(tmp_path, signals, everyone(real, other)))
+    assert found[0] == ("fail" if counts else "ok")
+
+
+def test_a_capability_in_another_user_namespace_is_no_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "message_6_trig"
+    path.touch()
+    other = attrs.evolve(process(7, "inco-trio run l0", watches=(place(path),)), uid=12346, capabilities=-1)
+    maps = {Path("/proc/7/uid_map"): "0 12346 1", Path("/proc/self/uid_map"): FIRST}
+    monkeypatch.setattr(rivals, "read", maps.get)
+    assert list(proxies.users_of_directory(tmp_path, builtin_signals(tmp_path), everyone(other))) == []
 
 
 def status_of(link: str, signals: Iterable[Signal], **more: Any) -> Status:

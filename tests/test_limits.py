@@ -43,6 +43,7 @@ LISTED = {
     "linux.files.TARGETS_MAX": "symlinks on a path of another user",
     "linux.files._SYMLINKS_MAX": "symlinks on a path of another user",
     "linux.processes.ENVIRONMENT_MAX": "command line and environment of another process",
+    "linux.processes.SILENT_MAX": "processes whose files in /proc do not answer",
     "linux.processes._COMMAND_MAX": "command line and environment of another process",
     "metrics.http_server.CONNECTIONS_MAX": "connections to the exporter",
     "metrics.http_server.REQUEST_MAX": "connections to the exporter",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, warn
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.processes import SEARCH_SECONDS, Process, Processes, read, status_of
+from inco_trio.linux.processes import SEARCH_SECONDS, SILENT_MAX, Process, Processes, read, status_of
 
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]
 
@@ -27,13 +27,19 @@ FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Yield a warning if /proc is not mounted, or has too many descriptors to look at all of them."""
+    """Yield a warning if /proc is not mounted, or could not be searched completely."""
     if not processes.mounted:
         text = "not mounted: cannot inspect processes, limits and filesystems"
         yield warn("proc", "/proc", text, "mount -t proc proc /proc")
+    missed = "doctor may have missed proxies and programs that use registers"
+    for pid in processes.silent:
+        uid = status_of(Path(f"/proc/{pid}")).get("Uid", "unknown").split()[0]
+        text = f"the process of uid {uid} does not answer, because it waits in the kernel, for example for a filesystem"
+        yield warn("proc", f"/proc/{pid}", f"{text}: {missed}")
     if processes.is_cut:
-        text = f"the search of all descriptors ended after {SEARCH_SECONDS:g} s of processor time"
-        yield warn("proc", "/proc", f"{text}: doctor may have missed proxies and programs that use registers")
+        limit = f"{SEARCH_SECONDS:g} s of processor time"
+        limit = f"{SILENT_MAX} processes that do not answer" if len(processes.silent) >= SILENT_MAX else limit
+        yield warn("proc", "/proc", f"the search of all descriptors ended after {limit}: {missed}")
 
 
 def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:

@@ -25,7 +25,16 @@ from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.netns import identity
-from inco_trio.linux.processes import Process, Processes, is_stopped, named, read, status_of, working_directory
+from inco_trio.linux.processes import (
+    Process,
+    Processes,
+    answered,
+    is_stopped,
+    named,
+    read,
+    status_of,
+    working_directory,
+)
 from inco_trio.linux.users import find_owner
 from inco_trio.service.descriptions import PREFIX, access_warnings, link_service
 from inco_trio.service.rivals import serving, users_of
@@ -252,8 +261,9 @@ def _is_shared(store: Path, labels: Collection[str], processes: Processes) -> bo
 
 def network_of(process: Process) -> Path | None:
     """Return the network namespace of a process, or None if it is unknown or the same as this thread's."""
-    path = Path(f"/proc/{process.pid}/ns/net")
-    return path if identity(path) not in (identity(None), (0, 0)) else None
+    place, unknown = Path(f"/proc/{process.pid}"), (0, 0)
+    path = place / "ns/net"
+    return path if answered(place, lambda: identity(path), unknown) not in (identity(None), unknown) else None
 
 
 @attrs.frozen

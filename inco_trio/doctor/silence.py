@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, warn
-from inco_trio.linux.processes import lines_of, status_of
+from inco_trio.linux.processes import lines_of, wait_of
 
 __all__ = ["silent"]
 
@@ -101,6 +101,4 @@ def _problem(use: Callable[[], object]) -> str:
 
 def _wait_of(process: int) -> str:
     """Return the number of the current wait of a process, counted from its start, or "" if it is runnable."""
-    status = status_of(Path(f"/proc/{process}"))
-    is_runnable = status.get("State", "").strip().startswith("R")
-    return "" if is_runnable else status.get("voluntary_ctxt_switches", "unknown")
+    return wait_of(Path(f"/proc/{process}"))

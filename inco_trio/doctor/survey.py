@@ -23,10 +23,12 @@ from inco_trio.linux.processes import (
     ENVIRONMENT_MAX,
     Process,
     Processes,
+    answered,
     interfaces_of,
     is_same_mount_namespace,
     is_same_system,
     read,
+    working_directory,
 )
 from inco_trio.service.rivals import users_of
 from inco_trio.signals import Signal, builtin_signals
@@ -218,7 +220,8 @@ def _configuration(process: Process) -> Path | None:
         return None
     given = value_of("--config", process.command)
     if given is None:
-        environment = read(Path(f"/proc/{process.pid}/environ"), ENVIRONMENT_MAX) or ""
+        place = Path(f"/proc/{process.pid}")
+        environment = answered(place, lambda: read(place / "environ", ENVIRONMENT_MAX), None) or ""
         values = [value for value in environment.split("\0") if value.startswith("UDRV_JSON_PATH=")]
         given = values[0].partition("=")[2] if values else None
     return None if given is None else _path(process, given)
@@ -226,7 +229,4 @@ def _configuration(process: Process) -> Path | None:
 
 def _path(process: Process, path: str) -> Path:
     """Return a path from a process's command line or environment as an absolute path."""
-    try:
-        return Path(f"/proc/{process.pid}/cwd").readlink() / path
-    except OSError:
-        return Path(path)
+    return (working_directory(process.pid) or Path()) / path

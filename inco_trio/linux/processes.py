@@ -6,13 +6,16 @@ The argument `root` is the directory that contains /proc and /sys. Tests pass a 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 
@@ -21,9 +24,11 @@ __all__ = [
     "PAUSE",
     "PER_PAUSE",
     "SEARCH_SECONDS",
+    "SILENT_MAX",
     "Process",
     "Processes",
     "Search",
+    "answered",
     "described",
     "interfaces_of",
     "is_beside",
@@ -40,6 +45,7 @@ __all__ = [
     "read",
     "status_of",
     "unix_sockets",
+    "wait_of",
     "working_directory",
 ]
 
@@ -52,6 +58,13 @@ PER_PAUSE = 64
 """Number of descriptors between two pauses. Without pauses, a search would delay the other threads."""
 PAUSE = 0.001
 """Length of such a pause in seconds."""
+SILENT_MAX = 4
+"""Maximum number of processes that do not answer. After that, a search ends."""
+_LOOK = 0.1
+"""Pause in seconds between two looks at a thread that reads files of another process."""
+_LOOKS = 25
+"""The thread hangs if this number of looks in a row find it in the same wait."""
+_Result = TypeVar("_Result")
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
@@ -104,15 +117,61 @@ def status_of(process: Path) -> dict[str, str]:
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 
+def wait_of(thread: Path) -> str:
+    """Return the number of the current wait of a process or thread, counted from its start, or "" if it is runnable.
+
+    `thread` is its directory in /proc.
+    """
+    status = status_of(thread)
+    is_runnable = status.get("State", "").strip().startswith("R")
+    return "" if is_runnable else status.get("voluntary_ctxt_switches", "unknown")
+
+
+def answered(process: Path, call: Callable[[], _Result], default: _Result) -> _Result:
+    """Return the result of `call`, which reads files of `process`, a directory in /proc, or `default` if it hangs.
+
+    Any user can let a process wait in execve(2), for example with a FUSE filesystem that does not answer when execve(2)
+    closes a file. Some files of this process, in new kernels most of them, then make their readers wait, too. Only
+    SIGKILL ends this wait. Therefore a thread calls `call`. If it hangs, it ends later, or with this process.
+    Processes of root and of this user are trusted.
+    """
+    if not _is_of_another_user(process):
+        return call()
+    results, errors = list[_Result](), list[BaseException]()
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - the caller receives it
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # A limit of threads is reached.
+        return default
+    looks, before = 0, ""
+    while looks < _LOOKS:
+        thread.join(_LOOK)
+        if not thread.is_alive():
+            if errors:
+                raise errors[0]
+            return results[0]
+        now = wait_of(Path(f"/proc/self/task/{thread.native_id}"))
+        looks, before = looks + 1 if now and now == before else 0, now
+    return default
+
+
 def is_stopped(pid: int, root: Path = Path("/")) -> bool:
     """Return whether a signal or a debugger has stopped a process."""
     return status_of(root / f"proc/{pid}").get("State", "").strip().lower().startswith("t")
 
 
 def working_directory(pid: int, root: Path = Path("/")) -> Path | None:
-    """Return the working directory of a process, or None if the process has ended or this user may not see it."""
+    """Return the working directory of a process, or None if it has ended, hangs, or this user may not see it."""
+    place = root / f"proc/{pid}"
     try:
-        return (root / f"proc/{pid}/cwd").readlink()
+        return answered(place, (place / "cwd").readlink, None)
     except OSError:
         return None
 
@@ -228,7 +287,9 @@ class Processes:
     mounted: bool
     """Whether /proc is mounted."""
     is_cut: bool = False
-    """Whether the search ended after SEARCH_SECONDS, and has not looked at all descriptors."""
+    """Whether the search ended after SEARCH_SECONDS or SILENT_MAX, and has not looked at all descriptors."""
+    silent: tuple[int, ...] = ()
+    """The PIDs of processes that do not answer. `all` does not contain them."""
 
     def with_socket(self, inode: int) -> list[Process]:
         """Return the processes that have the socket `inode` open."""
@@ -240,29 +301,47 @@ class Processes:
 
 
 class Search:
-    """A search of the descriptors of all processes. It ends after SEARCH_SECONDS, and hardly delays other threads."""
+    """A search of the descriptors of all processes. It ends after SEARCH_SECONDS, and hardly delays other threads.
+
+    It also ends if SILENT_MAX processes do not answer.
+    """
 
     def __init__(self) -> None:
-        self._end = time.thread_time() + SEARCH_SECONDS
+        self._left = SEARCH_SECONDS
         self._looked = 0
         self.is_over = False
+        self.silent: list[int] = []
+        """The PIDs of processes that do not answer."""
+
+    def inspect(self, process: Path, call: Callable[[], list[_Result]]) -> list[_Result]:
+        """Return the result of `call`, which reads files of a process, or [] if the process does not answer."""
+        found = answered(process, call, None)
+        if found is not None:
+            return found
+        self.silent.append(int(process.name))
+        self.is_over |= len(self.silent) >= SILENT_MAX
+        return []
 
     def descriptors(self, process: Path) -> Iterator[tuple[str, str]]:
         """Yield the number and the target of each descriptor. Raises OSError, or TimeoutError after SEARCH_SECONDS."""
-        with os.scandir(process / "fd") as entries:
-            for entry in entries:
-                self._pause()
-                try:
-                    target = os.readlink(entry.path)  # noqa: PTH115 - faster
-                except FileNotFoundError:
-                    continue  # The process has just closed the descriptor.
-                yield entry.name, target
+        began = time.thread_time()  # Each process has another thread.
+        try:
+            with os.scandir(process / "fd") as entries:
+                for entry in entries:
+                    self._pause(began)
+                    try:
+                        target = os.readlink(entry.path)  # noqa: PTH115 - faster
+                    except FileNotFoundError:
+                        continue  # The process has just closed the descriptor.
+                    yield entry.name, target
+        finally:
+            self._left -= time.thread_time() - began
 
-    def _pause(self) -> None:
+    def _pause(self, began: float) -> None:
         self._looked += 1
         if self._looked % PER_PAUSE == 0:
             time.sleep(PAUSE)
-            self.is_over = time.thread_time() > self._end
+            self.is_over |= time.thread_time() - began > self._left
         if self.is_over:
             raise TimeoutError
 
@@ -290,22 +369,23 @@ def look(
 
     `booted` is the boot time in seconds since 1970 (default: the boot time of this machine).
     """
-    if booted is None:
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    since = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) if booted is None else booted
     proc = root / "proc"
     try:
         places = processes_in(proc)
     except OSError:
         places = []
-    found, unseen, parents, search = list[Process](), False, set[int](), Search()
-    for place in places:
+    unseen, parents, search = False, set[int](), Search()
+
+    def inspect(place: Path) -> list[Process]:
+        nonlocal unseen
         command = tuple((read(place / "cmdline", _COMMAND_MAX) or "").rstrip("\0").split("\0"))
         if not wanted(command):
-            continue
+            return []
         status = status_of(place)
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
-            continue
+            return []
         if is_proxy_command(command):
             parents.add(int(status["PPid"]))
         hidden = False
@@ -316,15 +396,15 @@ def look(
             if isinstance(error, PermissionError):
                 unseen = os.geteuid() != 0  # Some processes cannot be inspected even by root.
         except OSError:
-            continue
-        found.append(
+            return []
+        return [
             Process(
                 pid=int(place.name),
                 name=(read(place / "comm") or ""),
                 uid=int(status["Uid"].split()[1]),
                 command=command,
                 # Field 22 of proc_pid_stat(5). `times` starts with field 3.
-                started=booted + int(times[19]) / os.sysconf("SC_CLK_TCK"),
+                started=since + int(times[19]) / os.sysconf("SC_CLK_TCK"),
                 sockets=sockets,
                 instances=instances,
                 watches=watches,
@@ -333,10 +413,17 @@ def look(
                 capabilities=int(status.get("CapEff", "0"), 16),
                 groups=frozenset(map(int, status["Gid"].split()[1:2] + status.get("Groups", "").split())),
             )
-        )
+        ]
+
+    found = list[Process]()
+    for place in places:
+        found += search.inspect(place, functools.partial(inspect, place))
+        if len(search.silent) >= SILENT_MAX:
+            break
     # Each proxy has an inotify instance, even if it has started another one. A wrapper, such as uv, can have sockets.
     marked = (attrs.evolve(each, is_wrapper=each.pid in parents and each.instances == 0) for each in found)
-    return Processes(tuple(sorted(marked, key=lambda each: each.pid)), unseen, bool(places), search.is_over)
+    ordered = tuple(sorted(marked, key=lambda each: each.pid))
+    return Processes(ordered, unseen, bool(places), search.is_over, tuple(search.silent))
 
 
 def _supervisor(place: Path, parent: str) -> str:
@@ -428,7 +515,8 @@ def listening_sockets(process: Process, root: Path = Path("/")) -> list[Path]:
 def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
     """Return whether a process sees the same files as this one. If that is unknown, return True."""
     try:
-        return (root / f"proc/{process.pid}/ns/mnt").samefile(root / "proc/self/ns/mnt")
+        place, own = root / f"proc/{process.pid}", root / "proc/self/ns/mnt"
+        return answered(place, lambda: (place / "ns/mnt").samefile(own), default=True)
     except OSError:
         return True
 
@@ -440,6 +528,10 @@ def is_same_system(process: Process, root: Path = Path("/")) -> bool:
     in it, mount any program over another one.
     """
     place = root / f"proc/{process.pid}"
+    return answered(place, lambda: _is_same_system(place, root), default=False)
+
+
+def _is_same_system(place: Path, root: Path) -> bool:
     try:
         fd = os.open(place / "ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inco_trio.linux.files import ForeignFuseError, pinned
 from inco_trio.signals import Direction, Signal
+
+if TYPE_CHECKING:
+    from inco_trio.linux.processes import Search
 
 __all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported", "unreported_type"]
 
@@ -94,21 +100,30 @@ def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str
         number = process.name
         if number == str(os.getpid()):
             continue
-        try:
-            for fd, target in search.descriptors(process):
-                signal = registers.get(target)
-                if signal is None:
-                    continue
-                flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd).read_bytes(), re.MULTILINE)
-                writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
-                # A process name may contain any bytes.
-                name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
-                who = f"process {number} ({name}) holds the file open"
-                if signal.direction is Direction.INBOUND:
-                    yield signal, int(number), f"{who}: it must read the file again, or watch it, to see a notification"
-                elif writes:
-                    yield signal, int(number), f"{who} for writing: only closing the file causes a notification"
-        except TimeoutError:
+        yield from search.inspect(process, functools.partial(_held, process, registers, search))
+        if search.is_over:
             return
-        except OSError:
-            continue  # The process has ended or belongs to another user.
+
+
+def _held(process: Path, registers: Mapping[str, Signal], search: Search) -> list[tuple[Signal, int, str]]:
+    """Return what `open_registers` yields for one process: once, even if it has opened a file many times."""
+    found = dict[tuple[Signal, int, str], None]()
+    number = process.name
+    # The process may have ended or belong to another user. TimeoutError is an OSError, too.
+    with contextlib.suppress(OSError):
+        for fd, target in search.descriptors(process):
+            signal = registers.get(target)
+            if signal is None:
+                continue
+            flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd).read_bytes(), re.MULTILINE)
+            writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
+            # A process name may contain any bytes.
+            name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
+            who = f"process {number} ({name}) holds the file open"
+            if signal.direction is Direction.INBOUND:
+                what = f"{who}: it must read the file again, or watch it, to see a notification"
+                found[signal, int(number), what] = None
+            elif writes:
+                what = f"{who} for writing: only closing the file causes a notification"
+                found[signal, int(number), what] = None
+    return [*found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from inco_trio.errors import IncoError
 from inco_trio.frame import ETHERTYPE
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.opening import inside
+from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE
 from inco_trio.linux.files import Resolver
 from inco_trio.linux.if_packet import ETH_P_ALL
 from inco_trio.linux.processes import (
@@ -26,6 +28,7 @@ from inco_trio.linux.processes import (
     look,
     named,
     packet_sockets,
+    read,
     unix_sockets,
 )
 from inco_trio.proxy.others import OF_LINK, OF_TRIGGERS, REMEDY
@@ -130,7 +133,10 @@ def _users(inodes: Iterable[int], processes: Processes) -> Users:
 
 
 def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
-    """Return the processes that watch a trigger file of `signals`."""
+    """Return the processes that watch a trigger file of `signals` and may write to its directory, as a proxy must.
+
+    Any user who may read a trigger file can watch it, in a process with the command line of a proxy.
+    """
     found: dict[int, Process] = {}
     with closing(Resolver()) as resolver:
         for signal in signals:
@@ -138,10 +144,22 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
                 continue
             try:
                 status = os.fstat(resolver.open(signal.path, follow=False))
+                directory = os.fstat(resolver.open(signal.directory))
             except OSError:
                 continue
-            found |= {process.pid: process for process in processes.watching(status.st_dev, status.st_ino)}
+            watching = processes.watching(status.st_dev, status.st_ino)
+            found |= {process.pid: process for process in watching if _may_write(process, directory)}
     return [*found.values()]
+
+
+def _may_write(process: Process, directory: os.stat_result) -> bool:
+    """Return whether a process may create files in a directory."""
+    in_group = directory.st_mode & stat.S_IWGRP and directory.st_gid in process.groups
+    if process.uid in (0, directory.st_uid) or directory.st_mode & stat.S_IWOTH or in_group:
+        return True
+    # Any user has all capabilities in a user namespace of their own.
+    maps = [read(Path(f"/proc/{who}/uid_map")) for who in (process.pid, "self")]
+    return bool(process.capabilities >> CAP_DAC_OVERRIDE & 1) and maps[0] == maps[1]
 
 
 def superfluous(proxies: Iterable[Process]) -> Process:
