@@ -19,6 +19,7 @@ from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
 from inco_trio.mqtt.gateway import FLUSH_PATIENCE, RESPONSE_ATTEMPTS, Gateway
 from inco_trio.mqtt.publishing import REFUSED_AGAIN
 from inco_trio.mqtt.session import BrokerLostError, Limits, Received
+from inco_trio.mqtt.topics import Topics
 from tests.support_control import no_descriptors
 
 BROKER = parse_broker("mqtt://h/lab")
@@ -223,6 +224,50 @@ def test_a_response_at_qos_0_does_not_end_the_attempts_of_another_request() -> N
     for packet, unanswered in ((None, repeated), (2, None)):
         trio.run(main, packet)
         assert board.unanswered == unanswered
+
+
+def test_the_recovery_is_logged_when_all_boards_reach_the_broker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The descriptors suffice for one board only, until `limit` is lifted."""
+    caplog.set_level(logging.INFO)
+    gateway, boards, limit = Gateway(BROKER, GatewayConfig()), [Board("b1"), Board("b2")], [1]
+
+    class Connected:
+        limits, session_present = Limits("id", True, 86_400, 30, 20, None, 2, True, 0, True, True), True
+
+        async def publish(self, messages: list[object]) -> list[None]:
+            return [None] * len(messages)
+
+    @asynccontextmanager
+    async def connect(*_: object, **__: object) -> AsyncIterator[Connected]:
+        if not limit[0]:
+            raise BrokerLostError(BROKER, "cannot be reached: Too many open files")
+        limit[0] -= 1
+        yield Connected()
+
+    async def exchange(board: Board, topics: Topics, connection: Any) -> None:
+        await gateway._publish_status(board, topics, connection)
+
+    monkeypatch.setattr("inco_trio.mqtt.gateway.open_connection", connect)
+    monkeypatch.setattr(gateway, "_exchange", exchange)
+    lost = f"{BROKER}: cannot be reached: Too many open files; notifications stay pending; retrying"
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for board in boards:
+                nursery.start_soon(gateway._serve, board)
+            for _ in range(10):
+                await trio.sleep(60)  # The clock is simulated.
+                for board in boards:
+                    board.change()
+            assert caplog.messages == [lost]
+            limit[0] = 1
+            await trio.sleep(60)  # The clock is simulated.
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert caplog.messages == [lost, f"{BROKER}: works again"]
 
 
 def test_a_lack_of_descriptors_does_not_end_the_gateway(

@@ -93,6 +93,8 @@ class Gateway:
         self._misunderstood: dict[Path, str] = {}
         """For each socket path, the last process (`Greeting.boot`) that sent a line that the gateway cannot decode."""
         self._problems = Problems()
+        self._unreachable = set[Board]()
+        """The boards that have lost the broker and have not published a message since."""
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Publish until cancelled. Call `ready` once the gateway follows all running proxies."""
@@ -343,7 +345,8 @@ class Gateway:
                 begun = -math.inf
                 if short >= SHORT_ONES:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
-                # All boards share this key, so that a problem with the broker is logged once.
+                # All boards share this key, so that a problem with the broker is logged once, and its end, too.
+                self._unreachable.add(board)
                 self._problems.failed("broker", f"{what}; notifications stay pending; retrying", self._broker)
                 self._problems.forget(("broker", "session"))
                 pause = backoff.lost(error)
@@ -391,7 +394,9 @@ class Gateway:
             again = math.inf
             refusals = await connection.publish(new)
             # Some brokers accept connections, but end them because of a subscription or the first message.
-            self._problems.well("broker", self._broker)
+            self._unreachable.discard(board)
+            if not self._unreachable:
+                self._problems.well("broker", self._broker)
             for message, refusal in zip(new, refusals, strict=True):
                 if refusal is None:
                     self._problems.well(message.topic)
