@@ -21,6 +21,7 @@ from inco_trio.errors import PermissionDeniedError, RecordingError, ResourceErro
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable, builtin_signals
 from netns.hang import HANG
+from tests.support_control import COMMAND
 
 MAC = bytes.fromhex("02005e100001")
 TABLE = SignalTable(builtin_signals(Path("/irq")))
@@ -401,7 +402,7 @@ def test_a_board_may_add_entries_that_are_older_than_those_of_other_boards(tmp_p
 
 
 @pytest.mark.parametrize("key", ["delay", "delay_max"])
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e300])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e300, 1e10])
 def test_an_entry_with_an_impossible_delay_is_left_out(tmp_path: Path, key: str, value: float) -> None:
     recorder = Recorder(tmp_path / "f")
     recorder.append(NOW, Direction.INBOUND, "a", "", None, "x", **{key: value})  # type: ignore[arg-type]
@@ -410,6 +411,33 @@ def test_an_entry_with_an_impossible_delay_is_left_out(tmp_path: Path, key: str,
     with open_recording(tmp_path / "f", SignalTable([])) as recording:
         assert [each.signal for each in recording if isinstance(each, Entry)] == ["b"]
         assert recording.left_out
+
+
+@pytest.mark.parametrize("seconds", ["9" * 400, "1" * 10])
+def test_an_impossible_delay_in_a_comment_is_ignored(tmp_path: Path, seconds: str) -> None:
+    block = packet_block(0, NOW, encode(b"a", MAC), Direction.INBOUND, f"inbound a /irq/a [after {seconds}.0 s]")
+    (tmp_path / "f").write_bytes(section_block("inco-trio") + interface_block("x") + block)
+    assert [(entry.signal, entry.delay) for entry in entries(tmp_path / "f")] == [("a", 0)]
+
+
+@pytest.mark.parametrize("step_ns", [10**400, -(10**400), 2**64])
+def test_an_impossible_step_of_the_clock_is_ignored(tmp_path: Path, step_ns: int) -> None:
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(NOW, Direction.INBOUND, "a", "", None, "x")
+    recorder.mark(NOW, "the clock was set", step_ns)
+    recorder.append(NOW, Direction.INBOUND, "a", "", None, "x")
+    recorder.close()
+    assert [each.time_ns for each in everything(tmp_path / "f")] == [NOW] * 3
+
+
+def test_a_comment_without_an_end_takes_little_time(tmp_path: Path) -> None:
+    comment = "inbound a" + " [pending: " * 5900
+    block = packet_block(0, NOW, encode(b"a", MAC), Direction.INBOUND, comment)
+    (tmp_path / "f").write_bytes(section_block("inco-trio") + interface_block("x") + 200 * block)
+    # The command takes less than a second of CPU time. With quadratic time, it would take 10 minutes.
+    command = ["sh", "-c", 'ulimit -t 60; exec "$@"', "sh", *COMMAND, "plot", str(tmp_path / "f"), "--json"]
+    done = subprocess.run(command, capture_output=True, timeout=HANG, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_number_too_large_for_one_packet_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

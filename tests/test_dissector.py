@@ -7,12 +7,13 @@ import os
 import random
 import struct
 import subprocess
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from inco_trio.capture.pcapng import ETHERNET
+from inco_trio.capture.pcapng import ETHERNET, interface_block, packet_block, section_block
 from inco_trio.capture.recording import Recorder
 from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.signals import Direction
@@ -30,12 +31,12 @@ def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
 
 
-def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
+def tshark(home: Path, file: Path, *fields: str, limit: Sequence[str] = ()) -> list[list[str]]:
     """Return the fields of each frame in a file, decoded by the dissector that is installed in `home`.
 
     Lua errors in the dissector appear in the packet tree of the frame; tshark does not print them on stderr.
     """
-    command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
+    command = [*limit, "tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(
         [*command, *(word for field in fields for word in ("-e", field))],
         capture_output=True, timeout=HANG, check=True, env={**os.environ, "HOME": str(home)},
@@ -202,6 +203,18 @@ def test_random_frames_do_not_make_the_dissector_fail(home: Path) -> None:
         recorder.ignored(1, chance.choice(["", "inbound b", "outbound name /x"]), bytes(12) + bytes(data), "rpmsg4000")
     recorder.close()
     assert len(tshark(home, home / "f", "frame.number", "inco.signal")) == 3000
+
+
+@pytest.mark.tools
+def test_a_comment_without_an_end_takes_little_time(home: Path) -> None:
+    comment = "inbound a /irq/a" + " [pending: " * 5900
+    block = packet_block(0, 1, encode(b"a", MAC), Direction.INBOUND, comment)
+    (home / "f").write_bytes(section_block("inco-trio") + interface_block("x") + 20 * block)
+    # tshark takes about 2 s of CPU time. With quadratic time, it would take 5 minutes.
+    assert (
+        tshark(home, home / "f", "inco.register", limit=("sh", "-c", 'ulimit -t 60; exec "$@"', "sh"))
+        == [[comment[10:]]] * 20
+    )
 
 
 @pytest.mark.tools

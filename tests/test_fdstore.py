@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 
 from inco_trio.errors import InvalidArgumentError, ResourceError
-from inco_trio.persist.fdstore import IN_TRANSIT, NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
+from inco_trio.persist.fdstore import (
+    IN_TRANSIT,
+    NoFdStore,
+    S6FdStore,
+    SystemdFdStore,
+    fd_store_from_environment,
+    inherited_fd,
+)
 from inco_trio.service.descriptions import link_service
 from inco_trio.service.scandir import write_scandir
 from netns.fixtures import Proxy
@@ -561,3 +568,11 @@ def test_without_an_fd_store_nothing_is_stored(fds: dict[str, int]) -> None:
     holder.store("link", fds["one"])
     holder.remove("link")
     assert NoFdStore().inherited == {}
+
+
+@pytest.mark.parametrize("name", ["link", "bundle", "b1/link", "inotify"])
+def test_a_descriptor_of_the_wrong_kind_is_closed(name: str) -> None:
+    before = sorted(Path("/proc/self/fd").iterdir())
+    fds = {name: os.open("/dev/null", os.O_RDWR)}
+    assert inherited_fd(fds, name) is None
+    assert (fds, sorted(Path("/proc/self/fd").iterdir())) == ({}, before)

@@ -15,6 +15,7 @@ PACKAGE = Path(inco_trio.__file__).parent
 ROOT = Path(__file__).parents[1]
 LISTED = {
     "capture.pcapng.BLOCK_MAX": "block of a recording",
+    "capture.pcapng.MEMORY_MAX": "memory for what `plot` and `replay` keep of a recording",
     "config.HISTORY_MAX": "notifications in the flight recorder",
     "config.UDRV_SIZE_MAX": "udrv.json",
     "control.answering.HISTORY_SECONDS": "`history` requests of other users",
@@ -73,6 +74,7 @@ OTHERS = {
     "capture.pcapng.OPTION_MAX": "the file format cuts longer texts",
     "capture.picture.MARKS_MAX": "a picture shows this number of marks",
     "capture.picture.TICKS_MAX": "a picture shows this number of ticks",
+    "capture.recording._STEP_MAX": "a larger jump of the clock in a recording is invalid",
     "capture.recording.COUNT_MAX": "a larger count in a recording is invalid",
     "capture.summary.TIME_MAX": "a later time in a recording is invalid",
     "cli.options.DIGITS_MAX": "a value of an option",

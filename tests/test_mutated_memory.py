@@ -210,6 +210,13 @@ def long_event(whole: memoryview, at: dict[str, int]) -> None:
     EVENT.pack_into(whole, at["queued events"], 5, IN_CREATE, 0, EVENT_BANK)
 
 
+def many_merged(whole: memoryview, at: dict[str, int]) -> None:
+    """Store more merged signals than the six notifications so far can have, and one that may be half stored."""
+    for number in range(1, 8):
+        whole[at["merged keys"] + KEY * number :][:2] = b"s%d" % number
+        struct.pack_into("<Q", whole, at["merged numbers"] + 8 * number, 1)
+
+
 INVALID = [
     (number_at("sequences", 16, 2**64 - 1), "a batch has an invalid sequence number"),
     (number_at("sequences", 40, 2**63), "a batch has an invalid sequence number"),
@@ -226,6 +233,8 @@ INVALID = [
     (number_at("history", 3 * 8, 2**63), "the history contains invalid numbers"),
     (number_at("history", 2 * 8, 2**64 - 1), "the history contains invalid numbers"),
     (number_at("history", 6 * 8, 2**63), "the history contains invalid numbers"),
+    (number_at("merged numbers", 0, 2**62), "the history contains invalid numbers"),
+    (many_merged, "the history contains invalid numbers"),
     (number_at("ring", 96 + 16, 2), "the history contains an invalid notification"),
     (number_at("ring", 96, 2**64 - 1), "the history contains an invalid notification"),
     (bytes_at("ring", 96 + 24, b"\x80"), "the history contains an invalid notification"),
@@ -242,6 +251,17 @@ def test_the_reason_is_logged_in_one_line(
     assert found.inherited is (reason is None)
     assert [REFUSED + reason in line for line in caplog.messages] == [True] if reason else caplog.messages == []
     found.close()
+
+
+def test_the_status_does_not_depend_on_the_content_of_records() -> None:
+    """Another process with a copy of the descriptor can write to the memory at any time."""
+    memory = filled()
+    recorder = Recorder(memory.recorder)
+    since = recorder.status().since
+    for place in ("notifications", "events"):
+        memory.recorder[parts()[place] - BEFORE_RECORDER + 24 :][:8] = b"\xfe" * 8
+    assert recorder.status().since == since
+    memory.close()
 
 
 def test_a_table_refuses_more_entries_than_the_next_process_can_use() -> None:

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.capture.pcapng import interface_block, section_block
 from inco_trio.capture.recording import Entry, Mark, Recorder
 from inco_trio.capture.summary import Flow, Pair, Summary
 from inco_trio.capture.summary import _spread as spread
+from inco_trio.cli.plot import _read
+from inco_trio.errors import RecordingError
 from inco_trio.frame import encode
-from inco_trio.signals import Direction
+from inco_trio.signals import Direction, SignalTable
 from netns.hang import HANG
-from tests.support_control import MAC
+from tests.support_control import COMMAND, MAC
 
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
 SECOND = 10**9
@@ -374,6 +377,71 @@ def test_ignored_frames_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
+@pytest.mark.tools
+def test_a_long_mark_is_shortened(tmp_path: Path) -> None:
+    from inco_trio.capture.picture import _flags, _listed
+
+    for text in ("x" * 2**20, "x " * 2**19, "\0" * 2**20):
+        summary = Summary(marks=[Mark(0, text)] * 30)
+        lines = _listed(summary, _flags(summary.marks, 0, 1.0))
+        assert len(lines) == 20 * 4 + 1
+        assert lines[3][1].endswith("…")
+        assert max(len(line) for _, line in lines) <= 130
+
+
+@pytest.mark.tools
+def test_characters_that_the_font_lacks_cause_no_warnings(night: Path) -> None:
+    recorder = Recorder(night)
+    recorder.mark(0, "".join(map(chr, range(0x4E00, 0x4E40))))
+    recorder.close()
+    done = plot(night)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def _grow(recorder: Recorder, kind: str) -> None:
+    name, mac = ("a", MAC)
+    for number in range(200):
+        board = f"b{number}" if kind == "boards" else "x"
+        name = f"s{number}" if kind == "signals" else "a"
+        mac = number.to_bytes(6) if kind == "senders" else MAC
+        frame = encode(name.encode(), mac) if kind in ("senders", "interfaces") else None
+        link = f"eth{number}" if kind == "interfaces" else board
+        count = 1000 if kind == "notifications" else 1
+        if kind == "marks":
+            recorder.mark(number, "x" * 100)
+        else:
+            recorder.append(number, Direction.INBOUND, name, "", frame, link, count=count)
+
+
+@pytest.mark.parametrize("kind", ["boards", "interfaces", "marks", "notifications", "senders", "signals"])
+def test_a_recording_that_needs_too_much_memory_is_an_error(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inco_trio.capture.pcapng.MEMORY_MAX", 50_000)
+    recorder = Recorder(tmp_path / "f")
+    _grow(recorder, kind)
+    recorder.close()
+    with pytest.raises(RecordingError, match="needs more than 0 MiB of memory"):
+        _read(tmp_path / "f", SignalTable(()), [])
+    monkeypatch.undo()
+    _read(tmp_path / "f", SignalTable(()), [])
+
+
+def test_interfaces_without_packets_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.capture.pcapng.MEMORY_MAX", 50_000)
+    (tmp_path / "f").write_bytes(section_block("x") + 200 * interface_block("eth0"))
+    with pytest.raises(RecordingError, match="needs more than 0 MiB of memory"):
+        _read(tmp_path / "f", SignalTable(()), [])
+
+
+def test_standard_input_that_does_not_block_is_read_to_the_end(night: Path) -> None:
+    """A pipe in this mode looks as if it had ended whenever it is empty."""
+    with night.open("rb") as file:
+        os.set_blocking(file.fileno(), False)
+        done = subprocess.run([*COMMAND, "plot", "-", "--json"], stdin=file, stdout=subprocess.DEVNULL, timeout=HANG)
+        assert (done.returncode, os.get_blocking(file.fileno())) == (0, True)
+
+
 def test_a_failed_picture_leaves_no_file(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
     # Turn off the coverage tool: its data file would also exceed the file size limit.
@@ -529,3 +597,5 @@ def test_overlapping_waits_of_a_signal_are_one_period() -> None:
         flow.late.append(late)
         flow.delays.append(delay)
     assert flow.waits(20) == [(1, 5), (7, 9)]
+    assert flow.waits(20, 1) == [(1, 5), (7, 9)]
+    assert flow.waits(20, 2) == [(1, 9)]

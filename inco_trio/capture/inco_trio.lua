@@ -113,10 +113,13 @@ function inco.dissector(buffer, pinfo, root)
     tree:add(signal, buffer(0, used))
     -- The comment of a notification that was pending ends with the reason, or with the delay.
     local rest = file or ""
-    local reason, seconds = rest:match("%[pending: (.+)%]$"), rest:match("%[after ([%d.]+) s%]$")
-    local longest = rest:match("%[after up to ([%d.]+) s%]$")
-    file = rest:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
-    file = file:gsub(" ?%[after up to [%d.]+ s%]$", "")
+    local reason, seconds, longest
+    if rest:sub(-1) == "]" then -- Otherwise, each search would take quadratic time.
+        reason, seconds = rest:match("%[pending: (.+)%]$"), rest:match("%[after ([%d.]+) s%]$")
+        longest = rest:match("%[after up to ([%d.]+) s%]$")
+        file = rest:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
+        file = file:gsub(" ?%[after up to [%d.]+ s%]$", "")
+    end
     local texts = add_recorded(tree, way, file, reason, tonumber(seconds), tonumber(longest))
     if used < length then
         tree:add(padding, buffer(used))

@@ -16,7 +16,7 @@ import attrs
 from inco_trio.errors import RecordingError
 from inco_trio.signals import Direction
 
-__all__ = ["Interface", "Packet", "Reader", "interface_block", "packet_block", "section_block"]
+__all__ = ["OBJECT", "Interface", "Packet", "Reader", "interface_block", "packet_block", "section_block"]
 
 SECTION, INTERFACE, PACKET = 0x0A0D0D0A, 1, 6
 UNREAD = {2: "in an obsolete Packet Block", 3: "in a Simple Packet Block, which has no timestamp"}
@@ -37,6 +37,10 @@ _FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
 
 BLOCK_MAX = 16 * 2**20
 """Maximum size of a block in bytes. Like libpcap, the reader treats a larger block as damaged."""
+MEMORY_MAX = 2**30
+"""Maximum memory in bytes, as estimated, for what the reader of a recording keeps of it."""
+OBJECT = 400
+"""Estimated memory of an object that the reader keeps, without its texts, in bytes."""
 OPTION_MAX = 0xFFFF
 """Maximum size of an option in bytes."""
 
@@ -123,6 +127,8 @@ class Reader:
         self.position = 0
         """Number of bytes read so far."""
         self._file = file
+        self._name = name
+        self._kept = 0
         self._order = "<"
         self._interfaces: list[Interface] = []
         try:
@@ -143,6 +149,16 @@ class Reader:
                 raise RecordingError(name, "not a recording: neither pcapng nor pcap")
         except _CutError as cut:
             raise RecordingError(name, f"not a recording: {cut}") from None
+
+    def keep(self, size: int, text: str = "") -> None:
+        """Count memory that is needed until the end: `size` bytes, and a text, also as JSON.
+
+        Raises RecordingError if it is too much.
+        """
+        self._kept += size + 16 * len(text)
+        if self._kept > MEMORY_MAX:
+            advice = "split the recording, for example with editcap -c"
+            raise RecordingError(self._name, f"needs more than {MEMORY_MAX >> 20} MiB of memory ({advice})")
 
     def __iter__(self) -> Iterator[Packet]:
         try:
@@ -226,7 +242,9 @@ class Reader:
         (resolution,) = options.get(IF_TSRESOL, b"")[:1] or b"\6"
         units = 2 ** (resolution & 0x7F) if resolution & 0x80 else 10**resolution
         offset = options.get(IF_TSOFFSET, bytes(8))
-        return Interface(_string(options.get(IF_NAME, b"")), linktype, units, self._unpack("q", offset)[0])
+        name = _string(options.get(IF_NAME, b""))
+        self.keep(OBJECT, name)
+        return Interface(name, linktype, units, self._unpack("q", offset)[0])
 
     def _packet(self, body: bytes) -> Packet:
         number, high, low, captured, length = self._unpack("IIIII", body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import textwrap
+import warnings
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ WIDE = 100
 """If the slowest response time exceeds the fastest one by this factor, their axis is logarithmic."""
 MARKS_MAX = 20
 """Maximum number of marks in the list. For any further marks, the plot shows only their positions."""
+MARK_LINES = 4
+"""Maximum number of lines of a mark in the list. A longer text is cut."""
 FLAG = 0.05
 """Minimum distance between two numbered flags, as a fraction of the plot's width. Closer marks share a flag."""
 TICKS_MAX = 9
@@ -104,7 +107,9 @@ def draw(summary: Summary, title: str, suffix: str) -> bytes:
     for axis, pair in zip(rows[2 + len(listed) :], summary.pairs, strict=True):
         _answers(axis, pair)
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=suffix.removeprefix("."))
+    # Names may contain characters that the font lacks. Each would cause a warning.
+    with warnings.catch_warnings(action="ignore"):
+        figure.savefig(drawn, format=suffix.removeprefix("."))
     return drawn.getvalue()
 
 
@@ -154,7 +159,8 @@ def _name(flow: Flow, *, names_boards: bool) -> str:
 def _timeline(axis: Axes, flows: list[Flow], begin: int, end: int, *, names_boards: bool) -> None:
     span, labels = max(end - begin, 1) / BILLION, []
     for row, flow in enumerate(flows):
-        waits = [((start - begin) / BILLION, (stop - start) / BILLION) for start, stop in flow.waits(end)]
+        periods = flow.waits(end, (end - begin) // COLUMNS)
+        waits = [((start - begin) / BILLION, (stop - start) / BILLION) for start, stop in periods]
         axis.broken_barh(waits, (row - 0.25, 0.5), **_PENDING)
         places = _places(_seconds(flow.times, begin), span)
         axis.plot(places, np.full(len(places), row), "|", color=COLORS[flow.direction], markersize=12)
@@ -254,7 +260,8 @@ def _listed(summary: Summary, flags: list[tuple[float, list[Mark]]]) -> list[tup
     listed = []
     for number, mark in enumerate((mark for _, marks in flags for mark in marks), 1):
         when = f"{number}   {_local(mark.time_ns):%H:%M:%S}.{mark.time_ns % BILLION // 10**6:03}"
-        lines = textwrap.wrap(printable(mark.text), LINE_WIDTH) or [""]
+        text = printable(mark.text[: LINE_WIDTH * (MARK_LINES + 1)])
+        lines = textwrap.wrap(text, LINE_WIDTH, max_lines=MARK_LINES, placeholder="…") or [""]
         listed += [(when if line == 0 else "", text) for line, text in enumerate(lines)]
     if (more := len(summary.marks) - MARKS_MAX) > 0:
         listed.append(("", f"{more} further marks have no number"))

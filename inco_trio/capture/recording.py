@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import attrs
 
-from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
+from inco_trio.capture.pcapng import ETHERNET, OBJECT, Packet, Reader, interface_block, packet_block, section_block
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.linux.files import open_output, remove_output
@@ -42,11 +42,15 @@ STREAM = Path("-")
 """The path that stands for standard input or standard output."""
 _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
-_LONGEST = 1e12
+_LONGEST = 1e9
 """Longest delay in seconds. A longer one in a recording is invalid."""
+_STEP_MAX = 2**63 - 1
+"""Largest jump of the wall clock in nanoseconds. A larger one in a recording is invalid."""
+SERIES = 10 * OBJECT
+"""Estimated memory in bytes for the statistics of a signal of a board, also as JSON."""
 COUNT_MAX = 1 << 20
 """Maximum number of notifications that one packet represents."""
-_STATE = re.compile(r" \[(?:pending: (.+)|after (up to )?(\d+\.\d+) s)\]$", re.DOTALL)
+_STATE = re.compile(r" \[(?:pending: (.+)|after (up to )?(\d{1,9}\.\d+) s)\]$", re.DOTALL)
 """A pattern for the end of a packet's comment if the notification is or was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 
@@ -327,6 +331,8 @@ class Recording:
         self._last_ns: dict[str, int] = {}
         """The time of the newest entry of each board. A board that opens late may add entries older than others'."""
         self._senders: dict[bytes, Direction] = {}
+        self._series: set[tuple[str, Direction | None, str]] = set()
+        """The signals so far, with their directions and boards."""
 
     @property
     def uncommented(self) -> int:
@@ -343,12 +349,20 @@ class Recording:
         for packet in self.reader:
             self.packets += 1
             if entry := self._entry(packet):
-                if isinstance(entry, Entry) and entry.board:
-                    self.boards.add(entry.board)
+                if isinstance(entry, Entry):
+                    self._note_series(entry)
                 yield from self._in_order(entry)
             else:
                 self.left_out[_reason(packet)] += 1
         self.left_out += self.reader.skipped
+
+    def _note_series(self, entry: Entry) -> None:
+        series = entry.signal, entry.direction, entry.board
+        if series not in self._series:
+            self.reader.keep(SERIES, entry.board)
+            self._series.add(series)
+            if entry.board:
+                self.boards.add(entry.board)
 
     def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
         """Yield an entry. Correct its time if the wall clock has jumped, because a jump must not change durations."""
@@ -389,6 +403,8 @@ class Recording:
         if direction is None:
             direction = self._senders.get(source)
         else:
+            if source not in self._senders:
+                self.reader.keep(OBJECT)
             self._senders[source] = direction
         # If the proxy ignored a frame, the packet's comment contains the reason instead of the signal.
         recorded, board = packet.direction if ours else None, packet.interface.name
@@ -400,7 +416,8 @@ class Recording:
             return Entry(packet.time_ns, text, direction, board=board)
         if not packet.comment.startswith(_comment(recorded, text)):
             return Entry(packet.time_ns, text, direction, ignored=True, board=board)
-        state = _STATE.search(packet.comment)
+        # Without a bracket at the end, the search would take quadratic time.
+        state = _STATE.search(packet.comment) if packet.comment.endswith("]") else None
         pending, up_to, seconds = ("", "", "") if state is None else state.groups("")
         delays = (0.0, float(seconds)) if up_to else (float(seconds or 0), 0.0)
         return Entry(packet.time_ns, text, direction, "", False, pending, *delays, board)
@@ -439,7 +456,8 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):
             step = content.get("step_ns", 0)
-            return Mark(packet.time_ns, content["mark"], step if type(step) is int else 0), 1
+            step = step if type(step) is int and abs(step) <= _STEP_MAX else 0
+            return Mark(packet.time_ns, content["mark"], step), 1
         signal, register = content["signal"], content["register"]
         pending, delays = content.get("pending", ""), [content.get(key, 0.0) for key in ("delay", "delay_max")]
         count, board = content.get("count", 1), content.get("board", "")
@@ -460,6 +478,7 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
     """Open the recording at `path`; `-` is standard input. Raises RecordingError, PermissionDeniedError."""
     if path == STREAM:
+        os.set_blocking(_STANDARD_INPUT, True)
         with open(os.dup(_STANDARD_INPUT), "rb") as file:  # noqa: PTH123 - a descriptor
             yield Recording(file, "standard input", table)
         return

@@ -69,13 +69,16 @@ class Flow:
         """Return those times in `pending` whose notifications were still pending at the end of the recording."""
         return self.pending[len(self.pending) - self._left :]
 
-    def waits(self, last: int) -> list[tuple[int, int]]:
-        """Return the start and end of each period in which notifications were pending. The recording ends at `last`."""
+    def waits(self, last: int, apart: int = 0) -> list[tuple[int, int]]:
+        """Return the start and end of each period in which notifications were pending. The recording ends at `last`.
+
+        Periods that are at most `apart` nanoseconds apart are returned as one.
+        """
         waits = [(late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)]
         waits += [(min(unfinished), last)] if (unfinished := self.unfinished()) else []
         periods: list[tuple[int, int]] = []
         for start, end in sorted(waits):
-            if periods and start <= periods[-1][1]:
+            if periods and start <= periods[-1][1] + apart:
                 periods[-1] = periods[-1][0], max(end, periods[-1][1])
             else:
                 periods.append((start, end))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FORMATS = (".svg", ".png")
 SHOWN = 0.5
 """Seconds between two progress messages on a terminal."""
+NOTIFICATION = 32
+"""Estimated memory in bytes for a notification that was not delayed, in the statistics and while they are drawn."""
 OFTEN = 1024
 """Number of notifications after which the command checks whether to update the progress message."""
 
@@ -178,6 +180,8 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
 
 
 def _follow(recording: Recording, summary: Summary, path: Path) -> None:
+    from inco_trio.capture.pcapng import OBJECT
+    from inco_trio.capture.recording import Mark
     from inco_trio.capture.summary import TIME_MAX
 
     shows, shown = sys.stderr.isatty(), time.monotonic()
@@ -186,6 +190,10 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
             if not 0 <= each.time_ns <= TIME_MAX:
                 when = "is from 2262 or later, or from before 1970"
                 raise RecordingError(path, f"damaged: packet {recording.packets} {when}")
+            if isinstance(each, Mark):
+                recording.reader.keep(2 * OBJECT, each.text)
+            else:
+                recording.reader.keep(OBJECT if each.delay else NOTIFICATION)
             summary.take(each)
             if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
                 shown = time.monotonic()

@@ -107,10 +107,13 @@ def _is_right_kind(name: str, fd: int) -> bool:
     if name not in _SOCKETS:
         return True  # The descriptor is a memfd, which `check_memory` checks later.
     try:
-        with sockets.socket(fileno=os.dup(fd)) as sock:
-            return (sock.family, sock.type) in _SOCKETS[name]
+        sock = sockets.socket(fileno=fd)
     except OSError:
         return False
+    try:
+        return (sock.family, sock.type) in _SOCKETS[name]
+    finally:
+        sock.detach()
 
 
 class NoFdStore:

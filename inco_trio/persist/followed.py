@@ -76,7 +76,9 @@ class History:
         sequence, floor = self.sequence, self.floor
         if (
             not self._numbers[_BASE] <= floor <= sequence <= floor + KEPT
-            or max(sequence, self.merged_ever) > NUMBER_MAX
+            or max(sequence, self.merged_ever, self.waiting) > NUMBER_MAX
+            # If the process died while it merged a notification, the table already contains its signal.
+            or sum(map(len, self._merged)) > floor + 1
         ):
             raise ValueError("the history contains invalid numbers")
         for number in range(floor + 1, sequence + 1):

@@ -444,8 +444,9 @@ class Recorder:
         from inco_trio.proxy_status import RecorderStatus
 
         notifications, events = min(self._written, self._kept), min(self._noted, self._events_kept)
-        oldest = [each.monotonic_ns for each in itertools.islice(self.notifications(), 1)]
-        oldest += [each.monotonic_ns for each in itertools.islice(self.notes(), 1)]
+        # Do not decode the records: a process that writes to the memory could make them invalid.
+        rings = self._raw_notifications(), self._raw_notes()
+        oldest = [record[1] for ring in rings for record in itertools.islice(ring, 1)]
         self.check_clock()
         since = self._clock.seconds(min(oldest)) if oldest else None
         return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
