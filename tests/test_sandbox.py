@@ -196,7 +196,7 @@ def test_a_proxy_in_the_sandbox_with_landlock_does_its_work(tmp_path: Path) -> N
         assert "Traceback" not in proxy.log
 
 
-def test_a_reload_with_a_directory_outside_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_reload_with_a_directory_outside_is_refused_with_landlock(tmp_path: Path) -> None:
     with ExitStack() as stack:
         inside, outside = tmp_path / "board", tmp_path / "other/irq"
         inside.mkdir()
@@ -457,7 +457,7 @@ def test_a_path_that_cannot_be_opened_does_not_disable_the_sandbox(
 
 
 @pytest.mark.s6
-def test_the_programs_of_s6_can_run(tmp_path: Path) -> None:
+def test_the_programs_of_s6_can_run_with_landlock(tmp_path: Path) -> None:
     programs = list(sandbox._programs())
     assert {path.name for path in programs} >= set(sandbox.FD_STORE_PROGRAMS)
     script = f"""
