@@ -126,6 +126,7 @@ def checks(*names: str) -> tuple[str, ...]:
     return tuple(f"{CHECKS}/{name}" for name in names)
 
 
+SURVIVES = "check_memory.py::test_the_proxy_survives_a_process_that_takes_all_memory"
 S6_INIT = ("init=/opt/project/tests/kernels/s6_init",)
 BOOTS = (
     Boot("systemd", checks("check_files.py", "check_clock.py", "check_systemd.py")),
@@ -134,7 +135,9 @@ BOOTS = (
     Boot("reboot", checks("check_reboot.py"), resets=True),
     Boot("s6", checks("check_s6.py"), append=S6_INIT),
     # The services of systemd would need memory.
-    Boot("small", (*LITTLE_MEMORY, *checks("check_memory.py")), memory=128, append=S6_INIT),
+    Boot("small", (*LITTLE_MEMORY, *checks(f"{SURVIVES}[default]")), memory=128, append=S6_INIT),
+    # A locked proxy and pytest together do not fit in 128 MiB.
+    Boot("locked", (*LITTLE_MEMORY, *checks(f"{SURVIVES}[locked]")), memory=192, append=S6_INIT),
 )
 
 

@@ -1,4 +1,4 @@
-"""Check of a board on a machine with 128 MiB of memory and one CPU."""
+"""Check of a board on a machine with little memory and one CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def machine_kib(what: str) -> int:
     return int(Path("/proc/meminfo").read_text().partition(f"{what}:")[2].split()[0])
 
 
-@pytest.mark.parametrize("options", [(), ("--lock-memory",)], ids=["", "--lock-memory"])
+@pytest.mark.parametrize("options", [(), ("--lock-memory",)], ids=["default", "locked"])
 def test_the_proxy_survives_a_process_that_takes_all_memory(
     proxy: StartProxy,
     udrv: Path,
