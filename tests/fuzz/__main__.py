@@ -24,7 +24,7 @@ TOGETHER = 2
 """Number of targets that run at the same time."""
 INPUT_MAX = 4096
 """Maximum size of a generated input in bytes. Seeds can be larger."""
-FOUND = re.compile(r"^Test unit written to (.*)$", re.MULTILINE)
+FOUND = re.compile(r"\bTest unit written to (.*)$", re.MULTILINE)
 
 
 @attrs.frozen
