@@ -167,6 +167,13 @@ def test_a_long_frame_is_recovered_completely(
     assert frames_in(bank) == []
 
 
+@pytest.mark.parametrize("length", [SHORT, SHORT + 1, FRAME_STEP, 300])
+def test_a_frame_that_consists_of_padding_is_no_frame(memory: Inflight, length: int) -> None:
+    bank = memory.frames[0]
+    bank.view[:length] = bytes(length)
+    assert frames_in(bank) == []
+
+
 def test_parts_of_the_memory_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight]) -> None:
     banks = memory.frames + memory.events
     for number, bank in enumerate(banks):

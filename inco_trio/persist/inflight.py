@@ -251,9 +251,8 @@ def frames_in(bank: Bank) -> list[bytes]:
         if not step.endswith(mark):
             frames.append(_long_frame(bytes(bank.view[start : start + FRAME_MAX]), bank.blank))
             break
-        if frame := step[:SHORT].rstrip(b"\0"):
-            frames.append(frame)
-    return frames
+        frames.append(step[:SHORT].rstrip(b"\0"))
+    return [*filter(None, frames)]
 
 
 def _long_frame(room: bytes, blank: bytes) -> bytes:
